@@ -1,0 +1,43 @@
+# make demo      the whole way from archive to number on drawn faces
+# make test      the tests; make test-slow: those that take longer
+# make lint      ruff
+# make pictures  refresh images/demo, which the README shows, from the demo
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+DEMO := --data-dir demo/data --runs-dir demo/runs --images-dir demo/images
+
+.PHONY: demo test test-slow lint pictures clean-demo
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: $(INSTALLED)
+	rm -rf demo
+	$(RUN) synthetic.py --output demo/data
+	$(RUN) pre_process.py --data-dir demo/data --images-dir demo/images
+	$(RUN) train.py --data-dir demo/data --runs-dir demo/runs --images-dir demo/images \
+		--network tiny --emb-size 128 --dropout 0.1 --margin-s 32 --margin-m 0.3 \
+		--epochs 8 --batch-size 64 --lr 0.1 --schedule poly --poly-power 1 --warmup-epochs 0.5
+	$(RUN) lfw_eval.py $(DEMO)
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -q
+
+test-slow: $(INSTALLED)
+	$(RUN) -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+pictures:
+	@test -f demo/images/roc.png || { echo "run make demo first"; exit 2; }
+	rm -rf images/demo
+	mkdir -p images/demo
+	cp demo/images/*.png demo/images/*.jpg images/demo/

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Makes the environment that bench/compare_mtcnn.py runs the `mtcnn` package in: TensorFlow on
+# the CPU and the package, apart from the project's own environment and ignored by git.
+#   bash bench/peers.sh [python]        # about 2 minutes; prints the two versions
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${1:-python3}"
+if [ ! -x .venv-peers/bin/python ]; then
+    "$python" -m venv .venv-peers
+fi
+.venv-peers/bin/python -m pip install --quiet "mtcnn==1.0.0" tensorflow-cpu lz4 joblib
+TF_CPP_MIN_LOG_LEVEL=3 .venv-peers/bin/python -c \
+    'import mtcnn, tensorflow; print("mtcnn", mtcnn.__version__, "tensorflow", tensorflow.__version__)'

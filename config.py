@@ -1,0 +1,164 @@
+"""Every knob of every script, once: name, type, default, meaning.
+
+The command line follows from it: `python train.py --help` lists what train.py reads, with defaults.
+Booleans are `--focal-loss` and `--no-focal-loss`; an unknown flag or a wrong type is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+
+def knob(
+    default: Any, meaning: str, scripts: str, low: float | None = None, high: float | None = None
+) -> Any:
+    """A field with its help text, the scripts that read it and the range of its values."""
+    metadata = {"help": meaning, "scripts": scripts.split(), "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All knobs; the defaults are the ArcFace paper's recipe for CASIA-WebFace (1801.07698)."""
+
+    # fmt: off
+    # where things are
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval")
+    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval")
+    images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval")
+    seed: int = knob(0, "seed of everything random", "synthetic train", low=0)
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval")
+    workers: int = knob(0, "threads that decode and encode pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
+
+    # synthetic.py
+    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process)", "synthetic pre_process")
+    identities: int = knob(120, "drawn people to train on", "synthetic", low=2)
+    images_per_identity: int = knob(24, "pictures of each of them", "synthetic", low=1)
+    lfw_identities: int = knob(120, "drawn people to test on, none of them in training", "synthetic", low=20)
+
+    # pre_process.py
+    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process")
+    missed: Literal["auto", "skip", "crop"] = knob("auto", "a picture without a face: pass over, or crop centrally; auto: crop for LFW", "pre_process")
+    min_face: int = knob(0, "smallest face looked for, in pixels; 0: chosen from the picture's size", "pre_process", low=0)
+    detect_batch: int = knob(64, "pictures a detection batch", "pre_process", low=1)
+    download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
+
+    # the network
+    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval")
+    emb_size: int = knob(512, "numbers in an embedding", "train", low=1)
+    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval")
+    dropout: float = knob(0.4, "dropout before the embedding layer", "train", low=0, high=0.9)
+
+    # the margin and the loss
+    margin_m: float = knob(0.5, "ArcFace's additive angular margin, in radians", "train", low=0, high=3.2)
+    margin_s: float = knob(64.0, "scale of the logits", "train", low=0)
+    easy_margin: bool = knob(False, "apply the margin only where the angle is under 90 degrees", "train")
+    focal_loss: bool = knob(False, "focal loss in place of cross entropy", "train")
+    gamma: float = knob(2.0, "focal loss: exponent; 0 is cross entropy", "train", low=0)
+
+    # the training set
+    train_set: str = knob("", "folder with train.rec; default: data_dir/faces_webface_112x112", "train lfw_eval")
+    max_classes: int = knob(0, "train on the identities with most images only; 0: all", "train", low=0)
+    valid_fraction: float = knob(0.02, "share of each identity's images held out for validation", "train", low=0, high=0.9)
+    cache: Literal["auto", "gpu", "ram", "none"] = knob("auto", "where decoded images are kept; auto: the first that they fit", "train")
+    flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval")
+
+    # the optimisation
+    epochs: int = knob(32, "passes over the training set", "train", low=1)
+    batch_size: int = knob(512, "images a step", "train", low=2)
+    lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
+    momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
+    weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)
+    schedule: Literal["step", "cosine", "poly"] = knob("step", "how the learning rate falls", "train")
+    milestones: tuple[int, ...] = knob((20, 28), "step schedule: epochs before which lr falls tenfold", "train")
+    poly_power: float = knob(2.0, "poly schedule: exponent; 1 is a straight line to zero", "train", low=0)
+    warmup_epochs: float = knob(0.0, "epochs over which lr rises from zero", "train", low=0)
+    clip_norm: float = knob(0.0, "largest gradient norm; 0: no limit", "train", low=0)
+    amp: bool = knob(True, "bfloat16 autocast where the device has it; margin and loss stay float32", "train")
+    compile: bool = knob(False, "torch.compile the backbone (a minute at the start, faster steps)", "train")
+    log_every: int = knob(20, "steps between two points in TensorBoard", "train", low=1)
+    resume: str = knob("", "go on with a run: newest (the flag alone), or a run's folder or last.pt", "train")
+
+    # lfw_eval.py
+    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval")
+    lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval")
+    pairs: str = knob("", "LFW's pairs file; default: data_dir/pairs.txt", "train lfw_eval")
+    lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
+    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval", low=1)
+    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval")
+    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval")
+    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval")
+    # fmt: on
+
+    # The names of the knobs that the command line gave, so that a resumed run can tell a wish from
+    # a default.
+    given: tuple[str, ...] = ()
+
+
+def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> Config:
+    """The configuration that a command line asks for.
+
+    `script` limits the flags to those that this script reads; without it all are allowed. Exits
+    with status 2 and a message, as argparse does, on unknown flags and wrong types.
+    """
+    parser = argparse.ArgumentParser(
+        prog=None if script is None else f"{script}.py",
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        scripts = field.metadata.get("scripts", [])
+        if script in scripts or (script is None and scripts):
+            _add_flag(parser, field, hints[field.name])
+    given = vars(parser.parse_args(argv))
+    return Config(**given, given=tuple(given))
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
+    """One knob as a flag: its type gives the parser, its metadata the help."""
+    flag = "--" + field.name.replace("_", "-")
+    meaning = field.metadata["help"]
+    hint_is_tuple = typing.get_origin(hint) is tuple
+    if field.default != "":
+        shown = " ".join(map(str, field.default)) if hint_is_tuple else field.default
+        meaning += f" (default: {shown})"
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meaning.replace("%", "%%")}
+    if hint_is_tuple:
+        kinds = typing.get_args(hint)
+        options |= {"type": kinds[0], "nargs": "*" if kinds[-1] is Ellipsis else len(kinds)}
+        options["action"] = _StoreTuple
+    elif typing.get_origin(hint) is Literal:
+        options["choices"] = typing.get_args(hint)
+    elif hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif field.name == "resume":
+        options |= {"type": str, "nargs": "?", "const": "newest"}
+    else:
+        options["type"] = _in_range(hint, field.metadata["low"], field.metadata["high"])
+    parser.add_argument(flag, **options)
+
+
+def _in_range(kind: type, low: float | None, high: float | None) -> Callable[[str], Any]:
+    """A parser of one value that refuses what lies outside low ... high."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if low is not None and not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        if high is not None and not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is above {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it: "invalid int value: 'x'"
+    return parse
+
+
+class _StoreTuple(argparse.Action):
+    """Keep a flag of several values as a tuple, so that a Config can be compared and hashed."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))

@@ -1,0 +1,289 @@
+"""Records in, batches on the device out.
+
+    reader = RecordReader("data/faces_webface_112x112")
+    faces = split(reader.labels, valid_fraction=0.02)
+    store = ImageStore(reader, faces.indices, device)
+    for batch in train_batches(store, faces.train, batch_size=512, seed=0, epoch=0): ...
+
+A picture is decoded once, into a uint8 cache on the GPU or in memory (or, where neither holds the
+set, again and again by threads); mirroring and normalisation work on whole batches on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recordio import RecordError, RecordReader
+from utils import FACE_SIZE, core_count
+
+FACE_BYTES = FACE_SIZE * FACE_SIZE * 3
+BLOCK = 8192  # pictures decoded before they are copied to a GPU
+CHUNK = 32  # pictures a thread takes at a time
+
+
+class Batch(NamedTuple):
+    """What the training loop sees of `n` pictures."""
+
+    images: Tensor  # (n, 3, 112, 112) float32 in [-1, 1], channels_last
+    labels: Tensor  # (n,) int64
+    positions: np.ndarray  # (n,) rows of the store, for naming records
+
+
+class Split(NamedTuple):
+    """Which pictures of a record file are used, and for what."""
+
+    indices: np.ndarray  # (n,) int64, pictures of the reader that are used at all
+    labels: np.ndarray  # (n,) int64 classes of those, 0 ... num_classes - 1
+    num_classes: int
+    train: np.ndarray  # positions in `indices`
+    valid: np.ndarray  # positions in `indices`
+
+
+def split(
+    labels: np.ndarray, *, valid_fraction: float, max_classes: int = 0, seed: int = 0
+) -> Split:
+    """Choose the identities, then hold out images of each for validation.
+
+    `max_classes` keeps the identities with most images (0: all). Each identity gives
+    `valid_fraction` of its images, rounded up or down at random so that the sum is right, and keeps
+    at least one for training. The result depends on the arguments alone.
+    """
+    counts = np.bincount(labels)
+    chosen = np.flatnonzero(counts)
+    if 0 < max_classes < len(chosen):
+        chosen = np.sort(np.argsort(-counts, kind="stable")[:max_classes])
+    new_label = np.full(len(counts), -1)
+    new_label[chosen] = np.arange(len(chosen))
+    indices = np.flatnonzero(new_label[labels] >= 0)
+    labels = new_label[labels[indices]]
+
+    rng = np.random.default_rng([seed, 0])
+    counts = np.bincount(labels, minlength=len(chosen))
+    held_out = np.floor(counts * valid_fraction + rng.random(len(chosen))).astype(np.int64)
+    held_out = np.minimum(held_out, counts - 1)
+    order = np.lexsort((rng.random(len(labels)), labels))  # identities in order, images shuffled
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    is_valid = rank < np.repeat(held_out, counts)
+    return Split(indices, labels, len(chosen), np.sort(order[~is_valid]), np.sort(order[is_valid]))
+
+
+def load_images(
+    reader: RecordReader,
+    indices: np.ndarray,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: str = "",
+) -> tuple[Tensor, dict[int, str]]:
+    """Decode pictures by threads: ((n, 112, 112, 3) uint8 RGB, {place: why it stayed black}).
+
+    They end on `device`; of a set that goes to a GPU, main memory holds one block at a time.
+    `progress` is the title of a progress bar, none if empty.
+    """
+    images = torch.empty((len(indices), FACE_SIZE, FACE_SIZE, 3), dtype=torch.uint8, device=device)
+    errors: dict[int, str] = {}
+    bar = tqdm(total=len(indices), desc=progress, unit="img", disable=not progress)
+    with bar, ThreadPoolExecutor(workers or core_count()) as pool:
+        for start in range(0, len(indices), BLOCK):
+            block = images[start : start + BLOCK]
+            staged = block if block.device.type == "cpu" else torch.empty_like(block, device="cpu")
+            found = _decode(reader, indices[start : start + BLOCK], staged.numpy(), pool, bar)
+            errors |= {start + place: why for place, why in found.items()}
+            if staged is not block:
+                block.copy_(staged)
+    return images, errors
+
+
+def _decode(
+    reader: RecordReader,
+    indices: np.ndarray,
+    out: np.ndarray,
+    pool: ThreadPoolExecutor,
+    bar: tqdm | None = None,
+) -> dict[int, str]:
+    """Decode pictures into `out` (n, 112, 112, 3) by threads; returns {place: what is wrong}.
+
+    Raises RecordError for a picture of another size.
+    """
+
+    def decode_some(start: int) -> dict[int, str]:
+        errors = {}
+        for place, index in enumerate(indices[start : start + CHUNK], start):
+            try:
+                image = reader.image(int(index))
+            except RecordError as error:
+                errors[place] = str(error)
+                out[place] = 0
+                continue
+            if image.shape != out.shape[1:]:
+                raise RecordError(
+                    f"record {reader.keys[index]} of {reader.path} is {image.shape[1]}x"
+                    f"{image.shape[0]}, not {FACE_SIZE}x{FACE_SIZE}; align it with pre_process.py."
+                )
+            out[place] = image
+        if bar is not None:
+            bar.update(min(CHUNK, len(indices) - start))
+        return errors
+
+    errors: dict[int, str] = {}
+    for found in pool.map(decode_some, range(0, len(indices), CHUNK)):
+        errors |= found
+    return errors
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be used without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Elsewhere: half of the physical memory is a careful guess.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def choose_cache(count: int, device: torch.device) -> str:
+    """Where `count` decoded pictures go: "gpu", "ram" or "none", the first that they fit."""
+    size = count * FACE_BYTES
+    # Half of the GPU stays for the network, the head and its activations.
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 2:
+        return "gpu"
+    return "ram" if size < available_memory() * 0.7 else "none"
+
+
+class ImageStore:
+    """Pictures of a record file by position, as uint8 tensors on the device.
+
+    `cache` is "gpu", "ram", "none" or "auto". Pictures that cannot be decoded are listed in `bad`
+    (position → why); with a cache that is known from the start, without one as they are met.
+    """
+
+    def __init__(
+        self,
+        reader: RecordReader,
+        split: Split,
+        device: torch.device,
+        *,
+        cache: str = "auto",
+        workers: int = 0,
+        progress: str = "",
+    ) -> None:
+        self.reader = reader
+        self.indices = split.indices
+        self.device = device
+        self.cache = choose_cache(len(split.indices), device) if cache == "auto" else cache
+        if self.cache == "gpu" and device.type != "cuda":
+            self.cache = "ram"
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.bad: dict[int, str] = {}
+        self.images: Tensor | None = None
+        if self.cache == "none":
+            self.pool = ThreadPoolExecutor(workers or core_count())
+        else:
+            self.images, self.bad = load_images(
+                reader,
+                split.indices,
+                device=device if self.cache == "gpu" else "cpu",
+                workers=workers,
+                progress=progress,
+            )
+
+    def fetch(self, positions: np.ndarray) -> Tensor:
+        """Pictures at `positions` (n,): (n, 112, 112, 3) uint8 on the device."""
+        if self.images is None:
+            out = np.empty((len(positions), FACE_SIZE, FACE_SIZE, 3), np.uint8)
+            errors = _decode(self.reader, self.indices[positions], out, self.pool)
+            self.bad |= {int(positions[place]): why for place, why in errors.items()}
+            images = torch.from_numpy(out)
+        elif self.images.device.type == "cpu":
+            # NumPy gathers whole pictures at memory speed without waking other threads.
+            images = torch.from_numpy(self.images.numpy().take(positions, 0))
+        else:
+            index = torch.from_numpy(positions).to(self.device, non_blocking=True)
+            images = self.images.index_select(0, index)
+        if images.device != self.device:
+            images = images.pin_memory().to(self.device, non_blocking=True)
+        return images
+
+    def good(self, positions: np.ndarray) -> np.ndarray:
+        """`positions` without those of pictures known to be bad."""
+        return positions[~np.isin(positions, list(self.bad))] if self.bad else positions
+
+    def names(self, positions: np.ndarray) -> list[int]:
+        """The record ids of the pictures at `positions`."""
+        return self.reader.keys[self.indices[positions]].tolist()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """(n, 112, 112, 3) uint8 to (n, 3, 112, 112) float32 in [-1, 1], strides channels_last."""
+    return images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+
+
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror those of (n, H, W, 3) pictures for which `chosen` (n,) bool is true."""
+    return torch.where(chosen[:, None, None, None], images.flip(2), images)
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Whole batches in an epoch; the rest of the shuffled pictures waits for the next."""
+    return max(1, count // batch_size)
+
+
+def train_batches(
+    store: ImageStore,
+    positions: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    flip: bool = True,
+) -> Iterator[Batch]:
+    """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order."""
+    rng = np.random.default_rng([seed, 1, epoch])
+    order = rng.permutation(positions)
+    flips = torch.from_numpy(rng.random(len(order)) < 0.5).to(store.device)
+    steps = range(first_step, steps_per_epoch(len(order), batch_size))
+    slices = [slice(step * batch_size, (step + 1) * batch_size) for step in steps]
+    for part, images in zip(slices, _prefetch(store, [order[s] for s in slices]), strict=True):
+        if flip:
+            images = mirror(images, flips[part])
+        yield _batch(store, images, order[part])
+
+
+def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
+    """All pictures at `positions` in order, the last batch as small as it comes."""
+    parts = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
+    for part, images in zip(parts, _prefetch(store, parts), strict=True):
+        yield _batch(store, images, part)
+
+
+def _batch(store: ImageStore, images: Tensor, positions: np.ndarray) -> Batch:
+    if store.images is None and store.bad:
+        good = ~np.isin(positions, list(store.bad))
+        positions = positions[good]
+        images = images[torch.from_numpy(good).to(images.device)]
+    index = torch.from_numpy(positions).to(store.device, non_blocking=True)
+    return Batch(normalise(images), store.labels.index_select(0, index), positions)
+
+
+def _prefetch(store: ImageStore, parts: list[np.ndarray]) -> Iterator[Tensor]:
+    """Fetch one batch ahead in a thread where pictures have to be decoded or moved."""
+    if store.images is not None and store.images.device == store.device:
+        yield from map(store.fetch, parts)
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = [ahead.submit(store.fetch, part) for part in parts[:1]]
+        for index in range(len(parts)):
+            images = waiting.pop().result()
+            waiting += [ahead.submit(store.fetch, part) for part in parts[index + 1 : index + 2]]
+            yield images

@@ -1,0 +1,374 @@
+"""Prepare the training set and LFW: each picture's face found, aligned to 112x112, and packed.
+
+    python pre_process.py                      # whatever of the two lies in data/
+    python pre_process.py --download-lfw       # fetch LFW first
+    python pre_process.py --source my.zip --output data/my_faces
+
+takes data/CASIA-WebFace.zip (.tar, .tar.gz, .tgz, or a folder) to data/faces_webface_112x112/, and
+data/lfw-funneled.tgz (or lfw-deepfunneled, or lfw; the same kinds) to data/faces_lfw_112x112/:
+train.rec, train.idx, property, index.tsv and report.json in each.  A ready train.rec is checked and
+indexed, not aligned again.  Ten pictures before and after alignment go to images/0_raw.jpg,
+images/0_img.jpg and so on.  A bar shows images/s; at the end it prints, for each set,
+
+    CASIA-WebFace.zip: 638 pictures in 4.0 s, 160 images/s on cpu
+      kept 638 of 32 identities in data/faces_webface_112x112 (ok 638)
+      passed over 0
+
+Killed at any moment and started again, it goes on where it was and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from align import BLOCK_IMAGES, align_blocks, plan_blocks
+from archives import ArchiveError, Source, Tally, open_source
+from config import Config, parse_args
+from face_detect import FaceDetector
+from index_tsv import IndexTable, read_index
+from journal import Journal, begin, complete, locked, read_report, write_report
+from lfw_download import download_lfw
+from pictures import decode_picture
+from ready_pack import index_pack
+from recordio import RecordReader, encode_jpeg
+from utils import UserError, atomic_write, exit_with_sentence, get_device
+
+SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+# Sets by the name of their archive or folder, the preferred one first; upper case does not matter.
+TRAINING_STEMS = ("casia-webface",)
+LFW_STEMS = ("lfw-funneled", "lfw_funneled", "lfw-deepfunneled", "lfw_deepfunneled", "lfw")
+FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
+KEPT = ("ok", "retried", "central_crop")
+PAIRS = 10  # pictures shown before and after
+
+
+class Job(NamedTuple):
+    """One data set to prepare: crop_missed keeps pictures without a face, cropped centrally."""
+
+    source: Path
+    output: Path
+    crop_missed: bool
+    show: bool  # write pictures before and after
+
+
+def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
+    """What there is to do: --source, or what lies in data_dir (or `lfw`, for LFW).
+
+    Raises UserError if there is nothing, naming what was looked for.
+    """
+    data = Path(cfg.data_dir)
+    outputs = (data / "faces_webface_112x112", data / "faces_lfw_112x112")
+    if cfg.source:
+        path = Path(cfg.source)
+        source = path / "train.rec" if (path / "train.rec").is_file() else path
+        is_lfw = path.name.lower().startswith("lfw")
+        output = source.parent if source.suffix == ".rec" else outputs[is_lfw]
+        return [Job(source, Path(cfg.output or output), _crops(cfg, is_lfw), True)]
+    jobs = []
+    for is_lfw, output in enumerate(outputs):
+        report = read_report(output)
+        found = find_sources(data, bool(is_lfw))
+        if (output / "train.rec").is_file() and (report is None or "ready" in report):
+            found.insert(0, output / "train.rec")
+        elif is_lfw and lfw is not None:
+            found = [lfw, *(path for path in found if path != lfw)]
+        elif not found and report:  # finished, and the archive deleted since
+            found = [Path(report["source"])]
+        if len(found) > 1:
+            print(f"{found[0]} is taken; {', '.join(map(str, found[1:]))} is left aside.")
+        if found:
+            # a ready pack has no pictures from before the alignment
+            show = all(job.source.suffix == ".rec" for job in jobs)
+            jobs.append(Job(found[0], output, _crops(cfg, bool(is_lfw)), show))
+    if not jobs:
+        raise UserError(
+            f"there is nothing to prepare in {data}/: no training set (CASIA-WebFace.zip, .tar, "
+            ".tar.gz, .tgz or folder, or a ready faces_webface_112x112/train.rec) and no LFW "
+            "(lfw-funneled.tgz, lfw-deepfunneled.tgz or lfw.tgz). Run `make demo` to see it all on "
+            "drawn faces, or get the archives as README.md says and put them there."
+        )
+    if cfg.output and len(jobs) > 1:
+        raise UserError(f"--output is one folder, but {data}/ holds two sets; add --source.")
+    return [job._replace(output=Path(cfg.output or job.output)) for job in jobs]
+
+
+def find_sources(data: Path, is_lfw: bool) -> list[Path]:
+    """The training sets, or the LFWs, that lie in a folder; the one to take first."""
+    there = {path.name.lower(): path for path in sorted(data.glob("*"))}
+    stems = LFW_STEMS if is_lfw else TRAINING_STEMS
+    names = [stem + suffix for stem in stems for suffix in (*SUFFIXES, "")]
+    if is_lfw:
+        names += [n for n in there if n.startswith("lfw") and n.endswith(SUFFIXES)]
+    found = [there[name] for name in dict.fromkeys(names) if name in there]
+    if is_lfw:  # scikit-learn's folder, packed and unpacked
+        home = data / "lfw_home"
+        found += [p for p in (home / "lfw_funneled", home / "lfw-funneled.tgz") if p.exists()]
+    return found
+
+
+def _crops(cfg: Config, is_lfw: bool) -> bool:
+    return is_lfw if cfg.missed == "auto" else cfg.missed == "crop"
+
+
+# ------------------------------------------------------------------------------ one data set
+
+
+def prepare(
+    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector]
+) -> dict[str, Any] | None:
+    """Prepare one data set; returns its report, or None if it was finished before.
+
+    Raises UserError if the output is taken by another source or another process.
+    """
+    if job.source.suffix == ".rec":
+        return prepare_pack(job, cfg)
+    if job.output.is_dir() and any(job.output.iterdir()):
+        check_finished(job, cfg)
+        return None
+    part = job.output.with_name(job.output.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with open_source(job.source, part.parent) as source:
+        entries = source.entries()
+        if source.damage:
+            print(f"WARNING: {source.damage} What can be read of it is used.", file=sys.stderr)
+        if not entries:
+            raise ArchiveError(
+                f"{job.source} holds no pictures in folders of identities "
+                f"(passed over: {listed(source.passed.counts) or 'nothing'})."
+            )
+        with locked(part):
+            begun = describe(job, source, cfg)
+            begin(part, begun)
+            report = align_source(job, part, source, begun, cfg, get_detector())
+            complete(part, job.output)
+    return report
+
+
+def check_finished(job: Job, cfg: Config) -> None:
+    """Say that the output is finished; UserError unless it was made from this very source."""
+    report = read_report(job.output)
+    missing = [name for name in FINISHED if not (job.output / name).is_file()]
+    if missing or report is None:
+        raise UserError(
+            f"{job.output} is there but has no {missing[0]}, so it is no finished output of this "
+            "script; move it away or give another --output."
+        )
+    settings = {"crop_missed": job.crop_missed, "min_face": cfg.min_face}
+    same_settings = settings.items() <= report.get("settings", {}).items()
+    gone = not job.source.exists()  # whoever deletes the archive afterwards saves space
+    if not gone and report["source_bytes"] != source_bytes(job.source):
+        raise UserError(
+            f"{job.output} was prepared from another {Path(report['source']).name}; move it away "
+            f"or give another --output to prepare {job.source}."
+        )
+    if not same_settings:
+        raise UserError(
+            f"{job.output} was prepared with another --missed or --min-face; move it away or give "
+            "another --output."
+        )
+    print(f"{job.output} is finished: {report['kept']:,} faces of {report['identities']:,} people.")
+
+
+def source_bytes(path: Path, source: Source | None = None) -> int:
+    """Size of an archive, or of all pictures in a folder: enough to tell whether it changed."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.size for entry in (source or open_source(path)).entries())
+
+
+def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
+    """Check and index a ready train.rec; None if that was done before."""
+    size = job.source.stat().st_size if job.source.is_file() else 0
+    report = read_report(job.output)
+    if report and report["source_bytes"] == size and (job.output / "index.tsv").is_file():
+        print(f"{job.source} is checked and indexed: {report['kept']:,} images.")
+        return None
+    index = job.output / "index.tsv"
+    if report is None and index.is_file() and f"\t{job.source.name}\t" not in index.read_text():
+        raise UserError(
+            f"{index} says more than a ready pack's, but there is no report.json beside it; move "
+            "it away to have the pack indexed."
+        )
+    started = time.perf_counter()
+    facts = index_pack(job.source, job.output, cfg.workers)
+    report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
+    report |= {"versions": versions()} | count(read_index(job.output)) | facts
+    report |= timing(report["images"], started)
+    write_report(job.output, report)
+    return report
+
+
+def describe(job: Job, source: Source, cfg: Config) -> dict[str, Any]:
+    """What the outcome depends on: an unfinished output is gone on with only if all agrees."""
+    return {
+        "source": str(job.source.resolve()),
+        "source_bytes": source_bytes(job.source, source),
+        "fingerprint": source.fingerprint(),
+        "settings": {
+            "crop_missed": job.crop_missed,
+            "min_face": cfg.min_face,
+            "detect_batch": cfg.detect_batch,
+            "device": get_device(cfg.device).type,
+        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that pixels and detections depend on."""
+    mtcnn = importlib.metadata.version("mtcnn")
+    return {"torch": torch.__version__, "cv2": cv2.__version__, "mtcnn": mtcnn}
+
+
+def align_source(
+    job: Job,
+    part: Path,
+    source: Source,
+    begun: dict[str, Any],
+    cfg: Config,
+    detector: FaceDetector,
+) -> dict[str, Any]:
+    """Do in `part` what is left to do, down to the report, which it returns."""
+    started = time.perf_counter()
+    entries = source.entries()
+    blocks = plan_blocks(entries, max(BLOCK_IMAGES, cfg.detect_batch))
+    with contextlib.closing(Journal(part, entries, blocks)) as journal:
+        resumed_at = journal.images
+        if resumed_at:
+            print(f"{job.source.name}: going on after {resumed_at:,} of {len(entries):,} pictures.")
+        results = align_blocks(
+            *(source, blocks[journal.done :], detector),
+            *(job.crop_missed, cfg.detect_batch, cfg.workers),
+        )
+        bar = tqdm(total=len(entries), initial=resumed_at, unit=" images", desc=job.source.name)
+        with bar:
+            for block in results:
+                journal.append(block)
+                bar.update(len(block))
+        if not journal.counts:
+            raise UserError(
+                f"not one of the {len(entries):,} pictures in {job.source} gave a face "
+                f"({listed(journal.statuses)}; {part / 'index.tsv'} names each)."
+            )
+        journal.finish()
+    table = read_index(part, RecordReader(part))
+    if job.show:
+        write_pairs(source, table, RecordReader(part), Path(cfg.images_dir))
+    report = begun | count(table) | {"not_pictures": source.passed.as_dict()}
+    report |= {"damage": source.damage, "resumed_at": resumed_at}
+    report |= timing(len(entries) - resumed_at, started)
+    write_report(part, report)
+    return report
+
+
+# ------------------------------------------------------------------------------ what came of it
+
+
+def count(table: IndexTable) -> dict[str, Any]:
+    """Pictures by status; those not found or passed over by name too."""
+    statuses = Tally()
+    for status, name in zip(table.status, table.source, strict=True):
+        statuses.add(status, name)
+    found = {s: n for s, n in sorted(statuses.counts.items()) if s in KEPT}
+    return {
+        "images": len(table.status),
+        "kept": sum(found.values()),
+        "identities": len(np.unique(table.label[table.label >= 0])),
+        "identities_in_source": len(set(table.identity)),
+        "status": dict(sorted(statuses.counts.items())),
+        "missed": {s: m for s, m in statuses.as_dict().items() if s not in ("ok", "retried")},
+    }
+
+
+def timing(images: int, started: float) -> dict[str, float]:
+    """Seconds since `started`, and images/s."""
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 2), "images_per_s": round(images / seconds, 1)}
+
+
+def listed(counts: dict[str, int]) -> str:
+    """`ok 630, retried 8`."""
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
+
+
+def summarise(report: dict[str, Any], output: Path) -> None:
+    """Print a report's numbers."""
+    kept = {s: n for s, n in report["status"].items() if s in KEPT}
+    passed = {s: n for s, n in report["status"].items() if s not in KEPT}
+    others = {s: n["count"] for s, n in report.get("not_pictures", {}).items()}
+    device = report.get("settings", {}).get("device", "cpu")
+    done = report["images"] - report.get("resumed_at", 0)
+    print(
+        f"{Path(report['source']).name}: {done:,} pictures in {report['seconds']:.1f} s, "
+        f"{report['images_per_s']:.0f} images/s on {device}\n"
+        f"  kept {report['kept']:,} of {report['identities']:,} identities in {output} "
+        f"({listed(kept)})\n"
+        f"  passed over {sum(passed.values()):,}" + (f" ({listed(passed)})" if passed else "")
+    )
+    if others:
+        print(f"  no pictures: {listed(others)}")
+    if passed or others:
+        print(f"  {output / 'report.json'} names them")
+    if report.get("damage"):
+        print(f"  WARNING: {report['damage']} Fetch it again to have the rest.")
+
+
+def write_pairs(source: Source, table: IndexTable, reader: RecordReader, images_dir: Path) -> None:
+    """Ten pictures as they were and aligned, evenly spread over those with a face."""
+    kept = np.flatnonzero(table.record >= 0)
+    found = [i for i in kept if table.status[i] != "central_crop"] or kept
+    chosen = np.unique(np.linspace(0, len(found) - 1, PAIRS).round().astype(int))
+    rows = [found[i] for i in chosen]
+    originals = dict(source.read(source.entries()[row] for row in rows))
+    images_dir.mkdir(parents=True, exist_ok=True)
+    for i in range(PAIRS):
+        raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
+        if i >= len(rows):  # fewer pictures than last time
+            raw.unlink(missing_ok=True)
+            img.unlink(missing_ok=True)
+            continue
+        data = originals[source.entries()[rows[i]]]
+        if not data.startswith(b"\xff\xd8"):
+            data = encode_jpeg(decode_picture(data))
+        position = np.searchsorted(reader.keys, table.record[rows[i]])
+        for path, content in ((raw, data), (img, reader.jpeg(int(position)))):
+            with atomic_write(path) as file:
+                file.write(content)
+
+
+@exit_with_sentence
+def main(cfg: Config) -> None:
+    """Prepare what there is, one set after the other; a set that fails does not stop the other."""
+    # every picture is one task of a pool: threads inside OpenCV would only compete
+    cv2.setNumThreads(1)
+    # what it cannot decode is counted by name: no need to print it
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    lfw = download_lfw(cfg.data_dir) if cfg.download_lfw else None
+    get_detector = functools.cache(lambda: FaceDetector(get_device(cfg.device), cfg.min_face))
+    problems = []
+    for job in find_jobs(cfg, lfw):
+        try:
+            report = prepare(job, cfg, get_detector)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if report:
+            summarise(report, job.output)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:], "pre_process"))

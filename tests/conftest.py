@@ -1,0 +1,19 @@
+"""What every test shares: the root on the path, and the folder of real faces if there is one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def real_faces() -> Path:
+    """The folder that the environment variable REAL_FACES names; the test is skipped without it."""
+    folder = os.environ.get("REAL_FACES", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("REAL_FACES names no folder with real faces")
+    return Path(folder).resolve()

@@ -1,0 +1,155 @@
+"""align.py: blocks and batches, coordinates in whole pictures, order, and the crops themselves."""
+
+import cv2
+import numpy as np
+import pytest
+from drawn import face, nobody, people, same_pixels, write_zip
+
+import align
+from align import (
+    Picture,
+    align_blocks,
+    align_face,
+    cut_face,
+    load_picture,
+    plan_batches,
+    plan_blocks,
+    run_ahead,
+    search_batch,
+)
+from archives import ArchiveError, Entry, open_source
+from face_detect import Detection, FaceDetector, find_face
+from pictures import decode_picture
+from recordio import decode_jpeg
+from utils import TEMPLATE, similarity_transform, warp_face
+
+ENTRY = Entry("s/a/1.jpg", "a", 1, None)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return FaceDetector()
+
+
+def entries_of(*sizes):
+    return [Entry(f"s/a/{i}.jpg", "a", size, None) for i, size in enumerate(sizes)]
+
+
+def test_blocks_are_bounded_in_number_and_bytes(monkeypatch):
+    monkeypatch.setattr(align, "BLOCK_BYTES", 100)
+    assert plan_blocks([]) == []
+    assert plan_blocks(entries_of(1, 1, 1, 1, 1), 2) == [(0, 2), (2, 4), (4, 5)]
+    assert plan_blocks(entries_of(60, 40, 1, 500, 2, 3), 9) == [(0, 2), (2, 3), (3, 4), (4, 6)]
+
+
+def test_batches_hold_one_size_each():
+    shapes = [(40, 40), (30, 40), (40, 40), (10, 40), (40, 40), (30, 40)]
+    pictures = [Picture(ENTRY, "", np.zeros((*shape, 3), np.uint8)) for shape in shapes]
+    pictures.append(Picture(ENTRY, "unreadable"))
+    assert plan_batches(pictures, 2) == [[0, 2], [4], [1, 5]]  # the fourth is too small
+    large = [Picture(ENTRY, "", np.zeros((1000, 1000, 3), np.uint8))] * 5
+    assert [len(batch) for batch in plan_batches(large, 32)] == [2, 2, 1]
+
+
+def test_run_ahead_keeps_order_and_asks_early():
+    asked = []
+    items = run_ahead((asked.append(i) or i for i in range(5)), 2)
+    assert next(items) == 0
+    assert asked == [0, 1, 2]
+    assert list(items) == [1, 2, 3, 4]
+
+
+def test_usual_pictures_are_aligned_by_one_warp(detector):
+    """The oracle is the three steps written out: detect, transform, warp."""
+    picture = load_picture(ENTRY, face(1))
+    (detection,) = find_face(detector, picture.image[None])
+    result = cut_face(picture, detection, crop_missed=False)
+    matrix = similarity_transform(detection.points.astype(np.float64))
+    wanted = warp_face(decode_picture(face(1)), matrix)
+    assert result.status == "ok"
+    assert same_pixels(decode_jpeg(result.jpeg), wanted, 3)
+    np.testing.assert_allclose(result.points, detection.points, atol=1e-4)
+
+
+def test_large_pictures_are_searched_small_and_cut_from_the_whole(detector):
+    """A drawing enlarged eight times, its points told in the copy: they and the crop come back."""
+    usual = load_picture(ENTRY, face(2))
+    wanted = cut_face(usual, find_face(detector, usual.image[None])[0], False)
+    large = cv2.resize(usual.image, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
+    picture = load_picture(ENTRY, cv2.imencode(".png", large[..., ::-1])[1].tobytes())
+    assert picture.image.shape == (1024, 1024, 3)
+    # whole numbers are centres of pixels, so x in the usual picture is 8 (x + 0.5) - 0.5 here
+    zoom = 1024 / 250
+    told = Detection("ok", 1.0, (wanted.box + 0.5) * zoom - 0.5, (wanted.points + 0.5) * zoom - 0.5)
+    got = cut_face(picture, told, False)
+    np.testing.assert_allclose(got.points, (wanted.points + 0.5) * 8 - 0.5)
+    np.testing.assert_allclose(got.box, (wanted.box + 0.5) * 8 - 0.5)
+    assert same_pixels(decode_jpeg(got.jpeg), decode_jpeg(wanted.jpeg), 3)
+    # and the detector does find it there
+    (found,) = find_face(detector, picture.image[None])
+    assert np.abs(found.points - told.points).max() < 5 * zoom
+
+
+def test_halving_first_is_the_same_crop_without_aliasing():
+    """A fine chequerboard has to become even grey, and a gradient to stay what it is."""
+    y, x = np.mgrid[:900, :900]
+    points = TEMPLATE * 7.3 + 30
+    board = np.repeat(((x + y) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
+    assert np.ptp(align_face(board, points)[5:-5, 5:-5].astype(int)) <= 2
+    ramp = np.repeat((x / 4).astype(np.uint8)[..., None], 3, axis=2)
+    plain = warp_face(ramp, similarity_transform(points))
+    assert same_pixels(align_face(ramp, points), plain, 1)
+
+
+def test_missed_faces_are_passed_over_or_cropped(detector):
+    picture = load_picture(ENTRY, nobody())
+    missed = Detection("no_face")
+    assert cut_face(picture, missed, False) == (ENTRY, "no_face", None, None, None, None)
+    cropped = cut_face(picture, missed, True)
+    assert cropped.status == "central_crop"
+    assert cropped.points is None
+    side = 0.46 * 250
+    start = round((250 - side) / 2)
+    square = picture.image[start : start + round(side), start : start + round(side)]
+    centre = cv2.resize(square, (112, 112), interpolation=cv2.INTER_LINEAR)
+    assert same_pixels(decode_jpeg(cropped.jpeg), centre, 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (19, 200)])
+def test_tiny_pictures(shape):
+    data = cv2.imencode(".png", np.full((*shape, 3), 90, np.uint8))[1].tobytes()
+    picture = load_picture(ENTRY, data)
+    assert plan_batches([picture], 4) == []
+    assert cut_face(picture, Detection("no_face"), False).status == "too_small"
+    cropped = cut_face(picture, Detection("no_face"), True)
+    assert decode_jpeg(cropped.jpeg).shape == (112, 112, 3)
+
+
+def test_a_very_long_picture(detector):
+    data = cv2.imencode(".png", np.full((30, 20_000, 3), 90, np.uint8))[1].tobytes()
+    picture = load_picture(ENTRY, data)
+    assert min(picture.image.shape[:2]) == align.MIN_SIDE
+    assert search_batch(detector, [picture], [0])[0].status == "no_face"
+
+
+def test_reasons_come_through():
+    assert load_picture(ENTRY, ArchiveError("no", "too_large")).status == "too_large"
+    assert load_picture(ENTRY, b"").status == "empty_file"
+    assert load_picture(ENTRY, face(1)[:3000]).status == "truncated"
+    assert cut_face(Picture(ENTRY, "truncated"), Detection("no_face"), True).jpeg is None
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_blocks_come_in_order_whatever_the_threads(workers, detector, tmp_path):
+    files = people(2, 4) | {"CASIA-WebFace/0001000/900.jpg": nobody()}
+    with open_source(write_zip(tmp_path / "x.zip", files)) as source:
+        entries = source.entries()
+        blocks = plan_blocks(entries, 2)
+        results = list(align_blocks(source, blocks, detector, False, 2, workers))
+        rest = list(align_blocks(source, blocks[3:], detector, False, 2, workers))
+    assert [len(block) for block in results] == [2, 2, 2, 2, 1]
+    assert [face.entry for block in results for face in block] == entries
+    statuses = [face.status for block in results for face in block]
+    assert statuses == ["ok"] * 4 + ["no_face"] + ["ok"] * 4
+    jpegs = [face.jpeg for block in results for face in block]
+    assert [face.jpeg for block in rest for face in block] == jpegs[6:]

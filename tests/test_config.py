@@ -1,0 +1,95 @@
+import dataclasses
+import subprocess
+import sys
+import typing
+
+import pytest
+from conftest import ROOT
+
+import models
+from config import Config, parse_args
+
+SCRIPTS = ("synthetic", "pre_process", "train", "lfw_eval")
+
+
+def test_defaults_are_the_papers_recipe():
+    cfg = parse_args([])
+    assert (cfg.network, cfg.batch_size, cfg.lr, cfg.epochs) == ("r50", 512, 0.1, 32)
+    assert (cfg.margin_s, cfg.margin_m, cfg.milestones) == (64.0, 0.5, (20, 28))
+    assert (cfg.momentum, cfg.weight_decay, cfg.schedule) == (0.9, 5e-4, "step")
+    assert cfg == Config()
+
+
+def test_types_follow_the_fields():
+    argv = ["--lr", "1e-2", "--epochs", "3", "--milestones", "1", "2", "--easy-margin"]
+    argv += ["--no-flip", "--network", "r18"]
+    cfg = parse_args(argv, "train")
+    assert (cfg.lr, cfg.epochs, cfg.milestones) == (0.01, 3, (1, 2))
+    assert (cfg.easy_margin, cfg.flip, cfg.network) == (True, False, "r18")
+    assert set(cfg.given) == {"lr", "epochs", "milestones", "easy_margin", "flip", "network"}
+
+
+def test_resume_takes_a_path_or_means_the_newest():
+    assert parse_args(["--resume"], "train").resume == "newest"
+    assert parse_args(["--resume", "runs/a"], "train").resume == "runs/a"
+    assert parse_args([], "train").resume == ""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--no-such-flag"],
+        ["--epochs", "many"],
+        ["--epochs", "0"],
+        ["--epochs", "1.5"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--dropout", "1"],
+        ["--network", "r49"],
+        ["--flip", "False"],  # booleans take no value
+        ["--epoch", "3"],  # no abbreviations
+        ["--input-mean", "0.5", "0.5"],
+    ],
+)
+def test_wrong_arguments_end_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(argv)
+    assert error.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_a_script_refuses_the_flags_of_another():
+    with pytest.raises(SystemExit):
+        parse_args(["--lr", "0.1"], "pre_process")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_help_and_reads_every_knob_it_offers(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"], script)
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        scripts = field.metadata.get("scripts", [])
+        assert ("--" + field.name.replace("_", "-") in shown.split()) == (script in scripts) or (
+            f"--{field.name.replace('_', '-')}," in shown
+        )
+
+
+def test_every_knob_is_read_somewhere():
+    sources = {path.stem: path.read_text("utf-8") for path in ROOT.glob("*.py")}
+    code = "\n".join(text for name, text in sources.items() if name != "config")
+    for field in dataclasses.fields(Config):
+        assert f"cfg.{field.name}" in code, f"nothing reads {field.name}"
+        for script in field.metadata.get("scripts", []):
+            assert script in sources
+
+
+def test_network_choices_are_the_registry():
+    hint = typing.get_type_hints(Config)["network"]
+    assert typing.get_args(hint) == tuple(models.NETWORKS)
+
+
+def test_importing_config_loads_nothing_heavy():
+    code = "import sys, config; assert not {'torch', 'numpy', 'cv2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

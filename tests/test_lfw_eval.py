@@ -1,0 +1,349 @@
+"""lfw_eval.py on small made-up sets: what it reads, what it reports, what it writes."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import lfw_eval
+import lfw_figures
+import verification
+from config import parse_args
+from index_tsv import INDEX_HEADER, IndexRow, format_index_row
+from models import build_model
+from recordio import encode_jpeg, write_bin, write_dataset
+from utils import UserError, save_checkpoint
+
+PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs
+
+
+def face_of(person, shot):
+    """A 112x112 face in the person's colours, a little different in each shot."""
+    rng = np.random.default_rng([person, 9])
+    cells = rng.integers(0, 256, (7, 7, 3)).astype(np.float32)
+    noise = np.random.default_rng([person, shot]).normal(0, 12, (7, 7, 3))
+    return np.kron(np.clip(cells + noise, 0, 255).astype(np.uint8), np.ones((16, 16, 1), np.uint8))
+
+
+def name_of(person):
+    return f"李_{person}" if person % 2 else f"Ann_{person}"
+
+
+def pairs_text(folds=4, each=3):
+    lines = [f"{folds}\t{each}"]
+    for fold in range(folds):
+        people = range(fold * each, fold * each + each)
+        lines += [f"{name_of(p)}\t1\t2" for p in people]
+        lines += [f"{name_of(p)}\t1\t{name_of((p + 5) % PEOPLE)}\t2" for p in people]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """data/ with a prepared LFW, its pairs, and the archive of 250x250 pictures it came from."""
+    folder = tmp_path / "data" / "faces_lfw_112x112"
+    faces = [(person, shot) for person in range(PEOPLE) for shot in (1, 2)]
+    jpegs = [encode_jpeg(face_of(*face)) for face in faces]
+    write_dataset(folder, jpegs, [person for person, _ in faces])
+    archive = tmp_path / "data" / "lfw-funneled.tgz"
+    rows = [INDEX_HEADER]
+    with tarfile.open(archive, "w:gz") as tar:
+        for record, (person, shot) in enumerate(faces, 1):
+            name = f"lfw_funneled/{name_of(person)}/{name_of(person)}_{shot:04d}.jpg"
+            status = "central_crop" if record in (2, 5) else "ok"
+            rows.append(format_index_row(IndexRow(record, person, name_of(person), name, status)))
+            picture = encode_jpeg(np.full((250, 250, 3), record, np.uint8))
+            member = tarfile.TarInfo(name)
+            member.size = len(picture)
+            tar.addfile(member, io.BytesIO(picture))
+    rows.append(format_index_row(IndexRow(None, None, "Odd", "lfw/Odd/Odd_0001.jpg", "unreadable")))
+    (folder / "index.tsv").write_text("".join(rows), "utf-8")
+    (folder / "report.json").write_text(json.dumps({"source": str(archive)}), "utf-8")
+    (tmp_path / "data" / "pairs.txt").write_text(pairs_text(), "utf-8")
+    return tmp_path / "data"
+
+
+def mean_colours(faces):
+    """An embedding that knows the 7x7 cells of face_of."""
+    cells = faces.float().reshape(len(faces), 7, 16, 7, 16, 3).mean((2, 4))
+    return cells.flatten(1) - 127
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_load_lfw_folder(data):
+    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    assert len(lfw.images) == len(lfw.pairs.names) == 2 * PEOPLE
+    assert lfw.missed == 2
+    for name, image in zip(lfw.pairs.names, lfw.images, strict=True):
+        person, shot = int(name.split("/")[0].split("_")[1]), int(name[-4:])
+        assert np.abs(image.numpy().astype(int) - face_of(person, shot)).mean() < 6  # JPEG
+    people = np.array([name.split("/")[0] for name in lfw.pairs.names])
+    assert ((people[lfw.pairs.first] == people[lfw.pairs.second]) == lfw.pairs.same).all()
+
+
+def test_faces_that_no_pair_names_are_not_counted(data):
+    text = "2\t1\nAnn_0\t1\t2\nAnn_0\t1\tAnn_2\t2\nAnn_4\t1\t2\nAnn_4\t1\t李_3\t2\n"
+    (data / "pairs.txt").write_text(text, "utf-8")
+    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    people = ["Ann_0", "Ann_0", "Ann_2", "Ann_4", "Ann_4", "李_3"]
+    assert [name.split("/")[0] for name in lfw.pairs.names] == people
+    assert lfw.missed == 1  # record 2 is Ann_0's second picture, record 5 the first of Ann_2
+
+
+def test_a_pair_that_names_no_picture_gets_a_sentence(data):
+    text = pairs_text().replace("Ann_0\t1\t2", "Ann_0\t1\t7").replace("Ann_4\t1", "Bea\t1")
+    (data / "pairs.txt").write_text(text, "utf-8")
+    with pytest.raises(UserError, match=r"names 3 of .* \(Ann_0/Ann_0_0007, Bea/Bea_0001, Bea/"):
+        lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+
+
+def test_a_damaged_report_gets_a_sentence(data):
+    (data / "faces_lfw_112x112" / "report.json").write_text("[1, 2")
+    with pytest.raises(UserError, match=r"report\.json is damaged"):
+        lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "There is no"),
+        (b"\xff\xfe\x00", "not in the form"),
+        (b"4\t3\nAnn_0\t1\t2\n", "lines follow"),
+        (pairs_text(folds=1).encode(), "one fold"),
+    ],
+)
+def test_bad_pairs_files_get_a_sentence(data, content, complaint):
+    path = data / "pairs.txt"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"(?s)pairs\.txt.*{complaint}|{complaint}.*pairs\.txt"):
+        lfw_eval.load_lfw(data / "faces_lfw_112x112", path)
+
+
+def test_load_bin_embeds_each_face_once(tmp_path):
+    jpegs = [encode_jpeg(face_of(person, 1)) for person in range(3)]
+    order = [0, 1, 0, 0, 1, 1] + [2, 0] * 8
+    same = [False, True, True] + [False] * 8
+    write_bin(tmp_path / "lfw.bin", [jpegs[i] for i in order], same)
+    lfw = lfw_eval.load_lfw(tmp_path / "lfw.bin", tmp_path / "unused")
+    assert len(lfw.images) == 3
+    assert lfw.pairs.first.tolist() == [0, 0, 1] + [2] * 8
+    assert lfw.pairs.second.tolist() == [1, 0, 1] + [0] * 8
+    assert lfw.pairs.same.tolist() == same
+    assert lfw.pairs.folds.tolist() == [0, *range(10)]
+
+
+def test_load_bin_of_one_kind_or_another_size_gets_a_sentence(tmp_path):
+    path = tmp_path / "lfw.bin"
+    write_bin(path, [encode_jpeg(face_of(i, 1)) for i in range(40)], [True] * 20)
+    with pytest.raises(UserError, match="one kind"):
+        lfw_eval.load_lfw(path, "")
+    write_bin(path, [encode_jpeg(np.zeros((96, 80, 3), np.uint8))] * 40, [True, False] * 10)
+    with pytest.raises(UserError, match="80x96"):
+        lfw_eval.load_lfw(path, "")
+    write_bin(path, [encode_jpeg(face_of(0, 1)), b"no JPEG"] * 20, [True, False] * 10)
+    with pytest.raises(UserError, match=r"Picture 1 of .*lfw\.bin"):
+        lfw_eval.load_lfw(path, "")
+
+
+def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
+    bins = [data / "lfw.bin", data / "faces_webface_112x112" / "lfw.bin"]
+    bins[1].parent.mkdir()
+    for path in bins:
+        path.write_bytes(b"")
+    assert lfw_eval.find_lfw(data) == data / "faces_lfw_112x112"
+    (data / "faces_lfw_112x112" / "train.rec").unlink()
+    assert lfw_eval.find_lfw(data) == bins[1]
+    assert lfw_eval.find_lfw(data, tmp_path / "other") == bins[0]
+    bins[0].unlink()
+    assert lfw_eval.find_lfw(data, tmp_path / "other") is None
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
+    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    report = lfw_eval.evaluate_lfw(mean_colours, lfw)
+    assert report["accuracy"] == report["best_accuracy"] == report["auc"] == 1
+    assert (report["eer"], report["standard_error"], report["missed_faces"]) == (0, 0, 2)
+    assert report["tar_at_far"] == {"1e-3": 1, "1e-2": 1}
+    assert (report["pairs"], report["faces"]) == (24, 24)
+    unit = mean_colours(lfw.images).double().numpy()
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[lfw.pairs.first, lfw.pairs.second]
+    gap = cosines[~lfw.pairs.same].max(), cosines[lfw.pairs.same].min()
+    assert report["best_threshold"] == pytest.approx(sum(gap) / 2, abs=1e-6)
+
+
+def test_worst_errors_come_first():
+    scores = np.array([0.9, 0.2, 0.8, 0.95, 0.1, 0.5, 0.7])
+    same = np.array([False, True, False, True, True, False, True])
+    positives, negatives = lfw_eval.worst_errors(scores, same, 0.6)
+    assert positives.tolist() == [0, 2]
+    assert negatives.tolist() == [4, 1]
+    assert [len(found) for found in lfw_eval.worst_errors(scores, same, 0.9)] == [1, 3]
+
+
+# ---------------------------------------------------------------- galleries
+
+
+def grey_level(path):
+    image = cv2.imread(str(path))
+    return image.shape, round(float(image.mean()))
+
+
+def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
+    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    images = tmp_path / "images"
+    (images / "demo").mkdir(parents=True)
+    stale = ["0_fp_0.jpg", "7_fp_1.jpg", "12_fn_0.jpg"]
+    kept = ["0_raw.jpg", "0_img.jpg", "x_fp_0.jpg", "roc.png", "demo/0_fp_0.jpg"]
+    for name in stale + kept:
+        (images / name).write_bytes(b"old")
+    # Pair 4 is Ann_0's first picture (record 1) and 李_5's second (12); pair 0 Ann_0's two.
+    errors = {"fp": np.array([3]), "fn": np.array([0])}
+    notice = lfw_figures.write_galleries(images, lfw.pairs, lfw.images, errors, lfw.source)
+    assert notice == ""
+    assert grey_level(images / "0_fp_0.jpg") == ((250, 250, 3), 1)
+    assert grey_level(images / "0_fp_1.jpg") == ((250, 250, 3), 12)
+    assert [grey_level(images / f"0_fn_{i}.jpg")[1] for i in (0, 1)] == [1, 2]
+    assert all((images / name).read_bytes() == b"old" for name in kept)
+    assert not (images / "7_fp_1.jpg").exists()
+    assert not (images / "12_fn_0.jpg").exists()
+
+
+def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
+    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    errors = {"fp": np.array([3]), "fn": np.array([], int)}
+    for source in ("", str(tmp_path / "gone.tgz")):
+        notice = lfw_figures.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
+        assert "aligned faces" in notice
+        shape, level = grey_level(tmp_path / "0_fp_1.jpg")
+        assert shape == (112, 112, 3)
+        assert level == pytest.approx(face_of(5, 2).mean(), abs=2)
+
+
+def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
+    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    person = tmp_path / "originals" / "lfw" / name_of(0)
+    person.mkdir(parents=True)
+    picture = np.zeros((250, 250, 3), np.uint8)
+    picture[..., 2] = 200  # red, in OpenCV's order
+    (person / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+    (person / "Ann_0_0002.bmp").write_bytes(b"no picture")
+    errors = {"fp": np.array([], int), "fn": np.array([0])}
+    notice = lfw_figures.write_galleries(
+        tmp_path, lfw.pairs, lfw.images, errors, str(tmp_path / "originals")
+    )
+    assert "1 of 2" in notice
+    written = tmp_path / "0_fn_0.jpg"
+    assert written.read_bytes()[:2] == b"\xff\xd8"
+    np.testing.assert_allclose(cv2.imread(str(written)), picture, atol=4)
+    assert grey_level(tmp_path / "0_fn_1.jpg")[0] == (112, 112, 3)
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.15, 5.0])
+def test_figures_are_drawn_for_poor_and_perfect_models(tmp_path, quality):
+    rng = np.random.default_rng(0)
+    same = np.arange(400) % 2 == 0
+    scores = np.tanh(rng.normal(0, 0.2, 400) + quality * same)
+    report = verification.verify(scores, same, verification.contiguous_folds(400))
+    lfw_figures.plot_angles(tmp_path / "new" / "theta_dist.png", scores, same, report)
+    lfw_figures.plot_roc(tmp_path / "new" / "roc.png", verification.roc(scores, same), report)
+    for name in ("theta_dist.png", "roc.png"):
+        image = cv2.imread(str(tmp_path / "new" / name))
+        assert min(image.shape[:2]) > 400
+        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50  # not a blank page
+
+
+# ---------------------------------------------------------------- the script
+
+
+def save_tiny(path):
+    torch.manual_seed(0)
+    path.parent.mkdir(parents=True)
+    config = {"network": "tiny", "use_se": False, "seed": 4}
+    model = build_model("tiny", emb_size=8)
+    save_checkpoint(path, {"config": config, "model": model.state_dict(), "epoch": 2})
+
+
+def test_script_without_flags_takes_the_newest_run(data, tmp_path):
+    for run_name in ("20250101-000000-r50-s0", "20250601-000000-tiny-s4"):
+        save_tiny(tmp_path / "runs" / run_name / "best.pt")
+    # A pair called mismatched that is not: no threshold judges all of them rightly.
+    wrong_label = pairs_text().replace("Ann_0\t1\t李_5\t2", "Ann_0\t1\tAnn_0\t2")
+    (data / "pairs.txt").write_text(wrong_label, "utf-8")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "9_fn_1.jpg").write_bytes(b"stale")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "lfw_eval.py"), "--device", "cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    newest = Path("runs", "20250601-000000-tiny-s4")
+    assert str(newest / "best.pt") in done.stdout
+    assert "newest run" in done.stdout
+    assert "epoch 2" in done.stdout
+    report = json.loads((tmp_path / newest / "lfw.json").read_text("utf-8"))
+    assert {"accuracy", "standard_error", "threshold", "best_accuracy", "best_threshold",
+            "tar_at_far", "auc", "eer", "pairs", "missed_faces"} <= report.keys()  # fmt: skip
+    assert (report["pairs"], report["missed_faces"], report["seed"]) == (24, 2, 4)
+    for key in ("accuracy", "best_accuracy", "auc", "eer"):
+        assert 0 <= report[key] <= 1
+    assert f"{100 * report['accuracy']:.3f} %" in done.stdout
+    assert f"{100 * report['best_accuracy']:.3f} %" in done.stdout
+    wrong = report["false_positives"] + report["false_negatives"]
+    assert wrong == round((1 - report["best_accuracy"]) * 24)
+    assert wrong > 0
+    expected = {f"{i}_{kind}_{side}.jpg" for kind, count in (("fp", report["false_positives"]),
+                ("fn", report["false_negatives"])) for i in range(min(10, count))
+                for side in (0, 1)}  # fmt: skip
+    written = {path.name for path in (tmp_path / "images").iterdir()}
+    assert written == expected | {"theta_dist.png", "roc.png"}
+    assert not (tmp_path / "runs" / "20250101-000000-r50-s0" / "lfw.json").exists()
+
+
+def main(*flags):
+    lfw_eval.main(parse_args(["--device", "cpu", *flags], "lfw_eval"))
+
+
+def test_report_of_others_models_goes_into_a_folder_of_its_own(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    main("--checkpoint", "theirs.pth", "--network", "tiny", "--runs-dir", "out")
+    assert json.loads((tmp_path / "out" / "theirs" / "lfw.json").read_text("utf-8"))["pairs"] == 24
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "best.pt"),
+        (["--checkpoint", "nothing.pt"], "nothing.pt"),
+        (["--checkpoint", "data/pairs.txt"], "pairs.txt"),
+        (["--lfw", "nowhere"], "nowhere"),
+        (["--data-dir", "empty"], "make demo"),
+    ],
+)
+def test_script_says_what_is_wrong_in_a_sentence(
+    data, tmp_path, monkeypatch, capsys, flags, complaint
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(*flags)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "images").exists()
