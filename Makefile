@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 
 DEMO := --data-dir demo/data --runs-dir demo/runs --images-dir demo/images
 
-.PHONY: demo test test-slow lint pictures clean-demo
+.PHONY: demo test test-slow lint pictures
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -21,9 +21,8 @@ demo: $(INSTALLED)
 	rm -rf demo
 	$(RUN) synthetic.py --output demo/data
 	$(RUN) pre_process.py --data-dir demo/data --images-dir demo/images
-	$(RUN) train.py --data-dir demo/data --runs-dir demo/runs --images-dir demo/images \
-		--network tiny --emb-size 128 --dropout 0.1 --margin-s 32 --margin-m 0.3 \
-		--epochs 8 --batch-size 64 --lr 0.1 --schedule poly --poly-power 1 --warmup-epochs 0.5
+	$(RUN) train.py $(DEMO) --network tiny --epochs 6 --batch-size 128 --margin-s 32 \
+		--margin-m 0.3 --schedule poly --poly-power 1 --warmup-epochs 1 --clip-norm 5 --dropout 0
 	$(RUN) lfw_eval.py $(DEMO)
 
 test: $(INSTALLED)

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
-import torch
 
 from archives import ArchiveError, Entry, Source
 from face_detect import Detection, FaceDetector, central_crop_points, find_face
@@ -77,19 +76,16 @@ def align_blocks(
 ) -> Iterator[list[Aligned]]:
     """What becomes of the entries of each block, in order.
 
-    Reading, decoding, detecting and encoding overlap, each some blocks ahead of the next.  A GPU
-    gets one batch at a time; a CPU one a core, each on one thread, which is several times faster
-    than all cores on one batch: the networks are small.
+    Reading, decoding, detecting and encoding overlap, each some blocks ahead of the next.
     """
     workers = workers or core_count()
     wanted = [entry for start, stop in blocks for entry in source.entries()[start:stop]]
     contents = source.read(wanted)
-    on_cpu = detector.device.type == "cpu"
     ahead = 1 + workers // 4  # blocks; each gives four threads a batch
-    usual_threads = torch.get_num_threads()
     reader = ThreadPoolExecutor(1)
     pool = ThreadPoolExecutor(workers)
-    searcher = ThreadPoolExecutor(workers if on_cpu else 1, initializer=_one_thread)
+    # the detector has threads of its own; with two batches or more it never waits for us
+    searcher = ThreadPoolExecutor(1 + workers // 2)
 
     def load(block: tuple[int, int]) -> list[Future]:
         return [pool.submit(load_picture, *next(contents)) for _ in range(*block)]
@@ -117,7 +113,6 @@ def align_blocks(
     finally:  # on Ctrl-C what is queued is dropped, not waited for
         for threads in (reader, searcher, pool):
             threads.shutdown(cancel_futures=True)
-        torch.set_num_threads(usual_threads)
 
 
 def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
@@ -128,10 +123,6 @@ def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def load_picture(entry: Entry, data: bytes | ArchiveError) -> Picture:

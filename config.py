@@ -32,13 +32,13 @@ class Config:
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval")
     seed: int = knob(0, "seed of everything random", "synthetic train", low=0)
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval")
-    workers: int = knob(0, "threads that decode and encode pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
+    workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
 
     # synthetic.py
     output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process)", "synthetic pre_process")
-    identities: int = knob(120, "drawn people to train on", "synthetic", low=2)
-    images_per_identity: int = knob(24, "pictures of each of them", "synthetic", low=1)
-    lfw_identities: int = knob(120, "drawn people to test on, none of them in training", "synthetic", low=20)
+    identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
+    images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=2)
+    lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
 
     # pre_process.py
     source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process")

@@ -127,6 +127,8 @@ class FaceDetector:
         """
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, np.uint8, "CW"))
+        if len(images) == 0:
+            return []
         _, height, width, _ = images.shape
         min_face = min_face or self.min_face or default_min_face(height, width)
         pixels = CPU_PIXELS if self.on_cpu else GPU_PIXELS

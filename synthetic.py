@@ -1,6 +1,6 @@
 """Draw a population of faces: the data set that needs no download, for the demo and the tests.
 
-    python synthetic.py --output demo/data      # some 4,500 pictures, half a minute on 2 CPU cores
+    python synthetic.py --output demo/data      # 3,800 pictures, half a minute on 2 CPU cores
 
 writes, always with the same bytes for the same seed and library versions,
 

@@ -9,5 +9,5 @@ if [ ! -x .venv-peers/bin/python ]; then
     "$python" -m venv .venv-peers
 fi
 .venv-peers/bin/python -m pip install --quiet "mtcnn==1.0.0" tensorflow-cpu lz4 joblib
-TF_CPP_MIN_LOG_LEVEL=3 .venv-peers/bin/python -c \
-    'import mtcnn, tensorflow; print("mtcnn", mtcnn.__version__, "tensorflow", tensorflow.__version__)'
+.venv-peers/bin/python -c \
+    'from importlib.metadata import version as v; print("mtcnn", v("mtcnn"), "tensorflow", v("tensorflow-cpu"))'

@@ -18,7 +18,7 @@ from align import (
     search_batch,
 )
 from archives import ArchiveError, Entry, open_source
-from face_detect import Detection, FaceDetector, find_face
+from face_detect import CENTRAL_CROP, Detection, FaceDetector, find_face
 from pictures import decode_picture
 from recordio import decode_jpeg
 from utils import TEMPLATE, similarity_transform, warp_face
@@ -108,7 +108,7 @@ def test_missed_faces_are_passed_over_or_cropped(detector):
     cropped = cut_face(picture, missed, True)
     assert cropped.status == "central_crop"
     assert cropped.points is None
-    side = 0.46 * 250
+    side = CENTRAL_CROP * 250
     start = round((250 - side) / 2)
     square = picture.image[start : start + round(side), start : start + round(side)]
     centre = cv2.resize(square, (112, 112), interpolation=cv2.INTER_LINEAR)

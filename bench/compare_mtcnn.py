@@ -1,0 +1,207 @@
+"""Compare face_detect.py with the mtcnn package itself, on the same decoded pictures.
+
+    bash bench/peers.sh                 # once: TensorFlow and mtcnn in .venv-peers
+    python -m bench.compare_mtcnn --data data/lfw-deepfunneled.tgz --images 500
+
+takes pictures of one size spread evenly over an archive (or folder), detects on them with both, in
+turn, and prints a table and a line of JSON: of how many pictures both take the same face (boxes
+that overlap by half), how far the five points are apart, and pictures a second. The package runs
+with its own defaults, in a process of its own, once picture by picture, as it is used, and once
+in batches of 16, the largest that pays there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from archives import ArchiveError, open_source
+from face_detect import FaceDetector, Faces, choose_face
+from utils import UserError, exit_with_sentence
+
+PEERS = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
+
+# Runs in the peer environment, which has none of our modules: pictures in, (n, 16) rows out, each
+# the picture's number, box, score, five x, five y; and what it took, in seconds and CPU seconds.
+REFERENCE = """
+import sys, time
+import numpy as np
+from mtcnn import MTCNN
+
+def detect(detector, pictures):
+    found = detector.detect_faces(pictures, output_type="numpy", box_format="xyxy")
+    return np.asarray(found, dtype=np.float64).reshape(-1, 16)
+
+images = np.load(sys.argv[1])
+detector = MTCNN()
+detect(detector, list(images[:2]))
+
+def clocks():
+    return np.array([time.perf_counter(), time.process_time()])
+
+begin = clocks()
+rows = [detect(detector, [image]) for image in images]
+one_by_one = clocks() - begin
+
+batch = 16
+begin = clocks()
+for i in range(0, len(images), batch):
+    detect(detector, list(images[i : i + batch]))
+batched = clocks() - begin
+
+for i, found in enumerate(rows):
+    found[:, 0] = i
+np.savez(sys.argv[2], rows=np.concatenate(rows), one_by_one=one_by_one, batched=batched)
+"""
+
+
+def read_images(path: Path, count: int) -> np.ndarray:
+    """(count, H, W, 3) RGB pictures of the first one's size, spread evenly over a source.
+
+    Raises UserError if none can be read.
+    """
+    images: list[np.ndarray] = []
+    with open_source(path) as source:
+        entries = source.entries()
+        count = min(count, len(entries))
+        chosen = [entries[i] for i in np.linspace(0, len(entries) - 1, count).round().astype(int)]
+        for _, data in source.read(chosen):
+            if isinstance(data, ArchiveError):
+                continue
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if image is not None and (not images or image.shape == images[0].shape):
+                images.append(image)
+    if not images:
+        raise UserError(f"No picture in {path} can be read; give another --data.")
+    return np.stack(images)
+
+
+def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarray]:
+    """The mtcnn package's faces of each picture; its clocks one by one and batched.
+
+    Clocks are seconds and CPU seconds; the latter mean more on a machine that is busy.
+
+    Raises UserError if its environment is missing or it fails.
+    """
+    if not PEERS.is_file():
+        raise UserError("The mtcnn package's environment is missing; run bash bench/peers.sh.")
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, result = Path(folder) / "images.npy", Path(folder) / "faces.npz"
+        np.save(pictures, images)
+        command = [str(PEERS), "-c", REFERENCE, str(pictures), str(result)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise UserError(f"The mtcnn package failed: {done.stderr.strip().splitlines()[-1]}")
+        with np.load(result) as found:
+            rows, one_by_one, batched = found["rows"], found["one_by_one"], found["batched"]
+    faces = []
+    for i in range(len(images)):
+        mine = rows[rows[:, 0] == i].astype(np.float32)
+        points = mine[:, 6:].reshape(-1, 2, 5).transpose(0, 2, 1)
+        faces.append(Faces(mine[:, 1:5], mine[:, 5], points))
+    return faces, one_by_one, batched
+
+
+def run_ours(images: np.ndarray, batch: int, device: str) -> tuple[list[Faces], np.ndarray]:
+    """This project's faces of each picture; its seconds and CPU seconds."""
+    detector = FaceDetector(device)
+    detector.detect(images[:batch])
+    begin = np.array([time.perf_counter(), time.process_time()])
+    faces = []
+    for i in range(0, len(images), batch):
+        faces += detector.detect(images[i : i + batch])
+    return faces, np.array([time.perf_counter(), time.process_time()]) - begin
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes."""
+    size = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)
+    both = size.prod()
+    return float(both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both))
+
+
+def compare(
+    ours: Sequence[Faces], theirs: Sequence[Faces], size: tuple[int, int]
+) -> dict[str, Any]:
+    """How far two detectors agree on the face chosen in each picture of (height, width) pixels."""
+    same, apart = 0, []
+    for mine, other in zip(ours, theirs, strict=True):
+        i, j = choose_face(mine, *size), choose_face(other, *size)
+        if i is None or j is None:
+            same += i is None and j is None
+        elif overlap(mine.boxes[i], other.boxes[j]) >= 0.5:
+            same += 1
+            apart.append(np.linalg.norm(mine.points[i] - other.points[j], axis=1))
+    distance = np.array(apart if apart else [[np.nan]])
+    return {
+        "images": len(ours),
+        "same_face": same / len(ours),
+        "points_median": float(np.median(distance)),
+        "points_99": float(np.quantile(distance, 0.99)),
+        "points_max": float(distance.max()),
+        "pictures_over_half_a_pixel": int((distance.max(1) > 0.5).sum()),
+        "faces_ours": sum(len(f.boxes) for f in ours),
+        "faces_theirs": sum(len(f.boxes) for f in theirs),
+        "without_face_ours": sum(len(f.boxes) == 0 for f in ours),
+        "without_face_theirs": sum(len(f.boxes) == 0 for f in theirs),
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The report as a person reads it."""
+    print(f"{report['images']} pictures of {report['height']}x{report['width']}")
+    print(f"same face            {report['same_face']:.2%}")
+    print(
+        f"points apart         median {report['points_median']:.4f}, "
+        f"99 % {report['points_99']:.3f}, most {report['points_max']:.2f} pixels; "
+        f"{report['pictures_over_half_a_pixel']} pictures over 0.5"
+    )
+    print(f"{'':20} {'ours':>8} {'mtcnn':>8}")
+    print(f"{'faces':20} {report['faces_ours']:8} {report['faces_theirs']:8}")
+    print(f"{'no face':20} {report['without_face_ours']:8} {report['without_face_theirs']:8}")
+    for name, key in (("images/s", "images_per_s"), ("CPU ms an image", "cpu_ms_per_image")):
+        ours, batched, single = (
+            report[key][who] for who in ("ours", "mtcnn_batched", "mtcnn_one_by_one")
+        )
+        print(f"{name:20} {ours:8.1f} {batched:8.1f} batched, {single:.1f} one by one")
+
+
+@exit_with_sentence
+def main(argv: Sequence[str]) -> None:
+    """Detect with both and print how far they agree."""
+    parser = argparse.ArgumentParser(prog="compare_mtcnn", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="archive or folder of pictures")
+    parser.add_argument("--images", type=int, default=500, help="how many (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="our batch (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="our device (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    images = read_images(args.data, args.images)
+    ours, seconds = run_ours(images, args.batch, args.device)
+    theirs, one_by_one, batched = run_reference(images)
+    height, width = images.shape[1:3]
+    report = compare(ours, theirs, (height, width))
+    report |= {"height": height, "width": width, "batch": args.batch, "device": args.device}
+    took = {"ours": seconds, "mtcnn_batched": batched, "mtcnn_one_by_one": one_by_one}
+    n = len(images)
+    report["images_per_s"] = {who: n / wall for who, (wall, _) in took.items()}
+    report["cpu_ms_per_image"] = {who: cpu / n * 1000 for who, (_, cpu) in took.items()}
+    report |= {"torch": torch.__version__, "python": platform.python_version()}
+    print_table(report)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
