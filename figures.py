@@ -1,28 +1,172 @@
-"""The curves of a training run, drawn without a screen."""
+"""The pictures that train.py and lfw_eval.py make: curves, histograms, ROC, and galleries."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from archives import ArchiveError, open_source
+from pictures import PictureError, decode_picture
+from recordio import encode_jpeg
+from verification import Pairs, Roc, to_degrees
+
+MATCHED, MISMATCHED = "#0072b2", "#d55e00"  # told apart by the colour-blind, too (Okabe and Ito)
 
 
 def plot_curves(folder: Path, history: dict[str, list[tuple[float, ...]]], steps: int) -> None:
-    """Draw train_loss.png, train_acc.png, valid_loss.png and valid_acc.png into `folder`.
+    """Draw train_loss.png, train_acc.png, valid_loss.png and valid_acc.png into a folder.
 
-    `history` is a Trainer's; `steps` is the number of steps in an epoch.
+    history is a Trainer's; steps is how many an epoch has.
     """
-    train = [
-        (epoch + step / steps, loss, right) for epoch, step, loss, right, _ in history["train"]
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, points in (("train", train), ("valid", history["valid"])):
+    train = [(epoch + step / steps, *values) for epoch, step, *values in history["train"]]
+    for name, title, points in (
+        ("train", "Training", train),
+        ("valid", "Held-out images", history["valid"]),
+    ):
         epochs = [point[0] for point in points]
-        for column, short, title in ((1, "loss", "loss"), (2, "acc", "accuracy")):
-            figure = Figure(figsize=(6, 4), layout="constrained")
-            axes = figure.subplots()
-            marker = "o" if len(points) < 40 else ""
-            axes.plot(epochs, [point[column] for point in points], marker=marker, markersize=3)
-            axes.set(xlabel="epoch", ylabel=title, title=f"{name} {title}")
-            axes.grid(alpha=0.3)
-            figure.savefig(folder / f"{name}_{short}.png", dpi=100)
+        for column, short, label in ((1, "loss", "loss"), (2, "acc", "accuracy")):
+            figure, axes = _figure(f"{title}: {label}")
+            marker = "o" if len(points) <= 40 else ""
+            values = [point[column] for point in points]
+            axes.plot(epochs, values, color=MATCHED, marker=marker, markersize=4)
+            axes.set(xlabel="epoch", ylabel=label)
+            if short == "acc":
+                axes.yaxis.set_major_formatter(PercentFormatter(1))
+            _save(figure, folder / f"{name}_{short}.png")
+
+
+def plot_angles(path: Path, scores: np.ndarray, same: np.ndarray, report: dict[str, Any]) -> None:
+    """Histograms of the angles of matched and of mismatched pairs, with the best threshold.
+
+    scores (pairs,) cosines, same (pairs,) bool; report is verification.verify's.
+    """
+    angles = to_degrees(scores)
+    bins = np.arange(np.floor(angles.min()), np.ceil(angles.max()) + 2)  # one a degree
+    figure, axes = _figure("Angle between the two embeddings of a pair")
+    for kind, colour, name in ((same, MATCHED, "matched"), (~same, MISMATCHED, "mismatched")):
+        label = f"{kind.sum():,} {name}, mean {angles[kind].mean():.1f}°"
+        axes.hist(angles[kind], bins, color=colour, alpha=0.65, label=label)
+    threshold = report["best_threshold_degrees"]
+    label = f"threshold {threshold:.2f}°, {report['best_accuracy']:.2%} right"
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=label)
+    axes.set(xlabel="angle θ in degrees", ylabel="pairs per degree", xlim=(bins[0], bins[-1]))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
+    """TAR over FAR, on a logarithmic scale, with the equal error rate and the reported TARs."""
+    mismatched = report["pairs"] - report["matched_pairs"]
+    # A FAR of 0 has no place on the scale; it is drawn at the left end, below all other rates.
+    left = min(0.5 / mismatched, 0.8 * min(map(float, report["tar_at_far"])))
+    figure, axes = _figure("Receiver operating characteristic")
+    label = f"AUC {report['auc']:.5f}"
+    far = np.maximum(curve.far, left)
+    axes.plot(far, curve.tar, color=MATCHED, linewidth=1.8, drawstyle="steps-post", label=label)
+    for (name, tar), marker in zip(report["tar_at_far"].items(), "os", strict=True):
+        label = f"TAR {tar:.2%} at FAR {name}"
+        axes.plot(float(name), tar, marker, color=MISMATCHED, label=label, clip_on=False, zorder=3)
+    eer = report["eer"]
+    label = f"equal error rate {eer:.2%}"
+    axes.plot(max(eer, left), 1 - eer, "D", color="black", label=label, clip_on=False, zorder=3)
+    # What happens near the top is what matters; a poor model needs the whole height.
+    lowest = min(1 - eer, *report["tar_at_far"].values())
+    bottom = max(0.0, 1 - 1.5 * (1 - lowest) - 0.002)
+    axes.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", xscale="log")
+    axes.set(xlim=(left, 1), ylim=(bottom, 1))
+    decimals = 1 if 1 - bottom < 0.05 else 0
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals))
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def _figure(title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontweight="bold", pad=10)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+# ------------------------------------------------------------------------------ galleries
+
+
+def write_galleries(
+    images_dir: Path,
+    pairs: Pairs,
+    faces: Tensor,
+    errors: dict[str, np.ndarray],
+    source: str = "",
+) -> str:
+    """Write both pictures of each wrong pair as {i}_{kind}_0.jpg and {i}_{kind}_1.jpg.
+
+    errors holds the indices of the pairs to show, by kind: "fp" and "fn". The originals come out
+    of source, an archive or a folder; the aligned faces (n, 112, 112, 3) stand in for those that it
+    does not have. Older galleries are removed first. Returns a notice, empty where all went well.
+    """
+    images_dir.mkdir(parents=True, exist_ok=True)
+    for kind in errors:
+        for stale in images_dir.glob(f"*_{kind}_[01].jpg"):
+            if stale.name.partition("_")[0].isdecimal():
+                stale.unlink()
+    shown = {
+        f"{number}_{kind}_{side}.jpg": int(ends[pair])
+        for kind, indices in errors.items()
+        for number, pair in enumerate(indices)
+        for side, ends in enumerate((pairs.first, pairs.second))
+    }
+    names = {pairs.names[face] for face in shown.values()}
+    originals, notice = _read_originals(source, names) if names else ({}, "")
+    for name, face in shown.items():
+        jpeg = originals.get(pairs.names[face]) or encode_jpeg(faces[face].numpy())
+        (images_dir / name).write_bytes(jpeg)
+    return notice
+
+
+def picture_name(source: str) -> str:
+    """What pairs.txt calls a picture: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
+    folder, _, file = source.rpartition("/")
+    return f"{folder.rpartition('/')[2]}/{file.rpartition('.')[0] or file}"
+
+
+def _read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
+    """JPEG bytes of pictures by name, and a sentence where not all of them are there."""
+    found: dict[str, bytes] = {}
+    if not source:
+        return found, "The galleries show aligned faces; --lfw-source can name the originals."
+    try:
+        with open_source(source) as archive:
+            wanted = [entry for entry in archive.entries() if picture_name(entry.name) in names]
+            for entry, data in archive.read(wanted):
+                jpeg = None if isinstance(data, ArchiveError) else _as_jpeg(data)
+                if jpeg:
+                    found[picture_name(entry.name)] = jpeg
+    except ArchiveError as error:
+        return found, f"The galleries show aligned faces. {error}"
+    missing = len(names) - len(found)
+    if missing:
+        return found, f"{missing} of {len(names)} originals in the galleries are not in {source}."
+    return found, ""
+
+
+def _as_jpeg(data: bytes) -> bytes | None:
+    """A picture file as JPEG: untouched where it is one, None where it cannot be decoded."""
+    if data.startswith(b"\xff\xd8"):
+        return data
+    try:
+        return encode_jpeg(decode_picture(data))
+    except PictureError:
+        return None

@@ -32,8 +32,8 @@ import verification
 from config import Config, parse_args
 from data_gen import load_images
 from embedders import Embed, InputSpec, load_embedder
+from figures import picture_name, plot_angles, plot_roc, write_galleries
 from index_tsv import read_index
-from lfw_figures import picture_name, plot_angles, plot_roc, write_galleries
 from recordio import RecordError, RecordReader, decode_jpeg, read_bin
 from utils import UserError, atomic_write, exit_with_sentence, get_device, newest_run
 

@@ -162,7 +162,8 @@ def newest_run(runs_dir: Path | str, file: str) -> Path:
     found = [p for p in Path(runs_dir).glob(f"*/{file}") if p.is_file()]
     if not found:
         raise UserError(
-            f"No run in {runs_dir}/ has a {file} yet; train first (python train.py) or name a file."
+            f"No run in {runs_dir}/ has a {file} yet; train first (python train.py), name a file, "
+            "or try everything on drawn faces (make demo)."
         )
     return max(found, key=lambda p: (p.parent.name[:15], p.stat().st_mtime))
 

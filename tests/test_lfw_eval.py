@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+import figures
 import lfw_eval
-import lfw_figures
 import verification
 from config import parse_args
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
@@ -212,7 +212,7 @@ def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
         (images / name).write_bytes(b"old")
     # Pair 4 is Ann_0's first picture (record 1) and 李_5's second (12); pair 0 Ann_0's two.
     errors = {"fp": np.array([3]), "fn": np.array([0])}
-    notice = lfw_figures.write_galleries(images, lfw.pairs, lfw.images, errors, lfw.source)
+    notice = figures.write_galleries(images, lfw.pairs, lfw.images, errors, lfw.source)
     assert notice == ""
     assert grey_level(images / "0_fp_0.jpg") == ((250, 250, 3), 1)
     assert grey_level(images / "0_fp_1.jpg") == ((250, 250, 3), 12)
@@ -226,7 +226,7 @@ def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
     lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
     errors = {"fp": np.array([3]), "fn": np.array([], int)}
     for source in ("", str(tmp_path / "gone.tgz")):
-        notice = lfw_figures.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
+        notice = figures.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
         assert "aligned faces" in notice
         shape, level = grey_level(tmp_path / "0_fp_1.jpg")
         assert shape == (112, 112, 3)
@@ -242,7 +242,7 @@ def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
     (person / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
     (person / "Ann_0_0002.bmp").write_bytes(b"no picture")
     errors = {"fp": np.array([], int), "fn": np.array([0])}
-    notice = lfw_figures.write_galleries(
+    notice = figures.write_galleries(
         tmp_path, lfw.pairs, lfw.images, errors, str(tmp_path / "originals")
     )
     assert "1 of 2" in notice
@@ -258,8 +258,8 @@ def test_figures_are_drawn_for_poor_and_perfect_models(tmp_path, quality):
     same = np.arange(400) % 2 == 0
     scores = np.tanh(rng.normal(0, 0.2, 400) + quality * same)
     report = verification.verify(scores, same, verification.contiguous_folds(400))
-    lfw_figures.plot_angles(tmp_path / "new" / "theta_dist.png", scores, same, report)
-    lfw_figures.plot_roc(tmp_path / "new" / "roc.png", verification.roc(scores, same), report)
+    figures.plot_angles(tmp_path / "new" / "theta_dist.png", scores, same, report)
+    figures.plot_roc(tmp_path / "new" / "roc.png", verification.roc(scores, same), report)
     for name in ("theta_dist.png", "roc.png"):
         image = cv2.imread(str(tmp_path / "new" / name))
         assert min(image.shape[:2]) > 400
