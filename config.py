@@ -37,7 +37,7 @@ class Config:
     # synthetic.py
     output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process)", "synthetic pre_process")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
-    images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=2)
+    images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
 
     # pre_process.py

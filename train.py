@@ -17,6 +17,9 @@ valid_loss.png and valid_acc.png. Ctrl-C stops after the step at hand and keeps 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
+import shutil
 import signal
 import sys
 import time
@@ -153,6 +156,15 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     return store, faces
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile would find no compiler for the device."""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        raise UserError("--compile needs a C++ compiler (g++); install one or leave the flag out.")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs the triton package; install it or leave the flag out.")
+
+
 def config_table(cfg: Config) -> str:
     """The configuration as a Markdown table, for TensorBoard."""
     rows = [f"| {name} | {value} |" for name, value in dataclasses.asdict(cfg).items()]
@@ -163,8 +175,9 @@ def stop_on_signals(trainer: Trainer) -> None:
     """Ctrl-C or SIGTERM: finish the step at hand and keep it; a second one stops at once."""
 
     def handle(number: int, frame: object) -> None:
-        if trainer.stop:
-            raise KeyboardInterrupt
+        if trainer.stop:  # perhaps in the middle of a step, which nothing could go on from
+            print("\nStopped at once; last.pt is as the last epoch left it.", file=sys.stderr)
+            raise SystemExit(130)
         trainer.stop = True
 
     signal.signal(signal.SIGINT, handle)
@@ -178,7 +191,10 @@ def main(cfg: Config) -> None:
     if checkpoint is not None:
         cfg = resumed_config(cfg, checkpoint, run_dir)
     device = get_device(cfg.device)
+    if cfg.compile:
+        check_compiler(device)
     seed_everything(cfg.seed)
+    torch.backends.cudnn.benchmark = True  # every training step has the same shapes
     store, faces = open_training_set(cfg, device)
     lfw = open_lfw(cfg)
     trainer = Trainer(cfg, store, faces)
@@ -194,6 +210,7 @@ def main(cfg: Config) -> None:
     )
     if trainer.epoch >= cfg.epochs:
         raise UserError(f"{run_dir} has its {trainer.epoch} epochs; give more with --epochs.")
+    run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
     stop_on_signals(trainer)
     with SummaryWriter(run_dir, purge_step=trainer.global_step) as writer:
         if checkpoint is None:

@@ -91,8 +91,10 @@ class Trainer:
 
     def logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits with the margin (n, num_classes), and who is right without it (n,) bool."""
+        # Batches of validation vary in size, and each size would be compiled anew.
+        forward = self.forward if self.model.training else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            embedding = self.forward(images)
+            embedding = forward(images)
         cosine = self.head.cosine(embedding)
         right = cosine.detach().argmax(1) == labels
         return self.head.margin(cosine, labels), right

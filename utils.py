@@ -36,9 +36,10 @@ class UserError(Exception):
 
 
 def exit_with_sentence(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a script's main: a UserError or an OSError becomes one sentence and exit status 2.
+    """Decorate a script's main: what a user can cause becomes one sentence and exit status 2.
 
-    A sudden Ctrl-C ends with status 130, as shells expect, and no traceback either.
+    That is UserError, OSError and a GPU without memory. A sudden Ctrl-C ends with status 130, as
+    shells expect, and no traceback either.
     """
 
     @functools.wraps(main)
@@ -54,6 +55,13 @@ def exit_with_sentence(main: Callable[..., Any]) -> Callable[..., Any]:
                 print(f"{script}: {error}", file=sys.stderr)
             else:
                 print(f"{script}: {error.filename}: {error.strerror}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except torch.OutOfMemoryError as error:
+            print(
+                f"{script}: the GPU's memory is full; take a smaller --batch-size (train), "
+                f"--eval-batch or --detect-batch, or --cache ram. ({str(error).splitlines()[0]})",
+                file=sys.stderr,
+            )
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             print(f"\n{script}: interrupted", file=sys.stderr)

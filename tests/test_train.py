@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import math
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from config import Config, parse_args
-from data_gen import ImageStore, split
+from data_gen import ImageStore, split, train_batches
 from models import ArcMarginModel, build_model
 from recordio import RecordReader, encode_jpeg, write_dataset
 from trainer import Trainer, TrainingError, learning_rate
@@ -139,8 +140,6 @@ def events(run):
 
 
 def only_run(cfg):
-    from pathlib import Path
-
     (run,) = Path(cfg.runs_dir).iterdir()
     return run
 
@@ -239,8 +238,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(configure, capsys
     assert ended.value.code == 2
     error = capsys.readouterr().err
     trainer = make_trainer(cfg)
-    from data_gen import train_batches
-
     batches = train_batches(
         trainer.store, trainer.train_positions, batch_size=8, seed=0, epoch=1, first_step=2
     )
@@ -281,6 +278,29 @@ def test_focal_loss_and_easy_margin_reach_the_trainer(configure):
     assert trainer.criterion.gamma == 1.5
     assert trainer.head.easy_margin
     assert isinstance(make_trainer(configure()).criterion, torch.nn.CrossEntropyLoss)
+
+
+def test_compile_without_a_compiler_is_a_sentence(configure, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        train.main(configure("--compile"))
+    assert ended.value.code == 2
+    assert "C++ compiler" in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(configure, capsys, monkeypatch):
+    def impatient(self, *args):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second Ctrl-C did not stop it")
+
+    cfg = configure()
+    monkeypatch.setattr(Trainer, "train_step", impatient)
+    with pytest.raises(SystemExit) as ended:
+        train.main(cfg)
+    assert ended.value.code == 130
+    assert not (only_run(cfg) / "last.pt").exists()
 
 
 def test_the_default_configuration_is_resumable_by_name():

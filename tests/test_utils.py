@@ -125,6 +125,8 @@ def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
             raise UserError("There is no data.")
         if kind == "os":
             (tmp_path / "absent").read_text()
+        if kind == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         raise RuntimeError("a bug")
 
     for kind, text in (("user", "There is no data."), ("os", "No such file")):
@@ -134,6 +136,10 @@ def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
         error = capsys.readouterr().err
         assert text in error
         assert "Traceback" not in error
+    with pytest.raises(SystemExit) as ended:
+        main("memory")
+    assert ended.value.code == 2
+    assert "smaller --batch-size" in capsys.readouterr().err
     with pytest.raises(RuntimeError):  # bugs keep their traceback
         main("bug")
 
