@@ -15,6 +15,9 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	@# opencv-python wants libGL, which servers often lack; the headless build is the same module.
+	$(RUN) -c "import cv2" 2>/dev/null || { $(RUN) -m pip uninstall --quiet --yes opencv-python; \
+		$(RUN) -m pip install --quiet opencv-python-headless; }
 	touch $@
 
 demo: $(INSTALLED)

@@ -153,7 +153,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another --checkpoint."
         ) from None
