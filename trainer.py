@@ -60,7 +60,10 @@ class Trainer:
         self.train_positions = store.good(faces.train)
         self.valid_positions = store.good(faces.valid)
         self.device = store.device
-        model = build_model(cfg.network, cfg.emb_size, cfg.dropout, cfg.use_se)
+        try:
+            model = build_model(cfg.network, cfg.emb_size, cfg.dropout, cfg.use_se)
+        except ValueError as error:  # a combination of knobs that no network has
+            raise UserError(str(error)) from None
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.head = ArcMarginModel(
             cfg.emb_size, faces.num_classes, cfg.margin_s, cfg.margin_m, cfg.easy_margin

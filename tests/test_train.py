@@ -280,6 +280,13 @@ def test_focal_loss_and_easy_margin_reach_the_trainer(configure):
     assert isinstance(make_trainer(configure()).criterion, torch.nn.CrossEntropyLoss)
 
 
+def test_a_network_that_does_not_exist_is_a_sentence(configure, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(configure("--network mobilefacenet --use-se"))
+    assert ended.value.code == 2
+    assert "leave --use-se out" in capsys.readouterr().err
+
+
 def test_compile_without_a_compiler_is_a_sentence(configure, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
