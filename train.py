@@ -226,8 +226,9 @@ def main(cfg: Config) -> None:
             )
             raise SystemExit(130) from None
     plot_curves(Path(cfg.images_dir), trainer.history, trainer.steps)
+    judged_on = "held-out" if len(trainer.valid_positions) else "training"
     print(
-        f"Best on the held-out images: epoch {trainer.best['epoch']}, accuracy "
+        f"Best on the {judged_on} images: epoch {trainer.best['epoch']}, accuracy "
         f"{trainer.best['accuracy']:.2%}. Wrote {run_dir}/best.pt, last.pt and the curves in "
         f"{cfg.images_dir}/. Next: python lfw_eval.py"
     )
