@@ -212,7 +212,8 @@ def main(cfg: Config) -> None:
         raise UserError(f"{run_dir} has its {trainer.epoch} epochs; give more with --epochs.")
     run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
     stop_on_signals(trainer)
-    with SummaryWriter(run_dir, purge_step=trainer.global_step) as writer:
+    # TensorBoard forgets what was logged after the checkpoint; its own step was logged before it.
+    with SummaryWriter(run_dir, purge_step=trainer.global_step + 1) as writer:
         if checkpoint is None:
             writer.add_text("config", config_table(cfg))
         try:
