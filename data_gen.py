@@ -12,11 +12,13 @@ set, again and again by threads); mirroring and normalisation work on whole batc
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -186,9 +188,9 @@ class ImageStore:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.bad: dict[int, str] = {}
         self.images: Tensor | None = None
-        if self.cache == "none":
-            self.pool = ThreadPoolExecutor(workers or core_count())
-        else:
+        self.workers = workers or core_count()
+        self.pool = ThreadPoolExecutor(self.workers)
+        if self.cache != "none":
             self.images, self.bad = load_images(
                 reader,
                 split.indices,
@@ -197,22 +199,43 @@ class ImageStore:
                 progress=progress,
             )
 
-    def fetch(self, positions: np.ndarray) -> Tensor:
-        """Pictures at `positions` (n,): (n, 112, 112, 3) uint8 on the device."""
-        if self.images is None:
-            out = np.empty((len(positions), FACE_SIZE, FACE_SIZE, 3), np.uint8)
-            errors = _decode(self.reader, self.indices[positions], out, self.pool)
-            self.bad |= {int(positions[place]): why for place, why in errors.items()}
-            images = torch.from_numpy(out)
-        elif self.images.device.type == "cpu":
-            # NumPy gathers whole pictures at memory speed without waking other threads.
-            images = torch.from_numpy(self.images.numpy().take(positions, 0))
-        else:
+    def fetch(self, positions: np.ndarray, mirrored: np.ndarray | None = None) -> Tensor:
+        """Pictures at `positions` (n,): (n, 112, 112, 3) uint8 on the device.
+
+        Those for which `mirrored` (n,) bool is true come as their mirror images.
+        """
+        if self.images is not None and self.images.device.type != "cpu":
             index = torch.from_numpy(positions).to(self.device, non_blocking=True)
             images = self.images.index_select(0, index)
+            if mirrored is None:
+                return images
+            turned = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
+            return torch.where(turned[:, None, None, None], images.flip(2), images)
+        images = torch.from_numpy(self._gather(positions, mirrored))
         if images.device != self.device:
             images = images.pin_memory().to(self.device, non_blocking=True)
         return images
+
+    def _gather(self, positions: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:
+        """`fetch` from main memory or from the file, by threads."""
+        out = np.empty((len(positions), FACE_SIZE, FACE_SIZE, 3), np.uint8)
+        if self.images is None:
+            errors = _decode(self.reader, self.indices[positions], out, self.pool)
+            self.bad |= {int(positions[place]): why for place, why in errors.items()}
+        cached = None if self.images is None else self.images.numpy()
+
+        def fill(part: slice) -> None:
+            if cached is not None:
+                # "clip": with an error to report, NumPy would copy all of it once more
+                cached.take(positions[part], 0, out=out[part], mode="clip")
+            if mirrored is not None:
+                for place in np.flatnonzero(mirrored[part]) + part.start:
+                    cv2.flip(out[place], 1, out[place])
+
+        size = max(CHUNK, -(-len(out) // self.workers))
+        parts = [slice(start, start + size) for start in range(0, len(out), size)]
+        deque(self.pool.map(fill, parts), maxlen=0)  # raises what a thread raised
+        return out
 
     def good(self, positions: np.ndarray) -> np.ndarray:
         """`positions` without those of pictures known to be bad."""
@@ -225,12 +248,13 @@ class ImageStore:
 
 def normalise(images: Tensor) -> Tensor:
     """(n, 112, 112, 3) uint8 to (n, 3, 112, 112) float32 in [-1, 1], strides channels_last."""
-    return images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
-
-
-def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror those of (n, H, W, 3) pictures for which `chosen` (n,) bool is true."""
-    return torch.where(chosen[:, None, None, None], images.flip(2), images)
+    if images.device.type != "cpu":
+        return images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
+    out = torch.empty(images.shape, dtype=torch.float32)
+    # A few pictures stay in the cores' caches from the first of the three steps to the last.
+    for part, whole in zip(images.split(CHUNK), out.split(CHUNK), strict=True):
+        whole.copy_(part).sub_(127.5).div_(127.5)
+    return out.permute(0, 3, 1, 2)
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -251,19 +275,19 @@ def train_batches(
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order."""
     rng = np.random.default_rng([seed, 1, epoch])
     order = rng.permutation(positions)
-    flips = torch.from_numpy(rng.random(len(order)) < 0.5).to(store.device)
+    mirrored = rng.random(len(order)) < 0.5
     steps = range(first_step, steps_per_epoch(len(order), batch_size))
     slices = [slice(step * batch_size, (step + 1) * batch_size) for step in steps]
-    for part, images in zip(slices, _prefetch(store, [order[s] for s in slices]), strict=True):
-        if flip:
-            images = mirror(images, flips[part])
-        yield _batch(store, images, order[part])
+    parts = [(order[s], mirrored[s] if flip else None) for s in slices]
+    for (positions, _), images in zip(parts, _prefetch(store, parts), strict=True):
+        yield _batch(store, images, positions)
 
 
 def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
     """All pictures at `positions` in order, the last batch as small as it comes."""
-    parts = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
-    for part, images in zip(parts, _prefetch(store, parts), strict=True):
+    starts = range(0, len(positions), batch_size)
+    parts = [(positions[start : start + batch_size], None) for start in starts]
+    for (part, _), images in zip(parts, _prefetch(store, parts), strict=True):
         yield _batch(store, images, part)
 
 
@@ -276,14 +300,16 @@ def _batch(store: ImageStore, images: Tensor, positions: np.ndarray) -> Batch:
     return Batch(normalise(images), store.labels.index_select(0, index), positions)
 
 
-def _prefetch(store: ImageStore, parts: list[np.ndarray]) -> Iterator[Tensor]:
+def _prefetch(
+    store: ImageStore, parts: list[tuple[np.ndarray, np.ndarray | None]]
+) -> Iterator[Tensor]:
     """Fetch one batch ahead in a thread where pictures have to be decoded or moved."""
     if store.images is not None and store.images.device == store.device:
-        yield from map(store.fetch, parts)
+        yield from (store.fetch(*part) for part in parts)
         return
     with ThreadPoolExecutor(1) as ahead:
-        waiting = [ahead.submit(store.fetch, part) for part in parts[:1]]
+        waiting = [ahead.submit(store.fetch, *part) for part in parts[:1]]
         for index in range(len(parts)):
             images = waiting.pop().result()
-            waiting += [ahead.submit(store.fetch, part) for part in parts[index + 1 : index + 2]]
+            waiting += [ahead.submit(store.fetch, *part) for part in parts[index + 1 : index + 2]]
             yield images

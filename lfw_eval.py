@@ -35,7 +35,14 @@ from embedders import Embed, InputSpec, load_embedder
 from figures import picture_name, plot_angles, plot_roc, write_galleries
 from index_tsv import read_index
 from recordio import RecordError, RecordReader, decode_jpeg, read_bin
-from utils import UserError, atomic_write, exit_with_sentence, get_device, newest_run
+from utils import (
+    UserError,
+    atomic_write,
+    exit_with_sentence,
+    get_device,
+    keep_freed_memory,
+    newest_run,
+)
 
 GALLERY = 10  # false positives, and false negatives, that are shown
 
@@ -233,6 +240,7 @@ def choose_lfw(cfg: Config) -> Path:
 @exit_with_sentence
 def main(cfg: Config) -> None:
     """Evaluate one checkpoint; write the report, the figures and the galleries."""
+    keep_freed_memory()
     test_set = choose_lfw(cfg)
     checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
     embed, about = load_embedder(

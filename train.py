@@ -40,6 +40,7 @@ from utils import (
     UserError,
     exit_with_sentence,
     get_device,
+    keep_freed_memory,
     load_checkpoint,
     newest_run,
     seed_everything,
@@ -187,6 +188,7 @@ def stop_on_signals(trainer: Trainer) -> None:
 @exit_with_sentence
 def main(cfg: Config) -> None:
     """Train one run from its beginning or from where it stopped."""
+    keep_freed_memory()
     run_dir, checkpoint = open_run(cfg)
     if checkpoint is not None:
         cfg = resumed_config(cfg, checkpoint, run_dir)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import data_gen
-from data_gen import ImageStore, load_images, mirror, normalise, split, train_batches, valid_batches
+from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
 from recordio import RecordError, RecordReader, encode_jpeg, write_dataset
 
 
@@ -95,11 +95,17 @@ def test_normalise_is_exact():
     assert torch.equal(normalise(image), expected.float())
 
 
-def test_mirror_turns_columns():
-    images = torch.arange(24, dtype=torch.uint8).reshape(2, 2, 2, 3)
-    turned = mirror(images, torch.tensor([True, False]))
-    assert turned[0].tolist() == images[0].numpy()[:, ::-1].tolist()
-    assert torch.equal(turned[1], images[1])
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_chosen_pictures_come_as_their_mirror_images(folder, cache):
+    store, _ = store_of(folder, cache)
+    positions = np.arange(59)[::-1].copy()  # neither in order nor a whole number of threads' parts
+    straight = store.fetch(positions)
+    assert straight.flatten(1).float().std(1).min() > 0  # the halves differ, so mirroring shows
+    chosen = np.arange(59) % 3 == 0
+    fetched = store.fetch(positions, chosen)
+    assert torch.equal(fetched[~chosen], straight[~chosen])
+    assert torch.equal(fetched[chosen], straight[chosen].flip(2))
+    assert torch.equal(store.fetch(positions), straight)  # the cache itself stayed as it was
 
 
 # ------------------------------------------------------------------------------ the split

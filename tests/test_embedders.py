@@ -77,6 +77,31 @@ def test_torch_embedder_ignores_autocast_and_keeps_the_mode(network, faces):
     assert not network.training
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("tiny", {"use_se": True}), ("r18", {}), ("mobilefacenet", {})],
+)
+def test_the_fast_way_scores_as_the_plain_one(name, options, faces):
+    torch.manual_seed(0)
+    model = build_model(name, emb_size=32, **options)
+    with torch.no_grad():  # statistics and slopes unlike those of a fresh network
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.1)
+    model.eval()
+    folded = emb.fold_batch_norm(model)
+    kept = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    assert kept < sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    x = emb.prepare(faces, emb.OURS).contiguous()
+    with torch.no_grad():
+        plain = F.normalize(model(x) + model(x.flip(3)))
+    fast = emb.torch_embedder(model, CPU)(faces)
+    torch.testing.assert_close(fast @ fast.T, plain @ plain.T, rtol=0, atol=1e-5)  # cosines
+
+
 def test_embeddings_that_are_not_numbers_are_refused(faces):
     def diverged(images):
         return torch.full((len(images), 4), float("nan"))

@@ -1,0 +1,152 @@
+"""Time lfw_eval.py's work - decode, embed, protocol - against the straightforward loop.
+
+    python -m bench.evaluate                                      # drawn faces, random weights
+    python -m bench.evaluate --data data/faces_lfw_112x112        # real faces
+    python -m bench.evaluate --network mobilefacenet --faces 7701 # all that LFW has
+
+Both embed the same faces and their mirror images in float32.  The straightforward loop takes them
+in batches of 32, contiguous (NCHW) and with no_grad, decoding and normalising picture by picture,
+as verification scripts do.  It prints a table, how many times faster this project is, and how far
+the cosines of pairs are apart at most; the JSON goes to bench/results/evaluate-<device>.json.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.common import Row, arguments, finish, in_turn, peak_memory, ratio, synchronise
+from bench.drawn import drawn_records
+from data_gen import load_images
+from embedders import torch_embedder
+from models import NETWORKS, build_model
+from recordio import RecordReader
+from utils import exit_with_sentence, keep_freed_memory
+from verification import contiguous_folds, pair_scores, verify
+
+PAIRS = 6000  # as LFW has
+
+
+def make_model(network: str, device: torch.device) -> torch.nn.Module:
+    """A network whose batch normalisations have seen some input, so that numbers stay sane."""
+    torch.manual_seed(0)
+    model = build_model(network)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 112, 112))
+    return model.eval().to(device)
+
+
+def make_pairs(faces: int) -> tuple[np.ndarray, ...]:
+    """`PAIRS` pairs at random: first (n,), second (n,), same (n,) bool, folds (n,)."""
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, faces, (2, PAIRS))
+    return first, second, np.arange(PAIRS) % 2 == 0, contiguous_folds(PAIRS)
+
+
+def straightforward(network: str, folder: Path, faces: int, device: torch.device) -> dict[str, Any]:
+    """Decode and normalise picture by picture, embed 32 at a time, NCHW; seconds by stage."""
+    model, reader = make_model(network, device), RecordReader(folder)
+    model(torch.zeros(32, 3, 112, 112, device=device))
+    began = time.perf_counter()
+    images = []
+    for i in range(faces):
+        image = cv2.imdecode(np.frombuffer(reader.jpeg(i % len(reader)), np.uint8), 1)[:, :, ::-1]
+        images.append((image.transpose(2, 0, 1).astype(np.float32) - 127.5) / 127.5)
+    decoded = time.perf_counter()
+    embeddings = np.empty((faces, 512), np.float32)
+    with torch.no_grad():
+        for start in range(0, faces, 32):
+            batch = torch.from_numpy(np.stack(images[start : start + 32])).to(device)
+            both = model(batch) + model(torch.flip(batch, [3]))
+            embeddings[start : start + 32] = both.cpu().numpy()
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return stages(embeddings, faces, began, decoded, device)
+
+
+def ours(network: str, folder: Path, faces: int, device: torch.device) -> dict[str, Any]:
+    """The same by the functions that lfw_eval.py uses."""
+    keep_freed_memory()
+    model, reader = make_model(network, device), RecordReader(folder)
+    embed = torch_embedder(model.to(memory_format=torch.channels_last), device)
+    embed(torch.zeros(64, 112, 112, 3, dtype=torch.uint8))
+    began = time.perf_counter()
+    images, _ = load_images(reader, np.arange(faces) % len(reader))
+    decoded = time.perf_counter()
+    return stages(embed(images).numpy(), faces, began, decoded, device)
+
+
+def stages(
+    embeddings: np.ndarray, faces: int, began: float, decoded: float, device: torch.device
+) -> dict[str, Any]:
+    """Score the pairs and report on them; the seconds of each stage so far and of this one."""
+    synchronise(device)
+    embedded = time.perf_counter()
+    first, second, same, folds = make_pairs(faces)
+    scores = pair_scores(embeddings, first, second)
+    verify(scores, same, folds)
+    done = time.perf_counter()
+    return {
+        "decode": decoded - began,
+        "embed": embedded - decoded,
+        "protocol": done - embedded,
+        "total": done - began,
+        "scores": scores,
+        "memory": peak_memory(device),
+    }
+
+
+@exit_with_sentence
+def main(argv: Sequence[str]) -> None:
+    """Time both in turn."""
+    network = "r50"
+    if "--network" in argv:
+        at = argv.index("--network")
+        network, argv = argv[at + 1], [*argv[:at], *argv[at + 2 :]]
+    args = arguments("evaluate", __doc__, argv, faces=512)
+    if network not in NETWORKS:
+        raise SystemExit(f"There is no network {network}; there are {', '.join(NETWORKS)}.")
+    args.json = args.json.with_stem(f"{args.json.stem}-{network}")
+    with drawn_records(args.data, 512) as folder:
+        work = (network, folder, args.faces, args.device)
+        found = in_turn(
+            {"straightforward": (straightforward, *work), "ours": (ours, *work)}, args.repeats
+        )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_model(network).eval()(torch.zeros(1, 3, 112, 112))
+    flops = 2 * counter.get_total_flops()  # a face and its mirror image
+    rows = []
+    for name, runs in found.items():
+        memory = max(run["memory"] for run in runs)
+        for stage in ("decode", "embed", "protocol", "total"):
+            seconds = [run[stage] for run in runs]
+            row = Row(f"{network}, {name}: {stage}", args.faces, seconds)
+            if stage in ("embed", "total"):
+                row.flops = flops
+            if stage == "total":
+                row.memory = memory
+            rows.append(row)
+    totals = {name: [run["total"] for run in runs] for name, runs in found.items()}
+    apart = np.abs(found["ours"][0]["scores"] - found["straightforward"][0]["scores"]).max()
+    finish(
+        args,
+        rows,
+        {
+            "times faster than the straightforward loop": ratio(
+                totals["straightforward"], totals["ours"]
+            ),
+            "cosines apart at most": float(apart),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
