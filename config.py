@@ -79,7 +79,7 @@ class Config:
     warmup_epochs: float = knob(0.0, "epochs over which lr rises from zero", "train", low=0)
     clip_norm: float = knob(0.0, "largest gradient norm; 0: no limit", "train", low=0)
     amp: bool = knob(True, "bfloat16 autocast where the device has it; margin and loss stay float32", "train")
-    compile: bool = knob(False, "torch.compile the backbone (a minute at the start, faster steps)", "train")
+    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile the backbone: costs a minute, steps are faster; auto: in runs of 2,000 steps and more", "train")
     log_every: int = knob(20, "steps between two points in TensorBoard", "train", low=1)
     resume: str = knob("", "go on with a run: newest (the flag alone), or a run's folder or last.pt", "train")
 

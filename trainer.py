@@ -68,7 +68,7 @@ class Trainer:
         self.head = ArcMarginModel(
             cfg.emb_size, faces.num_classes, cfg.margin_s, cfg.margin_m, cfg.easy_margin
         ).to(self.device)
-        self.forward = torch.compile(self.model) if cfg.compile else self.model
+        self.forward = torch.compile(self.model) if cfg.compile == "on" else self.model
         self.criterion = FocalLoss(cfg.gamma) if cfg.focal_loss else nn.CrossEntropyLoss()
         modules = (self.model, self.head)
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]

@@ -31,40 +31,8 @@ from archives import ArchiveError, open_source
 from face_detect import FaceDetector, Faces, choose_face
 from utils import UserError, exit_with_sentence
 
+PEER_SCRIPT = Path(__file__).with_name("peer_detect.py")
 PEERS = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
-
-# Runs in the peer environment, which has none of our modules: pictures in, (n, 16) rows out, each
-# the picture's number, box, score, five x, five y; and what it took, in seconds and CPU seconds.
-REFERENCE = """
-import sys, time
-import numpy as np
-from mtcnn import MTCNN
-
-def detect(detector, pictures):
-    found = detector.detect_faces(pictures, output_type="numpy", box_format="xyxy")
-    return np.asarray(found, dtype=np.float64).reshape(-1, 16)
-
-images = np.load(sys.argv[1])
-detector = MTCNN()
-detect(detector, list(images[:2]))
-
-def clocks():
-    return np.array([time.perf_counter(), time.process_time()])
-
-begin = clocks()
-rows = [detect(detector, [image]) for image in images]
-one_by_one = clocks() - begin
-
-batch = 16
-begin = clocks()
-for i in range(0, len(images), batch):
-    detect(detector, list(images[i : i + batch]))
-batched = clocks() - begin
-
-for i, found in enumerate(rows):
-    found[:, 0] = i
-np.savez(sys.argv[2], rows=np.concatenate(rows), one_by_one=one_by_one, batched=batched)
-"""
 
 
 def read_images(path: Path, count: int) -> np.ndarray:
@@ -88,24 +56,29 @@ def read_images(path: Path, count: int) -> np.ndarray:
     return np.stack(images)
 
 
-def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarray]:
-    """The mtcnn package's faces of each picture; its clocks one by one and batched.
+def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(k, 16) faces that a peer finds (see peer_detect.py); its seconds and CPU seconds.
 
-    Clocks are seconds and CPU seconds; the latter mean more on a machine that is busy.
-
-    Raises UserError if its environment is missing or it fails.
+    The latter mean more on a machine that is busy. Raises UserError if its environment is missing
+    or it fails.
     """
     if not PEERS.is_file():
-        raise UserError("The mtcnn package's environment is missing; run bash bench/peers.sh.")
+        raise UserError(f"The environment that {name} runs in is missing; run bash bench/peers.sh.")
     with tempfile.TemporaryDirectory() as folder:
         pictures, result = Path(folder) / "images.npy", Path(folder) / "faces.npz"
         np.save(pictures, images)
-        command = [str(PEERS), "-c", REFERENCE, str(pictures), str(result)]
+        command = [str(PEERS), str(PEER_SCRIPT), name, str(pictures), str(result), str(batch)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
-            raise UserError(f"The mtcnn package failed: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
         with np.load(result) as found:
-            rows, one_by_one, batched = found["rows"], found["one_by_one"], found["batched"]
+            return found["rows"], found["took"]
+
+
+def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarray]:
+    """The mtcnn package's faces of each picture; its clocks one by one and batched."""
+    rows, one_by_one = run_peer("mtcnn", images, 1)
+    _, batched = run_peer("mtcnn", images, 16)
     faces = []
     for i in range(len(images)):
         mine = rows[rows[:, 0] == i].astype(np.float32)

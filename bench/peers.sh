@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Makes the environment that bench/compare_mtcnn.py runs the `mtcnn` package in: TensorFlow on
-# the CPU and the package, apart from the project's own environment and ignored by git.
-#   bash bench/peers.sh [python]        # about 2 minutes; prints the two versions
+# Makes the environment that the peers run in: mtcnn on TensorFlow, and facenet-pytorch without its
+# pins (it asks for a PyTorch of 2024), apart from the project's own environment, ignored by git.
+#   bash bench/peers.sh [python]        # some minutes; prints the versions
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${1:-python3}"
 if [ ! -x .venv-peers/bin/python ]; then
     "$python" -m venv .venv-peers
 fi
-.venv-peers/bin/python -m pip install --quiet "mtcnn==1.0.0" tensorflow-cpu lz4 joblib
-.venv-peers/bin/python -c \
-    'from importlib.metadata import version as v; print("mtcnn", v("mtcnn"), "tensorflow", v("tensorflow-cpu"))'
+pip=(.venv-peers/bin/python -m pip install --quiet)
+"${pip[@]}" "mtcnn==1.0.0" tensorflow-cpu lz4 joblib torch torchvision pillow requests tqdm
+"${pip[@]}" --no-deps facenet-pytorch
+.venv-peers/bin/python -c 'from importlib.metadata import version
+for name in ("mtcnn", "tensorflow-cpu", "facenet-pytorch", "torch"): print(name, version(name))'

@@ -1,0 +1,64 @@
+"""Run another project's face detector; by its own Python, so nothing of ours is imported.
+
+    .venv-peers/bin/python bench/peer_detect.py mtcnn images.npy faces.npz 16
+
+takes (n, H, W, 3) uint8 RGB pictures, detects with the peer's own defaults in batches of the size
+given, and writes for every face a row of picture, box, score, five x and five y (mtcnn only), and
+what it took: seconds and CPU seconds.
+"""
+
+import sys
+import time
+
+import numpy as np
+
+
+def open_mtcnn():
+    """The mtcnn package (ipazc/mtcnn) on TensorFlow."""
+    from mtcnn import MTCNN
+
+    detector = MTCNN()
+
+    def detect(pictures):
+        found = detector.detect_faces(list(pictures), output_type="numpy", box_format="xyxy")
+        return np.asarray(found, dtype=np.float64).reshape(-1, 16)
+
+    return detect
+
+
+def open_facenet():
+    """facenet-pytorch's MTCNN (timesler/facenet-pytorch)."""
+    from facenet_pytorch import MTCNN
+
+    detector = MTCNN(keep_all=True, device="cpu")
+
+    def detect(pictures):
+        boxes, scores = detector.detect(pictures)
+        rows = [np.zeros((0, 16))]
+        for i, (box, score) in enumerate(zip(boxes, scores, strict=True)):
+            if box is not None:
+                row = np.zeros((len(box), 16))
+                row[:, 0], row[:, 1:5], row[:, 5] = i, box, score
+                rows.append(row)
+        return np.concatenate(rows)
+
+    return detect
+
+
+def main(name, pictures, result, batch):
+    """Detect, after two pictures that do not count."""
+    images = np.load(pictures)
+    detect = {"mtcnn": open_mtcnn, "facenet-pytorch": open_facenet}[name]()
+    detect(images[:2])
+    began = np.array([time.perf_counter(), time.process_time()])
+    rows = []
+    for start in range(0, len(images), batch):
+        found = detect(images[start : start + batch])
+        found[:, 0] += start
+        rows.append(found)
+    took = np.array([time.perf_counter(), time.process_time()]) - began
+    np.savez(result, rows=np.concatenate(rows), took=took)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], int(sys.argv[4]))
