@@ -21,11 +21,13 @@ Killed at any moment and started again, it goes on where it was and ends with th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib.metadata
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,13 +40,22 @@ from align import BLOCK_IMAGES, align_blocks, plan_blocks
 from archives import ArchiveError, Source, Tally, open_source
 from config import Config, parse_args
 from face_detect import FaceDetector
-from index_tsv import IndexTable, read_index
-from journal import Journal, begin, complete, locked, read_report, write_report
+from index_tsv import check_index
+from journal import FACE, Journal, begin, complete, read_report, write_report
 from lfw_download import download_lfw
+from locks import LOCK, locked
 from pictures import decode_picture
 from ready_pack import index_pack
 from recordio import RecordReader, encode_jpeg
-from utils import UserError, atomic_write, exit_with_sentence, get_device
+from utils import (
+    UserError,
+    atomic_write,
+    exit_with_sentence,
+    get_device,
+    sync_folder,
+    what_failed,
+    write_errors,
+)
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 # Sets by the name of their archive or folder, the preferred one first; upper case does not matter.
@@ -135,11 +146,12 @@ def prepare(
     """
     if job.source.suffix == ".rec":
         return prepare_pack(job, cfg)
-    if job.output.is_dir() and any(job.output.iterdir()):
+    if is_taken(job.output):
         check_finished(job, cfg)
         return None
     part = job.output.with_name(job.output.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors(part):
+        part.parent.mkdir(parents=True, exist_ok=True)
     with open_source(job.source, part.parent) as source:
         entries = source.entries()
         if source.damage:
@@ -149,12 +161,26 @@ def prepare(
                 f"{job.source} holds no pictures in folders of identities "
                 f"(passed over: {listed(source.passed.counts) or 'nothing'})."
             )
-        with locked(part):
+        with contextlib.ExitStack() as stack:
+            with write_errors(part):
+                part.mkdir(exist_ok=True)
+                stack.enter_context(locked(part, "pre_process.py"))
+            sync_folder(part.parent)
+            if is_taken(job.output):  # another process has finished it since we looked
+                (part / LOCK).unlink()
+                part.rmdir()
+                check_finished(job, cfg)
+                return None
             begun = describe(job, source, cfg)
             begin(part, begun)
             report = align_source(job, part, source, begun, cfg, get_detector())
             complete(part, job.output)
     return report
+
+
+def is_taken(output: Path) -> bool:
+    """Whether something lies where the output should be."""
+    return output.is_dir() and any(output.iterdir())
 
 
 def check_finished(job: Job, cfg: Config) -> None:
@@ -203,11 +229,16 @@ def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
             "it away to have the pack indexed."
         )
     started = time.perf_counter()
-    facts = index_pack(job.source, job.output, cfg.workers)
-    report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
-    report |= {"versions": versions()} | count(read_index(job.output)) | facts
-    report |= timing(report["images"], started)
-    write_report(job.output, report)
+    with contextlib.ExitStack() as stack:
+        with write_errors(job.output):
+            job.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(job.output, "pre_process.py"))
+        stack.callback((job.output / LOCK).unlink)
+        statuses, facts = index_pack(job.source, job.output, cfg.workers)
+        report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
+        report |= {"versions": versions()} | count(statuses) | facts
+        report |= timing(report["images"], started)
+        write_report(job.output, report)
     return report
 
 
@@ -261,13 +292,19 @@ def align_source(
         if not journal.counts:
             raise UserError(
                 f"not one of the {len(entries):,} pictures in {job.source} gave a face "
-                f"({listed(journal.statuses)}; {part / 'index.tsv'} names each)."
+                f"({listed(journal.statuses.counts)}; {part / 'index.tsv'} names each)."
             )
         journal.finish()
-    table = read_index(part, RecordReader(part))
+    reader = RecordReader(part)
+    check_index(part, reader)
     if job.show:
-        write_pairs(source, table, RecordReader(part), Path(cfg.images_dir))
-    report = begun | count(table) | {"not_pictures": source.passed.as_dict()}
+        write_pairs(source, journal.found, reader, Path(cfg.images_dir))
+    identities = {
+        "identities": len(journal.counts),
+        "identities_in_source": len({entry.identity for entry in entries}),
+    }
+    report = begun | count(journal.statuses) | identities
+    report |= {"not_pictures": source.passed.as_dict()}
     report |= {"damage": source.damage, "resumed_at": resumed_at}
     report |= timing(len(entries) - resumed_at, started)
     write_report(part, report)
@@ -277,17 +314,12 @@ def align_source(
 # ------------------------------------------------------------------------------ what came of it
 
 
-def count(table: IndexTable) -> dict[str, Any]:
+def count(statuses: Tally) -> dict[str, Any]:
     """Pictures by status; those not found or passed over by name too."""
-    statuses = Tally()
-    for status, name in zip(table.status, table.source, strict=True):
-        statuses.add(status, name)
     found = {s: n for s, n in sorted(statuses.counts.items()) if s in KEPT}
     return {
-        "images": len(table.status),
+        "images": sum(statuses.counts.values()),
         "kept": sum(found.values()),
-        "identities": len(np.unique(table.label[table.label >= 0])),
-        "identities_in_source": len(set(table.identity)),
         "status": dict(sorted(statuses.counts.items())),
         "missed": {s: m for s, m in statuses.as_dict().items() if s not in ("ok", "retried")},
     }
@@ -328,27 +360,43 @@ def summarise(report: dict[str, Any], output: Path) -> None:
         print(f"  WARNING: {report['damage']} Fetch it again to have the rest.")
 
 
-def write_pairs(source: Source, table: IndexTable, reader: RecordReader, images_dir: Path) -> None:
-    """Ten pictures as they were and aligned, evenly spread over those with a face."""
-    kept = np.flatnonzero(table.record >= 0)
-    found = [i for i in kept if table.status[i] != "central_crop"] or kept
-    chosen = np.unique(np.linspace(0, len(found) - 1, PAIRS).round().astype(int))
-    rows = [found[i] for i in chosen]
+def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: Path) -> None:
+    """Ten pictures as they were and aligned, evenly spread over those with a face.
+
+    found: of each entry NO_FACE, CROP or FACE.
+    """
+    kept = np.frombuffer(found, np.uint8)
+    faces = np.flatnonzero(kept == FACE)
+    faces = faces if len(faces) else np.flatnonzero(kept)
+    rows = faces[np.unique(np.linspace(0, len(faces) - 1, PAIRS).round().astype(int))]
     originals = dict(source.read(source.entries()[row] for row in rows))
-    images_dir.mkdir(parents=True, exist_ok=True)
-    for i in range(PAIRS):
-        raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
-        if i >= len(rows):  # fewer pictures than last time
-            raw.unlink(missing_ok=True)
-            img.unlink(missing_ok=True)
-            continue
-        data = originals[source.entries()[rows[i]]]
-        if not data.startswith(b"\xff\xd8"):
-            data = encode_jpeg(decode_picture(data))
-        position = np.searchsorted(reader.keys, table.record[rows[i]])
-        for path, content in ((raw, data), (img, reader.jpeg(int(position)))):
-            with atomic_write(path) as file:
-                file.write(content)
+    with write_errors(images_dir), one_at_a_time(images_dir):
+        for i in range(PAIRS):
+            raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
+            if i >= len(rows):  # fewer pictures than last time
+                raw.unlink(missing_ok=True)
+                img.unlink(missing_ok=True)
+                continue
+            data = originals[source.entries()[rows[i]]]
+            if not data.startswith(b"\xff\xd8"):
+                data = encode_jpeg(decode_picture(data))
+            aligned = reader.jpeg(int(np.count_nonzero(kept[: rows[i]])))
+            for path, content in ((raw, data), (img, aligned)):
+                with atomic_write(path) as file:
+                    file.write(content)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it, after whoever holds it: so that all pairs are of one set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @exit_with_sentence
@@ -368,6 +416,9 @@ def main(cfg: Config) -> None:
             report = prepare(job, cfg, get_detector)
         except UserError as error:
             problems.append(str(error))
+            continue
+        except OSError as error:
+            problems.append(what_failed(error))
             continue
         if report:
             summarise(report, job.output)

@@ -337,10 +337,12 @@ def test_output_for_two_sets_is_refused(run, tmp_path):
 
 def test_two_at_once_on_one_output(run, tmp_path):
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(1, 1))
-    with pre_process.locked(tmp_path / "data" / "faces_webface_112x112.part"):
+    part = tmp_path / "data" / "faces_webface_112x112.part"
+    part.mkdir()
+    with pre_process.locked(part, "pre_process.py"):
         status, _, complaints = run()
     assert status == 2
-    assert "another pre_process.py is at work" in complaints
+    assert f"{part} is in use by pre_process.py, process {os.getpid()} on " in complaints
     assert run()[0] == 0
 
 
