@@ -35,7 +35,7 @@ from embedders import Embed, InputSpec, load_embedder
 from figures import picture_name, plot_angles, plot_roc, write_galleries
 from index_tsv import read_index
 from recordio import RecordError, RecordReader, decode_jpeg, read_bin
-from utils import UserError, atomic_write, exit_with_sentence, get_device, newest_run
+from utils import UserError, atomic_write, exit_with_sentence, get_device, make_folder, newest_run
 
 GALLERY = 10  # false positives, and false negatives, that are shown
 
@@ -284,7 +284,7 @@ def main(cfg: Config) -> None:
     plot_roc(images_dir / "roc.png", verification.roc(scores, lfw.pairs.same), report)
     ours = about["kind"] == "ours"
     folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with atomic_write(folder / "lfw.json", "w") as file:
         json.dump(report, file, indent=1)
     print(

@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -41,6 +41,7 @@ from archives import ArchiveError, Source, Tally, open_source
 from config import Config, parse_args
 from face_detect import FaceDetector
 from index_tsv import check_index
+from jobs import Job, find_jobs
 from journal import FACE, Journal, begin, complete, read_report, write_report
 from lfw_download import download_lfw
 from locks import LOCK, locked
@@ -52,86 +53,15 @@ from utils import (
     atomic_write,
     exit_with_sentence,
     get_device,
+    make_folder,
     sync_folder,
     what_failed,
     write_errors,
 )
 
-SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-# Sets by the name of their archive or folder, the preferred one first; upper case does not matter.
-TRAINING_STEMS = ("casia-webface",)
-LFW_STEMS = ("lfw-funneled", "lfw_funneled", "lfw-deepfunneled", "lfw_deepfunneled", "lfw")
 FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 KEPT = ("ok", "retried", "central_crop")
 PAIRS = 10  # pictures shown before and after
-
-
-class Job(NamedTuple):
-    """One data set to prepare: crop_missed keeps pictures without a face, cropped centrally."""
-
-    source: Path
-    output: Path
-    crop_missed: bool
-    show: bool  # write pictures before and after
-
-
-def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
-    """What there is to do: --source, or what lies in data_dir (or `lfw`, for LFW).
-
-    Raises UserError if there is nothing, naming what was looked for.
-    """
-    data = Path(cfg.data_dir)
-    outputs = (data / "faces_webface_112x112", data / "faces_lfw_112x112")
-    if cfg.source:
-        path = Path(cfg.source)
-        source = path / "train.rec" if (path / "train.rec").is_file() else path
-        is_lfw = path.name.lower().startswith("lfw")
-        output = source.parent if source.suffix == ".rec" else outputs[is_lfw]
-        return [Job(source, Path(cfg.output or output), _crops(cfg, is_lfw), True)]
-    jobs = []
-    for is_lfw, output in enumerate(outputs):
-        report = read_report(output)
-        found = find_sources(data, bool(is_lfw))
-        if (output / "train.rec").is_file() and (report is None or "ready" in report):
-            found.insert(0, output / "train.rec")
-        elif is_lfw and lfw is not None:
-            found = [lfw, *(path for path in found if path != lfw)]
-        elif not found and report:  # finished, and the archive deleted since
-            found = [Path(report["source"])]
-        if len(found) > 1:
-            print(f"{found[0]} is taken; {', '.join(map(str, found[1:]))} is left aside.")
-        if found:
-            # a ready pack has no pictures from before the alignment
-            show = all(job.source.suffix == ".rec" for job in jobs)
-            jobs.append(Job(found[0], output, _crops(cfg, bool(is_lfw)), show))
-    if not jobs:
-        raise UserError(
-            f"there is nothing to prepare in {data}/: no training set (CASIA-WebFace.zip, .tar, "
-            ".tar.gz, .tgz or folder, or a ready faces_webface_112x112/train.rec) and no LFW "
-            "(lfw-funneled.tgz, lfw-deepfunneled.tgz or lfw.tgz). Run `make demo` to see it all on "
-            "drawn faces, or get the archives as README.md says and put them there."
-        )
-    if cfg.output and len(jobs) > 1:
-        raise UserError(f"--output is one folder, but {data}/ holds two sets; add --source.")
-    return [job._replace(output=Path(cfg.output or job.output)) for job in jobs]
-
-
-def find_sources(data: Path, is_lfw: bool) -> list[Path]:
-    """The training sets, or the LFWs, that lie in a folder; the one to take first."""
-    there = {path.name.lower(): path for path in sorted(data.glob("*"))}
-    stems = LFW_STEMS if is_lfw else TRAINING_STEMS
-    names = [stem + suffix for stem in stems for suffix in (*SUFFIXES, "")]
-    if is_lfw:
-        names += [n for n in there if n.startswith("lfw") and n.endswith(SUFFIXES)]
-    found = [there[name] for name in dict.fromkeys(names) if name in there]
-    if is_lfw:  # scikit-learn's folder, packed and unpacked
-        home = data / "lfw_home"
-        found += [p for p in (home / "lfw_funneled", home / "lfw-funneled.tgz") if p.exists()]
-    return found
-
-
-def _crops(cfg: Config, is_lfw: bool) -> bool:
-    return is_lfw if cfg.missed == "auto" else cfg.missed == "crop"
 
 
 # ------------------------------------------------------------------------------ one data set
@@ -150,8 +80,7 @@ def prepare(
         check_finished(job, cfg)
         return None
     part = job.output.with_name(job.output.name + ".part")
-    with write_errors(part):
-        part.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(part.parent)
     with open_source(job.source, part.parent) as source:
         entries = source.entries()
         if source.damage:
@@ -162,8 +91,8 @@ def prepare(
                 f"(passed over: {listed(source.passed.counts) or 'nothing'})."
             )
         with contextlib.ExitStack() as stack:
+            make_folder(part)
             with write_errors(part):
-                part.mkdir(exist_ok=True)
                 stack.enter_context(locked(part, "pre_process.py"))
             sync_folder(part.parent)
             if is_taken(job.output):  # another process has finished it since we looked
@@ -230,8 +159,8 @@ def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
         )
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        make_folder(job.output)
         with write_errors(job.output):
-            job.output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(job.output, "pre_process.py"))
         stack.callback((job.output / LOCK).unlink)
         statuses, facts = index_pack(job.source, job.output, cfg.workers)
@@ -258,6 +187,20 @@ def describe(job: Job, source: Source, cfg: Config) -> dict[str, Any]:
     }
 
 
+def check_there(source: Path, before: os.stat_result) -> None:
+    """UserError unless the source is still what it was: a disk that has gone is no bad picture."""
+    try:
+        now = source.stat()
+        same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{source} has gone while it was being read: mount its disk again, or put it back, and "
+            "start again; what was there before is kept."
+        )
+
+
 def versions() -> dict[str, str]:
     """Versions that pixels and detections depend on."""
     mtcnn = importlib.metadata.version("mtcnn")
@@ -274,7 +217,7 @@ def align_source(
 ) -> dict[str, Any]:
     """Do in `part` what is left to do, down to the report, which it returns."""
     started = time.perf_counter()
-    entries = source.entries()
+    entries, there = source.entries(), job.source.stat()
     blocks = plan_blocks(entries, max(BLOCK_IMAGES, cfg.detect_batch))
     with contextlib.closing(Journal(part, entries, blocks)) as journal:
         resumed_at = journal.images
@@ -287,6 +230,8 @@ def align_source(
         bar = tqdm(total=len(entries), initial=resumed_at, unit=" images", desc=job.source.name)
         with bar:
             for block in results:
+                if any(face.status == "unreadable" for face in block):
+                    check_there(job.source, there)
                 journal.append(block)
                 bar.update(len(block))
         if not journal.counts:
@@ -389,7 +334,7 @@ def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Make a folder and hold it, after whoever holds it: so that all pairs are of one set."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks

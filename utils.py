@@ -147,6 +147,12 @@ def write_errors(path: Path | str) -> Iterator[None]:
         ) from None
 
 
+def make_folder(folder: Path | str) -> None:
+    """Make a folder, and those above it, where they are missing; UserError if that fails."""
+    with write_errors(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
 class _RawFile(io.FileIO):
     """A file for writing whose failures are UserErrors with the name that the user knows it by."""
 

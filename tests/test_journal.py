@@ -192,7 +192,8 @@ outcomes = {"whole": child("whole", None)}
 for name, place in places.items():
     killed = child(name, place)
     finished = os.path.exists(os.path.join(folder, name))
-    open(os.path.join(folder, name + ".part", ".report.json-x.tmp"), "w").close()  # as atomic_write leaves
+    # as a killed atomic_write leaves it
+    open(os.path.join(folder, name + ".part", ".report.json-x.tmp"), "w").close()
     outcomes[name] = [killed, finished, child(name, None)]
 with open(os.path.join(folder, "outcomes.json"), "w") as file:
     json.dump(outcomes, file)

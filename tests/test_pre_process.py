@@ -20,8 +20,9 @@ from PIL import Image
 import pre_process
 from config import Config
 from index_tsv import read_index
+from jobs import find_jobs, find_sources
 from pictures import decode_picture
-from pre_process import find_jobs, find_sources, main, prepare
+from pre_process import main, prepare
 from recordio import RecordReader
 from utils import TEMPLATE, UserError, similarity_transform
 
