@@ -143,6 +143,7 @@ def prepare_in(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(align, "find_face", stub)
     monkeypatch.setattr(pre_process, "FaceDetector", lambda *_, **__: None)
     monkeypatch.setattr(pre_process, "BLOCK_IMAGES", 4)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and no power is cut here
     source = write_zip(tmp_path / "source" / "tiny.zip", tiny_pictures())
 
     def prepare_in(folder, source=source):
@@ -152,7 +153,7 @@ def prepare_in(tmp_path, capsys, monkeypatch):
         except SystemExit as ended:
             assert ended.code == 2
             lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-            (sentence,) = [line for line in lines if line and "images/s]" not in line]
+            (sentence,) = [line for line in lines if line and "%|" not in line]
             return sentence
         capsys.readouterr()
         return ""
@@ -173,7 +174,7 @@ def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkey
     whole = everything(tmp_path / "whole")
     assert {f"faces/{name}" for name in SET} | {"images/9_img.jpg"} <= set(whole)
     names = set()
-    for fail_at in range(1, 500):
+    for fail_at in range(1, 500, 3 if stays else 1):
         folder = tmp_path / str(fail_at)
         folder.mkdir()
         with monkeypatch.context() as patch:

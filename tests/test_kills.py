@@ -23,7 +23,7 @@ from config import parse_args
 
 source, folder, kills, block = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 pre_process.BLOCK_IMAGES = block
-random.seed(kills)
+random.seed(1)
 
 def start(name, limit=None):
     pid = os.fork()
