@@ -172,9 +172,13 @@ class _RawFile(io.FileIO):
             raise
 
 
-def open_to_write(path: Path | str, mode: str, shown: Path | None = None) -> io.BufferedWriter:
-    """Open a file, "wb" or "r+b", each failed write to which is a UserError that names it."""
-    return io.BufferedWriter(_RawFile(path, mode, shown or Path(path)))
+def open_to_write(path: Path | str | int, mode: str, shown: Path | None = None) -> Any:
+    """Open a file, "wb", "w+b" or "r+b", each failed write to which is a UserError that names it.
+
+    `path` may be a descriptor; `shown` is the name then.
+    """
+    buffered = io.BufferedRandom if "+" in mode else io.BufferedWriter
+    return buffered(_RawFile(path, mode, shown or Path(path)))
 
 
 def sync(file: IO[Any], path: Path | str) -> None:
@@ -210,7 +214,7 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     try:
         with write_errors(path):
             descriptor, temporary = _own_temporary(path)
-        file = raw = open_to_write(descriptor, "wb", path)
+        file = raw = open_to_write(descriptor, "w+b" if "+" in mode else "wb", path)
         if "b" not in mode:
             file = io.TextIOWrapper(raw, encoding="utf-8")
         yield file

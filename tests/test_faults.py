@@ -44,6 +44,13 @@ def write_torch(path):
         torch.save({"w": torch.arange(3000)}, file)
 
 
+def write_and_read_back(path):
+    with atomic_write(path, "w+b") as file:
+        file.write(b"new" * 5000)
+        file.seek(9000)
+        file.write(file.read(3) + b"again")
+
+
 def write_figure(path):
     _save(_figure("curve")[0], path.with_suffix(".png"))
 
@@ -51,6 +58,7 @@ def write_figure(path):
 WRITERS = {
     "text": write_text,
     "torch": write_torch,
+    "seeks": write_and_read_back,
     "png": write_figure,
     "bin": lambda path: write_bin(path, [b"a" * 9000, b"b"], [True]),
 }
