@@ -134,6 +134,7 @@ def check_finished(job: Job, cfg: Config) -> None:
             f"{job.output} was prepared with another --missed or --min-face; move it away or give "
             "another --output."
         )
+    (job.output / LOCK).unlink(missing_ok=True)  # of a process killed right after the rename
     print(f"{job.output} is finished: {report['kept']:,} faces of {report['identities']:,} people.")
 
 
