@@ -13,6 +13,7 @@ from torch import Tensor
 from archives import ArchiveError, open_source
 from pictures import PictureError, decode_picture
 from recordio import encode_jpeg
+from utils import atomic_write, make_folder
 from verification import Pairs, Roc, to_degrees
 
 MATCHED, MISMATCHED = "#0072b2", "#d55e00"  # told apart by the colour-blind, too (Okabe and Ito)
@@ -97,8 +98,9 @@ def _figure(title: str) -> tuple[Figure, Any]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    make_folder(path.parent)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=path.suffix[1:])
 
 
 # ------------------------------------------------------------------------------ galleries
@@ -117,7 +119,7 @@ def write_galleries(
     of source, an archive or a folder; the aligned faces (n, 112, 112, 3) stand in for those that it
     does not have. Older galleries are removed first. Returns a notice, empty where all went well.
     """
-    images_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(images_dir)
     for kind in errors:
         for stale in images_dir.glob(f"*_{kind}_[01].jpg"):
             if stale.name.partition("_")[0].isdecimal():
@@ -132,7 +134,8 @@ def write_galleries(
     originals, notice = _read_originals(source, names) if names else ({}, "")
     for name, face in shown.items():
         jpeg = originals.get(pairs.names[face]) or encode_jpeg(faces[face].numpy())
-        (images_dir / name).write_bytes(jpeg)
+        with atomic_write(images_dir / name) as file:
+            file.write(jpeg)
     return notice
 
 

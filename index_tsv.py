@@ -7,6 +7,7 @@ in the picture's pixels.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,6 +152,28 @@ def read_index(folder: str | Path, reader: Any = None) -> IndexTable:
     if reader is not None:
         _check_index(path, table, reader)
     return table
+
+
+def check_index(folder: str | Path, reader: Any) -> None:
+    """Check what `read_index` with a reader does, in memory that the number of rows has no say in.
+
+    UserError as there.
+    """
+    begin = 0
+    with (Path(folder) / "index.tsv").open(encoding="utf-8", newline="\n") as file:
+        file.readline()
+        while lines := list(itertools.islice(file, 1024)):
+            table = _read_lines([line.removesuffix("\n") for line in lines])
+            kept = table.record >= 0
+            end = begin + int(kept.sum())
+            same = np.array_equal(table.record[kept], reader.keys[begin:end])
+            if not same or not np.array_equal(table.label[kept], reader.labels[begin:end]):
+                break
+            begin = end
+        else:
+            if begin == len(reader):
+                return
+    read_index(folder, reader)  # which says where
 
 
 def _check_index(path: Path, table: IndexTable, reader: Any) -> None:

@@ -7,23 +7,24 @@ there.  report.json says from the start what is being made, from what and with w
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import itertools
 import json
-import os
-import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from align import Aligned
-from archives import Entry
+from archives import Entry, Tally
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
+from locks import LOCK
 from recordio import RecordWriter, record_offsets
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, open_to_write, sync, sync_folder, write_errors
+
+NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte
+ASIDE = ".aside"  # a folder inside, while its contents are being set aside
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -44,38 +45,12 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         file.write("\n")
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it; UserError if another process does.  A kill releases it."""
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another pre_process.py is at work in {folder}; let it finish."
-            ) from None
-        except OSError as error:  # some network file systems have no such locks
-            print(f"{folder} cannot be locked ({error.strerror}): run one script at a time on it.")
-        yield
-    finally:
-        os.close(handle)
-
-
 def begin(part: Path, begun: dict[str, Any]) -> None:
     """Note what is being made; what was begun differently is set aside with a notice, not lost."""
-    for leftover in part.glob(".*.tmp"):  # of atomic writes that were killed
-        leftover.unlink()
     before = read_report(part)
     differs = [k for k in begun if k != "source" and before and before.get(k) != begun[k]]
-    if differs or (before is None and (part / "index.tsv").exists()):
-        number = 1
-        while (aside := part.with_name(f"{part.stem}.{number}.part")).exists():
-            number += 1
-        aside.mkdir()
-        for file in part.iterdir():
-            file.rename(aside / file.name)
+    if differs or (part / ASIDE).is_dir() or (before is None and (part / "index.tsv").exists()):
+        aside = set_aside(part)
         print(
             f"The unfinished output in {part} was begun with other "
             f"{' and '.join(differs) or 'code'}; it is now in {aside} (delete it if you like), "
@@ -84,12 +59,32 @@ def begin(part: Path, begun: dict[str, Any]) -> None:
     write_report(part, begun)
 
 
+def set_aside(part: Path) -> Path:
+    """Move all that is in a folder, but its lock, to a new one beside it; returns that.
+
+    It is gathered in a folder inside first: if a kill cuts that short, `begin` sees it and goes on.
+    """
+    number = 1
+    while (aside := part.with_name(f"{part.stem}.{number}.part")).exists():
+        number += 1
+    with write_errors(aside):
+        (part / ASIDE).mkdir(exist_ok=True)
+        for file in part.iterdir():
+            if file.name not in (ASIDE, LOCK):
+                file.rename(part / ASIDE / file.name)
+        (part / ASIDE).rename(aside)
+    return aside
+
+
 def complete(part: Path, output: Path) -> None:
     """Give the finished folder its name."""
-    handle = os.open(part, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-    part.rename(output)
+    sync_folder(part)
+    with write_errors(output):
+        part.rename(output)
+        # Not before: without it another process could get in.
+        (output / LOCK).unlink(missing_ok=True)
+    sync_folder(output)
+    sync_folder(output.parent)
 
 
 class Journal:
@@ -101,63 +96,66 @@ class Journal:
 
     def __init__(self, folder: Path, entries: Sequence[Entry], blocks: Sequence[tuple[int, int]]):
         self.path = folder / "index.tsv"
-        rows, ends = self._whole_rows(entries)
+        self.done, self.images = 0, 0
+        self.statuses = Tally()
+        self.found = bytearray()  # of each entry NO_FACE, CROP or FACE
+        self.counts = array("q")  # images of each label
+        self.identity: str | None = None
         records = folder / "train.rec"
         offsets = record_offsets(records) if records.is_file() else np.zeros(1, np.int64)
-        self.done, self.images, kept = 0, 0, 0
-        for start, stop in blocks:
-            if stop > len(rows):
-                break
-            kept += sum(label is not None for label, _, _ in rows[start:stop])
-            if kept + 2 > len(offsets):  # with record 0, and the end of the last
-                break
-            self.done, self.images = self.done + 1, stop
-        rows = rows[: self.images]
-        self.statuses = Counter(status for _, _, status in rows)
-        kept = [(label, identity) for label, identity, _ in rows if label is not None]
-        self.counts = list(Counter(label for label, _ in kept).values())  # labels ascend from 0
-        self.identity = kept[-1][1] if kept else None
-        resume_at = int(offsets[len(kept) + 1]) if self.done else None
+        end = self._take_in(entries, blocks, len(offsets) - 2)  # record 0 is no image
+        resume_at = int(offsets[sum(self.counts) + 1]) if self.done else None
         self.records = RecordWriter(records, resume_at)
-        self.index = self.path.open("r+b" if self.done else "wb")
+        self.index = open_to_write(self.path, "r+b" if self.done else "wb")
         if self.done:
-            self.index.truncate(ends[self.images - 1])
-            self.index.seek(0, os.SEEK_END)
+            with write_errors(self.path):
+                self.index.truncate(end)
+            self.index.seek(end)
         else:
             self.index.write(INDEX_HEADER.encode())
+        sync_folder(folder)
 
-    def _whole_rows(self, entries: Sequence[Entry]) -> tuple[list[tuple], list[int]]:
-        """(label, identity, status) of the rows that belong to the entries; the byte after each."""
-        rows: list[tuple] = []
-        ends: list[int] = []
+    def _take_in(
+        self, entries: Sequence[Entry], blocks: Sequence[tuple[int, int]], images: int
+    ) -> int:
+        """Count the blocks that are whole in both files; returns the byte after their last row."""
+        end = len(INDEX_HEADER)
         if not self.path.is_file():
-            return rows, ends
+            return end
         with self.path.open("rb") as file:
             if file.readline() != INDEX_HEADER.encode():
-                return rows, ends
-            for line, entry in zip(file, entries, strict=False):
-                try:
-                    row = parse_index_row(line.decode())
-                except ValueError:
+                return end
+            for start, stop in blocks:
+                lines = list(itertools.islice(file, stop - start))
+                rows = _whole_rows(lines, entries[start:stop])
+                images -= sum(row.label is not None for row in rows)
+                if len(rows) < stop - start or images < 0:
                     break
-                if row.source != entry.name:
-                    break
-                rows.append((row.label, entry.identity, sys.intern(row.status)))
-                ends.append((ends[-1] if ends else len(INDEX_HEADER)) + len(line))
-        return rows, ends
+                for row, entry in zip(rows, entries[start:stop], strict=True):
+                    self._count(entry, row.status, row.label is not None)
+                self.done, self.images = self.done + 1, stop
+                end += sum(map(len, lines))
+        return end
+
+    def _count(self, entry: Entry, status: str, kept: bool) -> int | None:
+        """Take an entry into the counts; returns its label, None where it was passed over."""
+        self.statuses.add(status, entry.name)
+        self.found.append(NO_FACE if not kept else CROP if status == "central_crop" else FACE)
+        if not kept:
+            return None
+        if entry.identity != self.identity:
+            self.identity = entry.identity
+            self.counts.append(0)
+        self.counts[-1] += 1
+        return len(self.counts) - 1
 
     def append(self, block: Sequence[Aligned]) -> None:
         """Write a block: its records to the disk first, then its rows."""
         lines = []
-        self.statuses.update(face.status for face in block)
         for face in block:
-            record = label = None
+            record = None
+            label = self._count(face.entry, face.status, face.jpeg is not None)
             if face.jpeg is not None:
-                if face.entry.identity != self.identity:
-                    self.identity = face.entry.identity
-                    self.counts.append(0)
-                label = len(self.counts) - 1
-                self.counts[label] += 1
                 record, _ = self.records.append(face.jpeg, label)
             row = IndexRow(
                 *(record, label, face.entry.identity, face.entry.name),
@@ -166,18 +164,30 @@ class Journal:
             lines.append(format_index_row(row))
         self.records.flush()
         self.index.write("".join(lines).encode())
-        self._sync_index()
-
-    def _sync_index(self) -> None:
-        self.index.flush()
-        os.fsync(self.index.fileno())
+        sync(self.index, self.path)
 
     def finish(self) -> None:
         """Complete the data set: identity records, train.idx, property."""
-        self._sync_index()
+        sync(self.index, self.path)
         self.records.finish(self.counts)
 
     def close(self) -> None:
         """Let go of the files, finished or not."""
-        self.index.close()
-        self.records.__exit__()
+        try:
+            self.index.close()
+        finally:
+            self.records.__exit__()
+
+
+def _whole_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
+    """The rows of lines, as far as they are whole and belong to the entries."""
+    rows: list[IndexRow] = []
+    for line, entry in zip(lines, entries, strict=False):
+        try:
+            row = parse_index_row(line.decode())
+        except ValueError:
+            break
+        if row.source != entry.name:
+            break
+        rows.append(row)
+    return rows

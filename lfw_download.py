@@ -13,7 +13,7 @@ import os
 import warnings
 from pathlib import Path
 
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, make_folder
 
 
 def download_lfw(data_dir: Path | str) -> Path:
@@ -29,11 +29,11 @@ def download_lfw(data_dir: Path | str) -> Path:
     pictures = _first(folders, "lfw_funneled") or _first(folders, "lfw-funneled.tgz")
     pairs = _first([data, *folders], "pairs.txt")
     if pictures is None or pairs is None:
-        folders[0].mkdir(parents=True, exist_ok=True)
+        make_folder(folders[0])
         pairs = pairs or _fetch("pairs.txt", folders[0])
         pictures = pictures or _fetch("lfw-funneled.tgz", folders[0])
     if not (data / "pairs.txt").exists():
-        data.mkdir(parents=True, exist_ok=True)
+        make_folder(data)
         with atomic_write(data / "pairs.txt") as file:
             file.write(pairs.read_bytes())
     print(f"LFW: {pictures} and {data / 'pairs.txt'}")

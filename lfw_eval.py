@@ -41,6 +41,7 @@ from utils import (
     exit_with_sentence,
     get_device,
     keep_freed_memory,
+    make_folder,
     newest_run,
 )
 
@@ -292,7 +293,7 @@ def main(cfg: Config) -> None:
     plot_roc(images_dir / "roc.png", verification.roc(scores, lfw.pairs.same), report)
     ours = about["kind"] == "ours"
     folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with atomic_write(folder / "lfw.json", "w") as file:
         json.dump(report, file, indent=1)
     print(

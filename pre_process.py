@@ -21,13 +21,15 @@ Killed at any moment and started again, it goes on where it was and ends with th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib.metadata
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,89 +40,28 @@ from align import BLOCK_IMAGES, align_blocks, plan_blocks
 from archives import ArchiveError, Source, Tally, open_source
 from config import Config, parse_args
 from face_detect import FaceDetector
-from index_tsv import IndexTable, read_index
-from journal import Journal, begin, complete, locked, read_report, write_report
+from index_tsv import check_index
+from jobs import Job, find_jobs
+from journal import FACE, Journal, begin, complete, read_report, write_report
 from lfw_download import download_lfw
+from locks import LOCK, locked
 from pictures import decode_picture
 from ready_pack import index_pack
 from recordio import RecordReader, encode_jpeg
-from utils import UserError, atomic_write, exit_with_sentence, get_device
+from utils import (
+    UserError,
+    atomic_write,
+    exit_with_sentence,
+    get_device,
+    make_folder,
+    sync_folder,
+    what_failed,
+    write_errors,
+)
 
-SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-# Sets by the name of their archive or folder, the preferred one first; upper case does not matter.
-TRAINING_STEMS = ("casia-webface",)
-LFW_STEMS = ("lfw-funneled", "lfw_funneled", "lfw-deepfunneled", "lfw_deepfunneled", "lfw")
 FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 KEPT = ("ok", "retried", "central_crop")
 PAIRS = 10  # pictures shown before and after
-
-
-class Job(NamedTuple):
-    """One data set to prepare: crop_missed keeps pictures without a face, cropped centrally."""
-
-    source: Path
-    output: Path
-    crop_missed: bool
-    show: bool  # write pictures before and after
-
-
-def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
-    """What there is to do: --source, or what lies in data_dir (or `lfw`, for LFW).
-
-    Raises UserError if there is nothing, naming what was looked for.
-    """
-    data = Path(cfg.data_dir)
-    outputs = (data / "faces_webface_112x112", data / "faces_lfw_112x112")
-    if cfg.source:
-        path = Path(cfg.source)
-        source = path / "train.rec" if (path / "train.rec").is_file() else path
-        is_lfw = path.name.lower().startswith("lfw")
-        output = source.parent if source.suffix == ".rec" else outputs[is_lfw]
-        return [Job(source, Path(cfg.output or output), _crops(cfg, is_lfw), True)]
-    jobs = []
-    for is_lfw, output in enumerate(outputs):
-        report = read_report(output)
-        found = find_sources(data, bool(is_lfw))
-        if (output / "train.rec").is_file() and (report is None or "ready" in report):
-            found.insert(0, output / "train.rec")
-        elif is_lfw and lfw is not None:
-            found = [lfw, *(path for path in found if path != lfw)]
-        elif not found and report:  # finished, and the archive deleted since
-            found = [Path(report["source"])]
-        if len(found) > 1:
-            print(f"{found[0]} is taken; {', '.join(map(str, found[1:]))} is left aside.")
-        if found:
-            # a ready pack has no pictures from before the alignment
-            show = all(job.source.suffix == ".rec" for job in jobs)
-            jobs.append(Job(found[0], output, _crops(cfg, bool(is_lfw)), show))
-    if not jobs:
-        raise UserError(
-            f"there is nothing to prepare in {data}/: no training set (CASIA-WebFace.zip, .tar, "
-            ".tar.gz, .tgz or folder, or a ready faces_webface_112x112/train.rec) and no LFW "
-            "(lfw-funneled.tgz, lfw-deepfunneled.tgz or lfw.tgz). Run `make demo` to see it all on "
-            "drawn faces, or get the archives as README.md says and put them there."
-        )
-    if cfg.output and len(jobs) > 1:
-        raise UserError(f"--output is one folder, but {data}/ holds two sets; add --source.")
-    return [job._replace(output=Path(cfg.output or job.output)) for job in jobs]
-
-
-def find_sources(data: Path, is_lfw: bool) -> list[Path]:
-    """The training sets, or the LFWs, that lie in a folder; the one to take first."""
-    there = {path.name.lower(): path for path in sorted(data.glob("*"))}
-    stems = LFW_STEMS if is_lfw else TRAINING_STEMS
-    names = [stem + suffix for stem in stems for suffix in (*SUFFIXES, "")]
-    if is_lfw:
-        names += [n for n in there if n.startswith("lfw") and n.endswith(SUFFIXES)]
-    found = [there[name] for name in dict.fromkeys(names) if name in there]
-    if is_lfw:  # scikit-learn's folder, packed and unpacked
-        home = data / "lfw_home"
-        found += [p for p in (home / "lfw_funneled", home / "lfw-funneled.tgz") if p.exists()]
-    return found
-
-
-def _crops(cfg: Config, is_lfw: bool) -> bool:
-    return is_lfw if cfg.missed == "auto" else cfg.missed == "crop"
 
 
 # ------------------------------------------------------------------------------ one data set
@@ -135,11 +76,11 @@ def prepare(
     """
     if job.source.suffix == ".rec":
         return prepare_pack(job, cfg)
-    if job.output.is_dir() and any(job.output.iterdir()):
+    if is_taken(job.output):
         check_finished(job, cfg)
         return None
     part = job.output.with_name(job.output.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(part.parent)
     with open_source(job.source, part.parent) as source:
         entries = source.entries()
         if source.damage:
@@ -149,12 +90,26 @@ def prepare(
                 f"{job.source} holds no pictures in folders of identities "
                 f"(passed over: {listed(source.passed.counts) or 'nothing'})."
             )
-        with locked(part):
+        with contextlib.ExitStack() as stack:
+            make_folder(part)
+            with write_errors(part):
+                stack.enter_context(locked(part, "pre_process.py"))
+            sync_folder(part.parent)
+            if is_taken(job.output):  # another process has finished it since we looked
+                (part / LOCK).unlink()
+                part.rmdir()
+                check_finished(job, cfg)
+                return None
             begun = describe(job, source, cfg)
             begin(part, begun)
             report = align_source(job, part, source, begun, cfg, get_detector())
             complete(part, job.output)
     return report
+
+
+def is_taken(output: Path) -> bool:
+    """Whether something lies where the output should be."""
+    return output.is_dir() and any(output.iterdir())
 
 
 def check_finished(job: Job, cfg: Config) -> None:
@@ -179,6 +134,7 @@ def check_finished(job: Job, cfg: Config) -> None:
             f"{job.output} was prepared with another --missed or --min-face; move it away or give "
             "another --output."
         )
+    (job.output / LOCK).unlink(missing_ok=True)  # of a process killed right after the rename
     print(f"{job.output} is finished: {report['kept']:,} faces of {report['identities']:,} people.")
 
 
@@ -203,11 +159,16 @@ def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
             "it away to have the pack indexed."
         )
     started = time.perf_counter()
-    facts = index_pack(job.source, job.output, cfg.workers)
-    report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
-    report |= {"versions": versions()} | count(read_index(job.output)) | facts
-    report |= timing(report["images"], started)
-    write_report(job.output, report)
+    with contextlib.ExitStack() as stack:
+        make_folder(job.output)
+        with write_errors(job.output):
+            stack.enter_context(locked(job.output, "pre_process.py"))
+        stack.callback((job.output / LOCK).unlink)
+        statuses, facts = index_pack(job.source, job.output, cfg.workers)
+        report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
+        report |= {"versions": versions()} | count(statuses) | facts
+        report |= timing(report["images"], started)
+        write_report(job.output, report)
     return report
 
 
@@ -227,6 +188,20 @@ def describe(job: Job, source: Source, cfg: Config) -> dict[str, Any]:
     }
 
 
+def check_there(source: Path, before: os.stat_result) -> None:
+    """UserError unless the source is still what it was: a disk that has gone is no bad picture."""
+    try:
+        now = source.stat()
+        same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{source} has gone while it was being read: mount its disk again, or put it back, and "
+            "start again; what was there before is kept."
+        )
+
+
 def versions() -> dict[str, str]:
     """Versions that pixels and detections depend on."""
     mtcnn = importlib.metadata.version("mtcnn")
@@ -243,7 +218,7 @@ def align_source(
 ) -> dict[str, Any]:
     """Do in `part` what is left to do, down to the report, which it returns."""
     started = time.perf_counter()
-    entries = source.entries()
+    entries, there = source.entries(), job.source.stat()
     blocks = plan_blocks(entries, max(BLOCK_IMAGES, cfg.detect_batch))
     with contextlib.closing(Journal(part, entries, blocks)) as journal:
         resumed_at = journal.images
@@ -256,18 +231,26 @@ def align_source(
         bar = tqdm(total=len(entries), initial=resumed_at, unit=" images", desc=job.source.name)
         with bar:
             for block in results:
+                if any(face.status == "unreadable" for face in block):
+                    check_there(job.source, there)
                 journal.append(block)
                 bar.update(len(block))
         if not journal.counts:
             raise UserError(
                 f"not one of the {len(entries):,} pictures in {job.source} gave a face "
-                f"({listed(journal.statuses)}; {part / 'index.tsv'} names each)."
+                f"({listed(journal.statuses.counts)}; {part / 'index.tsv'} names each)."
             )
         journal.finish()
-    table = read_index(part, RecordReader(part))
+    reader = RecordReader(part)
+    check_index(part, reader)
     if job.show:
-        write_pairs(source, table, RecordReader(part), Path(cfg.images_dir))
-    report = begun | count(table) | {"not_pictures": source.passed.as_dict()}
+        write_pairs(source, journal.found, reader, Path(cfg.images_dir))
+    identities = {
+        "identities": len(journal.counts),
+        "identities_in_source": len({entry.identity for entry in entries}),
+    }
+    report = begun | count(journal.statuses) | identities
+    report |= {"not_pictures": source.passed.as_dict()}
     report |= {"damage": source.damage, "resumed_at": resumed_at}
     report |= timing(len(entries) - resumed_at, started)
     write_report(part, report)
@@ -277,17 +260,12 @@ def align_source(
 # ------------------------------------------------------------------------------ what came of it
 
 
-def count(table: IndexTable) -> dict[str, Any]:
+def count(statuses: Tally) -> dict[str, Any]:
     """Pictures by status; those not found or passed over by name too."""
-    statuses = Tally()
-    for status, name in zip(table.status, table.source, strict=True):
-        statuses.add(status, name)
     found = {s: n for s, n in sorted(statuses.counts.items()) if s in KEPT}
     return {
-        "images": len(table.status),
+        "images": sum(statuses.counts.values()),
         "kept": sum(found.values()),
-        "identities": len(np.unique(table.label[table.label >= 0])),
-        "identities_in_source": len(set(table.identity)),
         "status": dict(sorted(statuses.counts.items())),
         "missed": {s: m for s, m in statuses.as_dict().items() if s not in ("ok", "retried")},
     }
@@ -328,27 +306,43 @@ def summarise(report: dict[str, Any], output: Path) -> None:
         print(f"  WARNING: {report['damage']} Fetch it again to have the rest.")
 
 
-def write_pairs(source: Source, table: IndexTable, reader: RecordReader, images_dir: Path) -> None:
-    """Ten pictures as they were and aligned, evenly spread over those with a face."""
-    kept = np.flatnonzero(table.record >= 0)
-    found = [i for i in kept if table.status[i] != "central_crop"] or kept
-    chosen = np.unique(np.linspace(0, len(found) - 1, PAIRS).round().astype(int))
-    rows = [found[i] for i in chosen]
+def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: Path) -> None:
+    """Ten pictures as they were and aligned, evenly spread over those with a face.
+
+    found: of each entry NO_FACE, CROP or FACE.
+    """
+    kept = np.frombuffer(found, np.uint8)
+    faces = np.flatnonzero(kept == FACE)
+    faces = faces if len(faces) else np.flatnonzero(kept)
+    rows = faces[np.unique(np.linspace(0, len(faces) - 1, PAIRS).round().astype(int))]
     originals = dict(source.read(source.entries()[row] for row in rows))
-    images_dir.mkdir(parents=True, exist_ok=True)
-    for i in range(PAIRS):
-        raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
-        if i >= len(rows):  # fewer pictures than last time
-            raw.unlink(missing_ok=True)
-            img.unlink(missing_ok=True)
-            continue
-        data = originals[source.entries()[rows[i]]]
-        if not data.startswith(b"\xff\xd8"):
-            data = encode_jpeg(decode_picture(data))
-        position = np.searchsorted(reader.keys, table.record[rows[i]])
-        for path, content in ((raw, data), (img, reader.jpeg(int(position)))):
-            with atomic_write(path) as file:
-                file.write(content)
+    with write_errors(images_dir), one_at_a_time(images_dir):
+        for i in range(PAIRS):
+            raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
+            if i >= len(rows):  # fewer pictures than last time
+                raw.unlink(missing_ok=True)
+                img.unlink(missing_ok=True)
+                continue
+            data = originals[source.entries()[rows[i]]]
+            if not data.startswith(b"\xff\xd8"):
+                data = encode_jpeg(decode_picture(data))
+            aligned = reader.jpeg(int(np.count_nonzero(kept[: rows[i]])))
+            for path, content in ((raw, data), (img, aligned)):
+                with atomic_write(path) as file:
+                    file.write(content)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Make a folder and hold it, after whoever holds it: so that all pairs are of one set."""
+    make_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @exit_with_sentence
@@ -368,6 +362,9 @@ def main(cfg: Config) -> None:
             report = prepare(job, cfg, get_detector)
         except UserError as error:
             problems.append(str(error))
+            continue
+        except OSError as error:
+            problems.append(what_failed(error))
             continue
         if report:
             summarise(report, job.output)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from archives import Tally
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from recordio import RecordError, RecordReader, decode_jpeg
 from utils import FACE_SIZE, UserError, atomic_write, core_count
@@ -17,8 +18,8 @@ from utils import FACE_SIZE, UserError, atomic_write, core_count
 STEP = 4096  # records checked at a time
 
 
-def index_pack(rec_path: Path, output: Path, workers: int = 0) -> dict[str, Any]:
-    """Decode every image of a pack and write `output`/index.tsv; returns what the report says.
+def index_pack(rec_path: Path, output: Path, workers: int = 0) -> tuple[Tally, dict[str, Any]]:
+    """Decode every image of a pack and write `output`/index.tsv; returns statuses and labels.
 
     A row's status is "ok", "unreadable" or "wrong_size"; its identity is the label, as packs carry
     no names.  Raises RecordError if the pack cannot be read at all, UserError if it is of another
@@ -31,18 +32,18 @@ def index_pack(rec_path: Path, output: Path, workers: int = 0) -> dict[str, Any]
             f"{reader.path} holds pictures of {size[1]}x{size[0]} pixels, not "
             f"{FACE_SIZE}x{FACE_SIZE}; training needs an aligned pack of that size."
         )
-    output.mkdir(parents=True, exist_ok=True)
-    statuses: list[str] = []
+    statuses = Tally()
     with atomic_write(output / "index.tsv") as file:
         file.write(INDEX_HEADER.encode())
         for i, status in enumerate(check_records(reader, workers)):
             label = int(reader.labels[i])
             row = IndexRow(int(reader.keys[i]), label, str(label), reader.path.name, status)
             file.write(format_index_row(row).encode())
-            statuses.append(status)
+            statuses.add(status, reader.path.name)
     used = len(np.unique(reader.labels))
-    return {
+    return statuses, {
         "identities": used,
+        "identities_in_source": used,
         "classes": reader.num_classes,
         "classes_without_image": reader.num_classes - used,
     }

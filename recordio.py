@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import struct
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import cv2
 import numpy as np
 
 from safe_pickle import load_two_lists
-from utils import FACE_SIZE, UserError, atomic_write
+from utils import FACE_SIZE, UserError, atomic_write, open_to_write, sync, write_errors
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 LENGTH_MASK = (1 << 29) - 1
@@ -316,12 +317,14 @@ class RecordWriter:
                 raise RecordError(
                     f"No record of {self.path} begins at byte {resume_at}; delete it to start anew."
                 )
-        *self._offsets, self._end = offsets.tolist()
-        for name in (self.path.with_suffix(".idx"), self.path.parent / "property"):
-            name.unlink(missing_ok=True)  # they would call an unfinished file finished
-        self._file = self.path.open("r+b" if resume_at else "wb")
+        self._offsets, self._end = array("q", offsets[:-1].tolist()), int(offsets[-1])
+        with write_errors(self.path):
+            for name in (self.path.with_suffix(".idx"), self.path.parent / "property"):
+                name.unlink(missing_ok=True)  # they would call an unfinished file finished
+        self._file = open_to_write(self.path, "r+b" if resume_at else "wb")
         self._file.write(unfinished)
-        self._file.truncate(self._end)
+        with write_errors(self.path):
+            self._file.truncate(self._end)
         self._file.seek(self._end)
 
     def __enter__(self) -> RecordWriter:
@@ -349,8 +352,7 @@ class RecordWriter:
 
     def flush(self) -> None:
         """Bring what was appended to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file, self.path)
 
     def finish(
         self, num_images_per_identity: Sequence[int], size: tuple[int, int] = (FACE_SIZE, FACE_SIZE)

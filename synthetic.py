@@ -272,7 +272,7 @@ def make_pairs(seed: int, counts: dict[str, int]) -> str:
 
 def main(cfg) -> None:
     """Write the two archives and the pairs into `cfg.output`."""
-    from utils import UserError, atomic_write, core_count
+    from utils import UserError, atomic_write, core_count, make_folder
 
     if min(cfg.identities, cfg.images_per_identity) < 2 or cfg.lfw_identities < 2 * FOLDS:
         raise UserError(
@@ -280,7 +280,7 @@ def main(cfg) -> None:
             f"--lfw-identities {2 * FOLDS}, two for each fold of the pairs."
         )
     output = Path(cfg.output or "demo/data")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     workers = cfg.workers or core_count()
 
     path = output / "CASIA-WebFace.zip"

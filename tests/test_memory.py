@@ -1,0 +1,115 @@
+"""Memory of pre_process.py: it must not grow with the number of pictures, but by their names.
+
+The detector is a stub; all else is real. What counts is memory of the process's own: the pages of
+train.rec that it has mapped are the kernel's to take back.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from recordio import encode_jpeg
+
+PREPARE = """
+import os, sys, threading, time
+import numpy as np
+import align, pre_process
+from config import parse_args
+from face_detect import Detection
+
+points = np.array([[8.0, 9], [16, 9], [12, 13], [9, 17], [15, 17]])
+found = Detection("ok", 0.9, np.array([2.0, 2, 22, 22]), points)
+align.find_face = lambda detector, images: [found] * len(images)
+pre_process.FaceDetector = lambda *_, **__: None
+os.fsync = lambda handle: None  # disks are slow, and this is about memory
+
+def megabytes():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+before = peak = megabytes()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, megabytes())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+source, output = sys.argv[1:]
+pre_process.main(parse_args(["--source", source, "--output", output, "--images-dir",
+                             output + "-images", "--workers", "2"], "pre_process"))
+done.set()
+watcher.join()
+print("megabytes", peak - before)
+"""
+
+
+def write_many(path: Path, count: int) -> Path:
+    """`count` pictures of 24x24 pixels, 20 people, as a .zip or a .tgz."""
+    colours = np.random.default_rng(0).integers(0, 256, (3, 3, 3), np.uint8)
+    jpeg = encode_jpeg(cv2.resize(colours, (24, 24)))
+    names = [f"set/{i * 20 // count:07d}/{i:07d}.jpg" for i in range(count)]
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, jpeg)
+        return path
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(jpeg)
+            archive.addfile(info, io.BytesIO(jpeg))
+    return path
+
+
+def peak_memory(folder: Path, kind: str, count: int) -> float:
+    """Megabytes of its own that preparing so many pictures takes at the most, imports aside."""
+    source = write_many(folder / f"{count}.{kind}", count)
+    output = folder / f"{count}-{kind}"
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, str(source), str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((output / "report.json").read_text())["kept"] == count
+    return float(done.stdout.split()[-1])
+
+
+def growth(folder: Path, kind: str, few: int, many: int) -> float:
+    """Bytes that each further picture takes."""
+    few_mb, many_mb = (peak_memory(folder, kind, count) for count in (few, many))
+    each = (many_mb - few_mb) * (1 << 20) / (many - few)
+    print(
+        f".{kind}: {few:,} pictures {few_mb:.1f} MB, {many:,} {many_mb:.1f}: {each:.0f} bytes each"
+    )
+    return each
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+
+# A name, its identity and where it lies take 600 bytes in a .tgz; Python's own list of a .zip's
+# members takes 600 more. A picture of 112x112 pixels would take 37,632, its JPEG some 5,000.
+
+
+def test_memory_is_flat(tmp_path):
+    assert growth(tmp_path, "tgz", 2_000, 8_000) < 1_500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "most"), [("tgz", 1_000), ("zip", 1_500)])
+def test_memory_is_flat_over_100_000_pictures(kind, most, tmp_path):
+    assert growth(tmp_path, kind, 10_000, 100_000) < most
