@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoints import load_checkpoint
 from data_gen import normalise
 from models import build_model
-from utils import UserError, load_checkpoint
+from utils import UserError
 
 Embed = Callable[[Tensor], Tensor]
 

@@ -76,7 +76,7 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_reads_every_knob_it_offers(script):
-    modules = {"train": ("train", "trainer")}.get(script, (script,))
+    modules = {"train": ("train", "trainer", "resume")}.get(script, (script,))
     code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)
     read = set(re.findall(r"\bcfg\.(\w+)", code))
     for field in dataclasses.fields(Config):
