@@ -12,6 +12,7 @@ import itertools
 import os
 import random
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +30,7 @@ _SEAL_SIZE = len("sha256:") + 64
 def save_checkpoint(path: Path | str, checkpoint: dict[str, Any]) -> None:
     """Write a dict of state dicts, numbers and strings so that `path` is always a whole file."""
     with atomic_write(path, "w+b") as file:
-        torch.save(checkpoint, file)
+        torch.save(_plain(checkpoint), file)
         # A zip ends with the length of its comment, two bytes, and the comment.
         file.seek(-2, os.SEEK_END)
         if file.read(2) != b"\0\0":
@@ -38,6 +39,19 @@ def save_checkpoint(path: Path | str, checkpoint: dict[str, Any]) -> None:
         file.write(_SEAL_SIZE.to_bytes(2, "little"))
         digest = _sha256(file, file.tell())
         file.write(b"sha256:" + digest.encode())
+
+
+def _plain(value: Any) -> Any:
+    """The same with no string or container twice, so that what is equal makes equal files.
+
+    Pickle writes an object that it has seen as a reference; which ones a resumed run shares depends
+    on what it loaded.
+    """
+    if type(value) is str:
+        return sys.intern(value)
+    if type(value) is dict:
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -117,9 +131,10 @@ def _link(path: Path, name: Path) -> None:
     spare.unlink(missing_ok=True)
     try:
         os.link(path, spare)
-    except OSError:  # a file system without hard links
-        path.replace(spare)
-    spare.replace(name)
+    except OSError:  # a file system without hard links: for a moment it has the second only
+        path.replace(name)
+    else:
+        spare.replace(name)
 
 
 def _older(run_dir: Path) -> list[Path]:

@@ -135,12 +135,13 @@ def _frames(data: bytes) -> list[tuple[bytes, Event]]:
     """The whole records of a TFRecord file: (size, its CRC, an Event, its CRC) each."""
     found, start = [], 0
     while start + 16 <= len(data):
-        end = start + 16 + struct.unpack_from("<Q", data, start)[0]
-        if end > len(data):
+        size = struct.unpack_from("<Q", data, start)[0]
+        end = start + 16 + size
+        if not size or end > len(data):  # a power cut can leave zeros
             break
         try:
             found.append((data[start:end], Event.FromString(data[start + 12 : end - 4])))
-        except DecodeError:  # zeros, for example, which a power cut can leave
+        except DecodeError:
             break
         start = end
     return found

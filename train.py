@@ -99,9 +99,13 @@ def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> 
         trainer.save_last(run_dir, writer)
         why = str(error)
         if is_out_of_memory(error):
-            batch, memory = trainer.cfg.eval_batch, gpu_memory(trainer.device)
-            why = out_of_memory(error, batch=batch, flag="--eval-batch", memory=memory)
-            why = f"In the evaluation {why}."
+            evaluating, cfg = trainer.step == trainer.steps, trainer.cfg
+            flag, batch = "--batch-size", cfg.batch_size
+            if evaluating:
+                flag, batch = "--eval-batch", cfg.eval_batch
+            memory = gpu_memory(trainer.device)
+            why = out_of_memory(error, batch=batch, flag=flag, memory=memory)
+            why = f"{'Evaluating' if evaluating else 'Loading a batch'}, {why}."
         elif not isinstance(error, UserError):
             raise
         again = f"python train.py --resume {run_dir}"

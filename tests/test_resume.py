@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import FLAGS, assert_same, write_tiny_set
 from torch.utils.tensorboard import SummaryWriter
 
 import resume
@@ -25,26 +26,14 @@ from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, split
 from locks import locked
-from recordio import RecordReader, encode_jpeg, write_bin, write_dataset
+from recordio import RecordReader, encode_jpeg, write_dataset
 from resume import FIXED_ON_RESUME, FREE_ON_RESUME, cut_events, fingerprint
 from utils import UserError
-
-FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
-FLAGS += "--epochs 3 --valid-fraction 0.2 --log-every 3 --device cpu --schedule cosine "
-FLAGS += "--checkpoint-steps 2 --lr 0.02"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """4 identities of 12 noisy pictures each, and a test set of 24 pairs."""
-    folder = tmp_path_factory.mktemp("set")
-    rng = np.random.default_rng(0)
-    centres = rng.integers(0, 255, (4, 7, 7, 3))
-    faces = np.clip(np.repeat(centres, 12, 0) + rng.normal(0, 20, (48, 7, 7, 3)), 0, 255)
-    jpegs = [encode_jpeg(np.kron(f, np.ones((16, 16, 1))).astype(np.uint8)) for f in faces]
-    write_dataset(folder, jpegs, [i // 12 for i in range(48)])
-    write_bin(folder / "lfw.bin", jpegs, [i % 2 == 0 for i in range(24)])
-    return folder
+    return write_tiny_set(tmp_path_factory.mktemp("set"))
 
 
 class Killer:
@@ -109,25 +98,6 @@ def points(cwd):
     return found
 
 
-def assert_same(found, expected, where="checkpoint"):
-    """Equal to the last bit, all the way down."""
-    assert type(found) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype, where
-        assert found.shape == expected.shape, where
-        assert found.numpy().tobytes() == expected.numpy().tobytes(), where
-    elif isinstance(expected, dict):
-        assert list(found) == list(expected), where
-        for key, value in expected.items():
-            assert_same(found[key], value, f"{where}.{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for place, value in enumerate(expected):
-            assert_same(found[place], value, f"{where}[{place}]")
-    else:
-        assert found == expected, where
-
-
 def assert_same_run(cwd, unbroken):
     """Checkpoints, logged numbers and TensorBoard; returns how many bytes were compared."""
     (run,), (straight,) = cwd.glob("runs/*"), unbroken.glob("runs/*")
@@ -135,6 +105,7 @@ def assert_same_run(cwd, unbroken):
     for name in ("last.pt", "best.pt"):
         found, expected = load_checkpoint(run / name), load_checkpoint(straight / name)
         assert_same(found, expected)
+        assert (run / name).read_bytes() == (straight / name).read_bytes()
         compared += (run / name).stat().st_size
     found, expected = points(cwd), points(unbroken)
     rates, straight_rates = found.pop("perf/images_per_s"), expected.pop("perf/images_per_s")
@@ -165,7 +136,7 @@ FAULTS = [
 
 def test_a_run_killed_at_the_worst_moments_ends_as_the_unbroken_one(killer, unbroken, tmp_path):
     shown = load_checkpoint(next(unbroken.glob("runs/*/last.pt")))
-    assert len(shown["history"]["lfw"]) == len(shown["history"]["valid"]) == 3
+    assert len(shown["history"]["lfw"]) == len(shown["history"]["valid"]) == 2
     kills = sum(killer.run(tmp_path, **fault) for fault in FAULTS)
     assert kills == len(FAULTS)
     assert not killer.run(tmp_path)
@@ -206,3 +177,189 @@ def load_state(cwd):
     """(epoch, step) of last.pt, which every kill leaves whole; () where there is none yet."""
     found = [load_checkpoint(path) for path in cwd.glob("runs/*/last.pt")]
     return (found[0]["epoch"], found[0]["step"]) if found else ()
+
+
+# ------------------------------------------------------------------------------ the same run
+
+
+@pytest.fixture
+def start(folder, tmp_path, capsys, monkeypatch):
+    """Run train.main in this process; its exit status and what it printed."""
+
+    def run(*argv, resumed=True):
+        where = ["--runs-dir", f"{tmp_path}/runs", "--images-dir", f"{tmp_path}/images"]
+        if not resumed:
+            where += [*FLAGS.split(), "--train-set", str(folder), "--epochs", "1"]
+        code = 0
+        monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+        try:
+            train.main(parse_args([*where, *argv], "train"))
+        except SystemExit as error:
+            code = error.code
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_every_knob_of_train_is_fixed_or_free_on_resume():
+    knobs = {f.name for f in dataclasses.fields(Config) if "train" in f.metadata.get("scripts", [])}
+    assert knobs == FIXED_ON_RESUME | FREE_ON_RESUME
+    assert not FIXED_ON_RESUME & FREE_ON_RESUME
+
+
+def test_every_fixed_knob_is_refused_by_name_and_every_free_one_taken():
+    old = Config()
+    checkpoint = {"config": dataclasses.asdict(old)}
+    for name in FIXED_ON_RESUME | FREE_ON_RESUME:
+        value = getattr(old, name)
+        if isinstance(value, bool):
+            other = not value
+        else:
+            other = (1,) if isinstance(value, tuple) else f"{value}x"
+            other = value + 1 if isinstance(value, (int, float)) else other
+        same = dataclasses.replace(old, given=(name,))
+        changed = dataclasses.replace(old, **{name: other}, given=(name,))
+        assert getattr(resume.resumed_config(same, checkpoint, Path("r")), name) == value
+        if name in FREE_ON_RESUME:
+            assert getattr(resume.resumed_config(changed, checkpoint, Path("r")), name) == other
+        else:
+            with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+                resume.resumed_config(changed, checkpoint, Path("r"))
+
+
+def test_other_pictures_are_refused(start, folder, tmp_path):
+    start(resumed=False)
+    for change in ("labels", "pictures", "fewer"):
+        other = tmp_path / change
+        reader = RecordReader(folder)
+        jpegs = [reader.jpeg(i) for i in range(len(reader))]
+        labels = [i // 12 for i in range(48)]
+        if change == "labels":
+            labels[12] = 0
+        elif change == "pictures":
+            jpegs[5] = encode_jpeg(np.zeros((112, 112, 3), np.uint8))
+        else:
+            jpegs, labels = jpegs[:-1], labels[:-1]
+        write_dataset(other, jpegs, labels)
+        code, printed = start("--resume", "--epochs", "2", "--train-set", str(other))
+        assert code == 2
+        assert "trained on other pictures" in printed
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)  # the same set elsewhere is the same set
+    code, printed = start("--resume", "--epochs", "2", "--train-set", str(moved))
+    assert code == 0
+    assert "cosine schedule ends with the run: from here on" in printed
+
+
+def test_the_fingerprint_covers_ids_labels_and_split(folder):
+    reader = RecordReader(folder)
+    parts = split(reader.labels, valid_fraction=0.2)
+    store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
+    expected = fingerprint(store, parts.train, parts.valid)
+    assert fingerprint(store, parts.train, parts.valid) == expected
+    assert fingerprint(store, parts.train[1:], parts.valid) != expected
+    assert fingerprint(store, parts.valid, parts.train) != expected
+    store.labels[3] += 1
+    assert fingerprint(store, parts.train, parts.valid) != expected
+    store.labels[3] -= 1
+    reader.keys[0] = 0
+    assert fingerprint(store, parts.train, parts.valid) != expected
+
+
+def test_a_second_train_on_one_run_is_refused(start, tmp_path):
+    start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    with locked(run, "train.py"):
+        before = {path: path.read_bytes() for path in run.glob("*")}
+        code, printed = start("--resume", "--epochs", "2")
+    assert code == 2
+    assert f"is in use by train.py, process {os.getpid()} on " in printed
+    assert before == {path: path.read_bytes() for path in run.glob("*")}
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, tmp_path):
+    start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    state = load_checkpoint(run / "last-1.pt")
+    assert (state["epoch"], state["step"]) == (0, 4)
+    data = bytearray((run / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "last.pt").write_bytes(data)
+    code, printed = start("--resume")
+    assert code == 0
+    assert "last.pt is damaged (its checksum does not match); taking last-1.pt" in printed
+    assert (run / "damaged-last.pt").read_bytes() == data
+    assert load_checkpoint(run / "last.pt")["epoch"] == 1
+    for path in run.glob("last*.pt"):
+        path.write_bytes(b"nothing")
+    code, printed = start("--resume")
+    assert code == 2
+    assert "last.pt is damaged" in printed
+
+
+def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path):
+    start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    whole = load_checkpoint(run / "last.pt")
+    torch.manual_seed(0)
+    for change, text in (
+        ({"model": {"x": torch.zeros(1)}}, "is no state of this run"),
+        ({"optimizer": {}}, "is no state of this run"),
+        ({"window": None}, "is no state of this run"),
+        ({"head": {"weight": torch.full((4, 16), torch.nan)}}, "not finite"),
+        ({"num_classes": 7}, "7 identities"),
+    ):
+        torch.save({**whole, **change}, run / "last.pt")
+        code, printed = start("--resume", "--epochs", "2")
+        assert (code, text in printed, "Traceback" in printed) == (2, True, False), printed
+    torch.save({**whole, "precision": "float8 on abacus"}, run / "last.pt")
+    code, printed = start("--resume", "--epochs", "2")
+    assert code == 0
+    assert "comes from a run in float8 on abacus; it goes on in" in printed
+
+
+def test_the_clock_asks_for_checkpoints_too(start, tmp_path, monkeypatch):
+    saved = []
+    save = train.Trainer.save_last
+    monkeypatch.setattr(
+        train.Trainer, "save_last", lambda self, *a: (saved.append(self.step), save(self, *a))
+    )
+    start("--checkpoint-steps", "0", "--checkpoint-minutes", "1e-9", resumed=False)
+    assert saved == [0, 1, 2, 3, 4, 0]
+    saved.clear()
+    start("--resume", "--epochs", "2", "--checkpoint-minutes", "0")
+    assert saved == [0]
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+def logged(folder):
+    (path,) = folder.glob("events.*")
+    frames = resume._frames(path.read_bytes())
+    return [(v.tag, event.step) for _, event in frames for v in event.summary.value]
+
+
+@pytest.mark.parametrize("epoch_is_open", [True, False])
+def test_what_was_logged_after_the_checkpoint_is_cut_away(tmp_path, epoch_is_open):
+    with SummaryWriter(tmp_path) as writer:
+        for step in (2, 4, 6):
+            writer.add_scalar("train/loss", step, step)
+            if step % 4 == 0:
+                writer.add_scalar("valid/loss", step, step)
+    (path,) = tmp_path.glob("events.*")
+    with path.open("ab") as file:  # a point that a kill cut in two
+        file.write(struct.pack("<Q", 100) + b"abc")
+    cut_events(tmp_path, 4, epoch_is_open)
+    expected = [("train/loss", 2), ("train/loss", 4)]
+    assert logged(tmp_path) == expected + [("valid/loss", 4)] * (not epoch_is_open)
+    before = path.stat()
+    cut_events(tmp_path, 4, epoch_is_open)  # nothing to do, nothing written
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    with path.open("ab") as file:
+        file.write(bytes(64))  # what a power cut leaves
+    cut_events(tmp_path, 4, epoch_is_open)
+    assert path.stat().st_size == before.st_size
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [2, 4]
