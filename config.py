@@ -81,6 +81,9 @@ class Config:
     amp: bool = knob(True, "bfloat16 autocast where the device has it; margin and loss stay float32", "train")
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile the backbone: costs a minute, steps are faster; auto: in runs of 2,000 steps and more", "train")
     log_every: int = knob(20, "steps between two points in TensorBoard", "train", low=1)
+    checkpoint_steps: int = knob(0, "steps between two last.pt within an epoch; 0: by the clock only", "train", low=0)
+    checkpoint_minutes: float = knob(15.0, "minutes between two last.pt within an epoch; 0: by steps only", "train", low=0)
+    keep_checkpoints: int = knob(2, "last.pt and the ones before it that are kept, for when the newest is damaged", "train", low=1)
     resume: str = knob("", "go on with a run: newest (the flag alone), or a run's folder or last.pt", "train")
 
     # lfw_eval.py

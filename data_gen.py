@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +25,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recordio import RecordError, RecordReader
-from utils import FACE_SIZE, core_count
+from utils import FACE_SIZE, UserError, core_count
 
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3
 BLOCK = 8192  # pictures decoded before they are copied to a GPU
 CHUNK = 32  # pictures a thread takes at a time
+
+
+class LoadingError(UserError):
+    """A thread that loads pictures died of something that is not a picture's fault."""
 
 
 class Batch(NamedTuple):
@@ -262,6 +266,15 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return max(1, count // batch_size)
 
 
+def epoch_order(positions: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of an epoch: `positions` (n,) shuffled, and which of them are mirrored (n,) bool.
+
+    It depends on the arguments alone.
+    """
+    rng = np.random.default_rng([seed, 1, epoch])
+    return rng.permutation(positions), rng.random(len(positions)) < 0.5
+
+
 def train_batches(
     store: ImageStore,
     positions: np.ndarray,
@@ -273,9 +286,7 @@ def train_batches(
     flip: bool = True,
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order."""
-    rng = np.random.default_rng([seed, 1, epoch])
-    order = rng.permutation(positions)
-    mirrored = rng.random(len(order)) < 0.5
+    order, mirrored = epoch_order(positions, seed, epoch)
     steps = range(first_step, steps_per_epoch(len(order), batch_size))
     slices = [slice(step * batch_size, (step + 1) * batch_size) for step in steps]
     parts = [(order[s], mirrored[s] if flip else None) for s in slices]
@@ -310,6 +321,20 @@ def _prefetch(
     with ThreadPoolExecutor(1) as ahead:
         waiting = [ahead.submit(store.fetch, *part) for part in parts[:1]]
         for index in range(len(parts)):
-            images = waiting.pop().result()
+            images = _result(waiting.pop())
             waiting += [ahead.submit(store.fetch, *part) for part in parts[index + 1 : index + 2]]
             yield images
+
+
+def _result(loading: Future[Tensor]) -> Tensor:
+    """What a thread loaded; LoadingError where it died of it."""
+    try:
+        return loading.result()
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise LoadingError(
+            f"A thread that loads pictures died ({reason}); see to it that there is memory and "
+            "that the training set can be read, or take fewer --workers."
+        ) from error

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
+from checkpoints import load_checkpoint
 from data_gen import normalise
 from models import build_model
-from utils import UserError, load_checkpoint
+from utils import UserError
 
 Embed = Callable[[Tensor], Tensor]
 

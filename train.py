@@ -9,114 +9,115 @@ It prints what it trains on, a progress bar an epoch and then one line an epoch:
 
     epoch 1/32  loss 18.402  accuracy 12.31 %  valid loss 15.210 ...
 
-and writes runs/<time>-<network>-s<seed>/last.pt, best.pt (best on the held-out images) and
-TensorBoard's events, and at the end the curves images/train_loss.png, train_acc.png,
-valid_loss.png and valid_acc.png. Ctrl-C stops after the step at hand and keeps it in last.pt.
+and writes runs/<time>-<network>-s<seed>/last.pt (every epoch and every quarter of an hour; the
+one before stays as last-1.pt), best.pt (best on the held-out images) and TensorBoard's events, and
+at the end the curves images/train_loss.png, train_acc.png, valid_loss.png and valid_acc.png.
+Ctrl-C stops after the step at hand and keeps it in last.pt. However a run ended, --resume takes it
+to the very weights and numbers that it would have come to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
 import shutil
 import signal
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+import checks
 from config import Config, parse_args
-from data_gen import ImageStore, Split, split
+from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
+from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory
 from figures import plot_curves
 from lfw_eval import LfwSet, evaluate_lfw, find_lfw, load_lfw
+from locks import locked
 from recordio import RecordReader
+from resume import cut_events, open_checkpoint, resumed_config, run_folder
 from trainer import Trainer
 from utils import (
     UserError,
     exit_with_sentence,
     get_device,
     keep_freed_memory,
-    load_checkpoint,
-    newest_run,
     seed_everything,
 )
 
-# What a resumed run may not change: it would be another run under the old one's name.
-# fmt: off
-FIXED_ON_RESUME = {
-    "network", "emb_size", "use_se", "dropout", "margin_m", "margin_s", "easy_margin",
-    "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "momentum",
-    "weight_decay", "seed",
-}
-# fmt: on
+COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
 
 
 def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: LfwSet | None) -> None:
     """Train, validate, evaluate and save, epoch by epoch, from wherever the trainer stands."""
     embed = torch_embedder(trainer.model, trainer.device, batch=trainer.cfg.eval_batch)
     while trainer.epoch < trainer.cfg.epochs:
-        loss, accuracy = trainer.train_one_epoch(writer)
-        line = f"epoch {trainer.epoch}/{trainer.cfg.epochs}  loss {loss:.3f}"
-        line += f"  accuracy {accuracy:.2%}"
-        score = (accuracy, -loss)
+        loss, accuracy = trainer.train_one_epoch(writer, run_dir)
+        epoch, step = trainer.epoch + 1, trainer.global_step
+        line = f"epoch {epoch}/{trainer.cfg.epochs}  loss {loss:.3f}  accuracy {accuracy:.2%}"
+        points: dict[str, list[tuple[float, ...]]] = {"valid": [], "lfw": []}
         if len(trainer.valid_positions):
             loss, accuracy = trainer.validate()
-            score = (accuracy, -loss)
-            trainer.history["valid"].append((trainer.epoch, loss, accuracy))
-            writer.add_scalar("valid/loss", loss, trainer.global_step)
-            writer.add_scalar("valid/accuracy", accuracy, trainer.global_step)
+            points["valid"] = [(epoch, loss, accuracy)]
+            writer.add_scalar("valid/loss", loss, step)
+            writer.add_scalar("valid/accuracy", accuracy, step)
             line += f"  valid loss {loss:.3f}  valid accuracy {accuracy:.2%}"
         if lfw is not None:
             report = evaluate_lfw(embed, lfw)
-            trainer.history["lfw"].append((trainer.epoch, report["accuracy"], report["threshold"]))
-            writer.add_scalar("lfw/accuracy", report["accuracy"], trainer.global_step)
-            writer.add_scalar("lfw/threshold", report["threshold"], trainer.global_step)
+            points["lfw"] = [(epoch, report["accuracy"], report["threshold"])]
+            writer.add_scalar("lfw/accuracy", report["accuracy"], step)
+            writer.add_scalar("lfw/threshold", report["threshold"], step)
             line += f"  lfw {report['accuracy']:.2%}"
         print(line, flush=True)
-        writer.flush()
-        is_best = not trainer.best or score > (trainer.best["accuracy"], -trainer.best["loss"])
-        if is_best:
-            trainer.best = {"epoch": trainer.epoch, "accuracy": score[0], "loss": -score[1]}
+        # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
+        trainer.finish_epoch(points)
+        checks.warn_of_evaluation(accuracy, [point[1] for point in trainer.history["lfw"]])
+        if not trainer.best or (accuracy, -loss) > (
+            trainer.best["accuracy"],
+            -trainer.best["loss"],
+        ):
+            trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
             trainer.save(run_dir / "best.pt")
-        trainer.save(run_dir / "last.pt")
+        trainer.save_last(run_dir, writer)
+        if trainer.stop:
+            raise KeyboardInterrupt
 
 
-def open_run(cfg: Config) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of a new run, or of the one to go on with and its last checkpoint."""
-    if not cfg.resume:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.network}-s{cfg.seed}"
-        run_dir = Path(cfg.runs_dir) / name
-        return run_dir, None
-    path = Path(cfg.resume)
-    if cfg.resume == "newest":
-        path = newest_run(cfg.runs_dir, "last.pt")
-    elif path.is_dir():
-        path = path / "last.pt"
-    checkpoint = load_checkpoint(path)
-    missing = {"config", "head", "optimizer", "history", "random"} - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} is no checkpoint of train.py (it has no {min(missing)}).")
-    return path.parent, checkpoint
+@contextlib.contextmanager
+def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> Iterator[None]:
+    """Whatever ends the run between two steps, last.pt has them; Ctrl-C ends it with a sentence.
 
-
-def resumed_config(cfg: Config, checkpoint: dict[str, Any], path: Path) -> Config:
-    """The configuration of the run in a checkpoint, with what the command line gave on top.
-
-    Raises UserError where the command line would turn it into another run.
+    Within a step the state is no step's, and the checkpoint before stays.
     """
-    known = {field.name for field in dataclasses.fields(Config)}
-    old = Config(**{k: v for k, v in checkpoint["config"].items() if k in known})
-    given = {name: getattr(cfg, name) for name in cfg.given}
-    changed = [k for k in given if k in FIXED_ON_RESUME and given[k] != getattr(old, k)]
-    if changed:
-        flags = ", ".join(f"--{k.replace('_', '-')} (it has {getattr(old, k)})" for k in changed)
-        raise UserError(f"{path} cannot go on with another {flags}; start a new run for that.")
-    return dataclasses.replace(old, **given, given=cfg.given)
+    try:
+        yield
+    except KeyboardInterrupt:
+        at = f"epoch {trainer.epoch + 1}, step {trainer.step}"
+        again = f"go on with: python train.py --resume {run_dir}"
+        print(f"\nStopped at {at}; {again}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (UserError, RuntimeError, MemoryError) as error:
+        if isinstance(error, TrainingError) or not trainer.whole:
+            raise
+        trainer.save_last(run_dir, writer)
+        why = str(error)
+        if is_out_of_memory(error):
+            evaluating, cfg = trainer.step == trainer.steps, trainer.cfg
+            flag, batch = "--batch-size", cfg.batch_size
+            if evaluating:
+                flag, batch = "--eval-batch", cfg.eval_batch
+            memory = gpu_memory(trainer.device)
+            why = out_of_memory(error, batch=batch, flag=flag, memory=memory)
+            why = f"{'Evaluating' if evaluating else 'Loading a batch'}, {why}."
+        elif not isinstance(error, UserError):
+            raise
+        again = f"python train.py --resume {run_dir}"
+        raise UserError(f"{why} All steps are kept; go on with: {again}") from None
 
 
 def open_lfw(cfg: Config) -> LfwSet | None:
@@ -157,13 +158,26 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     return store, faces
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError where torch.compile would find no compiler for the device."""
+def choose_compile(cfg: Config, device: torch.device, steps: int) -> str:
+    """Whether a run of so many steps is compiled, "on" or "off".
+
+    Raises UserError where it is asked for and there is no compiler.
+    """
+    missing = ""
     compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
     if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
-        raise UserError("--compile needs a C++ compiler (g++); install one or leave the flag out.")
+        missing = "a C++ compiler (g++)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError("--compile needs the triton package; install it or leave the flag out.")
+        missing = "the triton package"
+    if missing and cfg.compile == "on":
+        raise UserError(f"--compile on needs {missing}; install it, or leave the flag out.")
+    if cfg.compile != "auto" or steps < COMPILED_STEPS:
+        return "on" if cfg.compile == "on" else "off"
+    if missing:
+        print(f"Training would be faster with {missing}, which torch.compile needs.")
+        return "off"
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled here runs as it is
+    return "on"
 
 
 def config_table(cfg: Config) -> str:
@@ -177,7 +191,7 @@ def stop_on_signals(trainer: Trainer) -> None:
 
     def handle(number: int, frame: object) -> None:
         if trainer.stop:  # perhaps in the middle of a step, which nothing could go on from
-            print("\nStopped at once; last.pt is as the last epoch left it.", file=sys.stderr)
+            print("\nStopped at once; last.pt is as it was written last.", file=sys.stderr)
             raise SystemExit(130)
         trainer.stop = True
 
@@ -185,55 +199,74 @@ def stop_on_signals(trainer: Trainer) -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
+def open_trainer(cfg: Config) -> Trainer:
+    """The training set, checked, and a trainer on it that has not trained yet."""
+    device = get_device(cfg.device)
+    seed_everything(cfg.seed)
+    torch.backends.cudnn.benchmark = True  # every training step has the same shapes
+    store, faces = open_training_set(cfg, device)
+    steps = steps_per_epoch(len(store.good(faces.train)), cfg.batch_size) * cfg.epochs
+    cfg = dataclasses.replace(cfg, compile=choose_compile(cfg, device, steps))
+    trainer = Trainer(cfg, store, faces)
+    classes = trainer.head.weight.shape[0]
+    checks.check_training_set(store, trainer.train_positions, classes, cfg.seed)
+    return trainer
+
+
+def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
+    """Train to the end in a run folder that is this process's own."""
+    cfg = trainer.cfg
+    lfw = open_lfw(cfg)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    print(
+        f"Run: {run_dir}\n"
+        f"Training set: {len(trainer.train_positions):,} images of "
+        f"{trainer.head.weight.shape[0]:,} identities, {len(trainer.valid_positions):,} held out; "
+        f"cache: {trainer.store.cache}\n"
+        f"Network: {cfg.network}, {parameters / 1e6:.2f} M parameters, on {trainer.device}, "
+        f"{'bfloat16' if trainer.amp else 'float32'}; {trainer.steps:,} steps an epoch"
+    )
+    stop_on_signals(trainer)
+    if resumed:
+        cut_events(run_dir, trainer.global_step, epoch_is_open=trainer.step > 0)
+    # A TensorBoard that is looking on forgets, too, what was logged after the checkpoint.
+    with SummaryWriter(run_dir, purge_step=trainer.global_step + 1) as writer:
+        if not resumed:
+            writer.add_text("config", config_table(cfg))
+            trainer.save_last(run_dir, writer)  # from here on, the run can be gone on with
+        with saved_at_the_end(trainer, writer, run_dir):
+            run_epochs(trainer, writer, run_dir, lfw)
+
+
 @exit_with_sentence
 def main(cfg: Config) -> None:
     """Train one run from its beginning or from where it stopped."""
     keep_freed_memory()
-    run_dir, checkpoint = open_run(cfg)
-    if checkpoint is not None:
-        cfg = resumed_config(cfg, checkpoint, run_dir)
-    device = get_device(cfg.device)
-    if cfg.compile:
-        check_compiler(device)
-    seed_everything(cfg.seed)
-    torch.backends.cudnn.benchmark = True  # every training step has the same shapes
-    store, faces = open_training_set(cfg, device)
-    lfw = open_lfw(cfg)
-    trainer = Trainer(cfg, store, faces)
-    if checkpoint is not None:
-        trainer.load(checkpoint, run_dir / "last.pt")
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    run_dir = run_folder(cfg)
+    with contextlib.ExitStack() as stack:
+        if cfg.resume:
+            stack.enter_context(locked(run_dir, "train.py"))
+            checkpoint, path = open_checkpoint(cfg, run_dir)
+            cfg = resumed_config(cfg, checkpoint, run_dir)
+            history, best, steps = (checkpoint[name] for name in ("history", "best", "steps"))
+        if not cfg.resume or checkpoint["epoch"] < cfg.epochs:
+            trainer = open_trainer(cfg)
+            if cfg.resume:
+                trainer.load(checkpoint, path)
+                del checkpoint
+            else:
+                run_dir.mkdir(parents=True)
+                stack.enter_context(locked(run_dir, "train.py"))
+            train(trainer, run_dir, resumed=bool(cfg.resume))
+            history, best, steps = trainer.history, trainer.best, trainer.steps
+        else:
+            print(f"{run_dir} has its {cfg.epochs} epochs; for more of them give --epochs.")
+    plot_curves(Path(cfg.images_dir), history, steps)
+    judged_on = "held-out" if history["valid"] else "training"
     print(
-        f"Run: {run_dir}\n"
-        f"Training set: {len(trainer.train_positions):,} images of {faces.num_classes:,} "
-        f"identities, {len(trainer.valid_positions):,} held out; cache: {store.cache}\n"
-        f"Network: {cfg.network}, {parameters / 1e6:.2f} M parameters, on {device}, "
-        f"{'bfloat16' if trainer.amp else 'float32'}; {trainer.steps:,} steps an epoch"
-    )
-    if trainer.epoch >= cfg.epochs:
-        raise UserError(f"{run_dir} has its {trainer.epoch} epochs; give more with --epochs.")
-    run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
-    stop_on_signals(trainer)
-    # TensorBoard forgets what was logged after the checkpoint; its own step was logged before it.
-    with SummaryWriter(run_dir, purge_step=trainer.global_step + 1) as writer:
-        if checkpoint is None:
-            writer.add_text("config", config_table(cfg))
-        try:
-            run_epochs(trainer, writer, run_dir, lfw)
-        except KeyboardInterrupt:
-            trainer.save(run_dir / "last.pt")
-            print(
-                f"\nStopped at epoch {trainer.epoch + 1}, step {trainer.step}; "
-                "go on with: python train.py --resume ",
-                file=sys.stderr,
-            )
-            raise SystemExit(130) from None
-    plot_curves(Path(cfg.images_dir), trainer.history, trainer.steps)
-    judged_on = "held-out" if len(trainer.valid_positions) else "training"
-    print(
-        f"Best on the {judged_on} images: epoch {trainer.best['epoch']}, accuracy "
-        f"{trainer.best['accuracy']:.2%}. Wrote {run_dir}/best.pt, last.pt and the curves in "
-        f"{cfg.images_dir}/. Next: python lfw_eval.py"
+        f"Best on the {judged_on} images: epoch {best['epoch']}, accuracy {best['accuracy']:.2%}. "
+        f"Wrote {run_dir}/best.pt, last.pt and the curves in {cfg.images_dir}/. "
+        "Next: python lfw_eval.py"
     )
 
 

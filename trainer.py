@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,27 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from checkpoints import (
+    random_states,
+    save_checkpoint,
+    save_last,
+    set_random_states,
+    torch_states,
+)
 from config import Config
-from data_gen import ImageStore, Split, steps_per_epoch, train_batches, valid_batches
+from data_gen import (
+    ImageStore,
+    Split,
+    epoch_order,
+    steps_per_epoch,
+    train_batches,
+    valid_batches,
+)
+from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory, save_bad_batch
 from focal_loss import FocalLoss
 from models import ArcMarginModel, build_model
-from utils import UserError, has_bfloat16, save_checkpoint
+from resume import fingerprint, sync_events
+from utils import UserError, has_bfloat16
 
 
 def learning_rate(
@@ -48,8 +64,14 @@ def learning_rate(
     return lr * rest**poly_power
 
 
-class TrainingError(UserError):
-    """Training went wrong in a way that going on would not mend."""
+class Step(NamedTuple):
+    """What is kept of a step until it is logged; tensors stay on the device."""
+
+    number: int  # in its epoch
+    loss: Tensor
+    accuracy: Tensor
+    norm: Tensor  # of the gradient, before clipping
+    random: dict[str, Any] | None  # the states before the step, None in a resumed run's old steps
 
 
 class Trainer:
@@ -85,7 +107,11 @@ class Trainer:
         self.best: dict[str, float] = {}
         # train: (epoch, step, loss, accuracy, steps) a logged point; valid, lfw: one an epoch
         self.history: dict[str, list[tuple[float, ...]]] = {"train": [], "valid": [], "lfw": []}
+        self.window: list[Step] = []  # steps since the last logged point
+        self.pictures = fingerprint(store, self.train_positions, self.valid_positions)
         self.stop = False
+        self.whole = True  # false within a step, where a part of the state is ahead of the rest
+        self.saved_at, self.saved_step = time.monotonic(), (-1, -1)
 
     @property
     def global_step(self) -> int:
@@ -102,25 +128,27 @@ class Trainer:
         right = cosine.detach().argmax(1) == labels
         return self.head.margin(cosine, labels), right
 
-    def train_step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, Tensor]:
-        """One step of SGD; the loss and the accuracy, still on the device."""
+    def train_step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, ...]:
+        """One step of SGD; loss, accuracy and the gradient's norm, still on the device."""
         logits, right = self.logits(images, labels)
         loss = self.criterion(logits, labels)
         self.optimizer.zero_grad()
         loss.backward()
         if self.cfg.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return loss.detach(), right.float().mean()
+        return loss.detach(), right.float().mean(), norm.detach()
 
-    def train_one_epoch(self, writer: SummaryWriter) -> tuple[float, float]:
+    def train_one_epoch(self, writer: SummaryWriter, run_dir: Path) -> tuple[float, float]:
         """The rest of the current epoch; returns the mean loss and accuracy of all of it.
 
         Losses stay on the device until a point is logged, so that the host does not wait for them.
-        Raises KeyboardInterrupt after a whole step once `stop` is set, TrainingError where a loss
-        is not finite.
+        Raises KeyboardInterrupt after a whole step once `stop` is set, and TrainingError where a
+        loss or a gradient is not finite or memory is full.
         """
         cfg = self.cfg
         self.model.train()
@@ -134,30 +162,45 @@ class Trainer:
             flip=cfg.flip,
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
+        fixed = self.fixed_memory()
         with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", leave=False) as bar:
-            window: list[tuple[int, Tensor, Tensor, np.ndarray]] = []
-            began = time.perf_counter()
+            began, first = time.perf_counter(), self.step
             for batch in batches:
-                lr = self.learning_rate()
-                loss, accuracy = self.train_step(batch.images, batch.labels, lr)
-                window.append((self.step, loss, accuracy, batch.positions))
-                self.step += 1
+                states, self.whole = torch_states(self.device), False
+                try:
+                    results = self.train_step(batch.images, batch.labels, self.learning_rate())
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise self.memory_error(error, fixed) from None
+                self.window.append(Step(self.step, *results, states))
+                self.step, self.whole = self.step + 1, True
                 bar.update()
-                if len(window) == cfg.log_every or self.step == self.steps or self.stop:
-                    self.log(window, lr, began, writer, bar)
-                    window, began = [], time.perf_counter()
+                if len(self.window) >= cfg.log_every or self.step == self.steps:
+                    self.check_steps(run_dir)
+                    seconds = time.perf_counter() - began
+                    rate = (self.step - first) * cfg.batch_size / seconds
+                    self.log(rate, writer, bar)
+                    began, first = time.perf_counter(), self.step
+                if self.stop or self.checkpoint_is_due():
+                    self.save_last(run_dir, writer)
                 if self.stop:
                     raise KeyboardInterrupt
         points = np.array([point for point in self.history["train"] if point[0] == self.epoch])
-        self.epoch, self.step = self.epoch + 1, 0
         loss, accuracy = np.average(points[:, 2:4], axis=0, weights=points[:, 4])
         return float(loss), float(accuracy)
 
-    def learning_rate(self) -> float:
-        """The schedule's value for the step at hand."""
+    def finish_epoch(self, points: dict[str, list[tuple[float, ...]]]) -> None:
+        """Go to the beginning of the next epoch; `points` are what this one adds to the history."""
+        for name, added in points.items():
+            self.history[name] += added
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def learning_rate(self, step: int | None = None) -> float:
+        """The schedule's value for a step of this epoch, by default for the one at hand."""
         cfg = self.cfg
         return learning_rate(
-            self.epoch + self.step / self.steps,
+            self.epoch + (self.step if step is None else step) / self.steps,
             lr=cfg.lr,
             epochs=cfg.epochs,
             schedule=cfg.schedule,
@@ -166,27 +209,13 @@ class Trainer:
             warmup_epochs=cfg.warmup_epochs,
         )
 
-    def log(
-        self,
-        window: list[tuple[int, Tensor, Tensor, np.ndarray]],
-        lr: float,
-        began: float,
-        writer: SummaryWriter,
-        bar: tqdm,
-    ) -> None:
+    def log(self, rate: float, writer: SummaryWriter, bar: tqdm) -> None:
         """Write one point for the last steps to the history, TensorBoard and the progress bar."""
-        losses = torch.stack([loss for _, loss, _, _ in window]).cpu()
-        accuracy = float(torch.stack([accuracy for _, _, accuracy, _ in window]).mean())
-        rate = sum(len(positions) for *_, positions in window) / (time.perf_counter() - began)
-        if not losses.isfinite().all():
-            step, loss, _, positions = window[int((~losses.isfinite()).int().argmax())]
-            raise TrainingError(
-                f"The loss is {loss.item()} at epoch {self.epoch + 1}, step {step + 1} of "
-                f"{self.steps} (lr {lr:g}), on records {self.store.names(positions)}; the last "
-                "good state stays in last.pt. Try a lower --lr, --warmup-epochs or --clip-norm."
-            )
-        loss = float(losses.mean())
-        self.history["train"].append((self.epoch, self.step, loss, accuracy, len(window)))
+        loss = float(torch.stack([step.loss for step in self.window]).mean())
+        accuracy = float(torch.stack([step.accuracy for step in self.window]).mean())
+        lr = self.learning_rate(self.window[-1].number)
+        self.history["train"].append((self.epoch, self.step, loss, accuracy, len(self.window)))
+        self.window = []
         scalars = {"train/loss": loss, "train/accuracy": accuracy}
         scalars |= {"train/lr": lr, "perf/images_per_s": rate}
         for tag, value in scalars.items():
@@ -207,22 +236,92 @@ class Trainer:
         count = len(self.valid_positions)
         return total_loss / count, total_right / count
 
+    # -------------------------------------------------------------------------- going wrong
+
+    def check_steps(self, run_dir: Path) -> None:
+        """Raise TrainingError at the first step since the last point that was not finite.
+
+        Its batch goes into run_dir/bad_batch.pt; what it and later steps did is in no checkpoint.
+        """
+        if not self.window:
+            return
+        found = torch.stack([torch.stack([step.loss, step.norm]) for step in self.window]).cpu()
+        bad = (~found.isfinite().all(1)).nonzero()
+        if not len(bad):
+            return
+        self.whole = False
+        step, (loss, norm) = self.window[int(bad[0])], found[int(bad[0])].tolist()
+        numbers = {"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)}
+        numbers |= {"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number}
+        order, flips = epoch_order(self.train_positions, self.cfg.seed, self.epoch)
+        part = slice(step.number * self.cfg.batch_size, (step.number + 1) * self.cfg.batch_size)
+        path = run_dir / "bad_batch.pt"
+        flipped = flips[part] & self.cfg.flip
+        more = {**numbers, "random": step.random}
+        records = save_bad_batch(path, self.store, order[part], flipped, more)
+        what = "loss is" if not math.isfinite(loss) else "gradient's norm is"
+        raise TrainingError(
+            f"The {what} {norm if math.isfinite(loss) else loss} at epoch {self.epoch + 1}, step "
+            f"{step.number + 1} of {self.steps} (loss {loss:g}, lr {numbers['lr']:g}, scale "
+            f"{self.cfg.margin_s:g}), on records {records}; the batch is in {path}, the last good "
+            "state in last.pt. From there it would come to the same; start a new run with a lower "
+            "--lr, a longer --warmup-epochs or a --clip-norm."
+        )
+
+    def fixed_memory(self) -> int:
+        """Bytes on the GPU that no smaller batch saves: cache, weights, gradients, momentum."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.optimizer.zero_grad()
+        weights = sum(p.numel() * p.element_size() for p in self.parameters)
+        missing = weights if self.optimizer.state else 2 * weights
+        return torch.cuda.memory_allocated(self.device) + missing
+
+    def memory_error(self, error: BaseException, fixed: int) -> TrainingError:
+        """What to say of a step for which memory did not suffice."""
+        why = out_of_memory(
+            error,
+            batch=self.cfg.batch_size,
+            flag="--batch-size",
+            fixed=fixed,
+            memory=gpu_memory(self.device),
+        )
+        return TrainingError(
+            f"At epoch {self.epoch + 1}, step {self.step + 1} of {self.steps} {why}. last.pt goes "
+            "on with --resume where memory has been freed (--cache ram keeps pictures off the "
+            "GPU); another batch size is a new run."
+        )
+
+    # -------------------------------------------------------------------------- checkpoints
+
     def state(self) -> dict[str, Any]:
         """All of it as a dict for save_checkpoint."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        config = dataclasses.asdict(self.cfg)
+        window = [torch.stack([s.loss, s.accuracy, s.norm]) for s in self.window]
         return {
-            "config": dataclasses.asdict(self.cfg),
+            # How it was called is no part of the run.
+            "config": {k: v for k, v in config.items() if k not in ("given", "resume")},
             "num_classes": self.head.weight.shape[0],
+            "pictures": self.pictures,
+            "precision": self.precision,
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "steps": self.steps,
             "best": self.best,
             "history": self.history,
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "window": torch.stack(window) if window else torch.zeros(0, 3),
+            "random": random_states(self.device),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, and on what: the same bits come of the same only."""
+        return f"{'bfloat16' if self.amp else 'float32'} on {self.device.type}"
 
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Go back to a saved state; raises UserError where it does not fit the training set."""
@@ -231,20 +330,61 @@ class Trainer:
                 f"{path} was trained on {checkpoint['num_classes']} identities, the training set "
                 f"has {self.head.weight.shape[0]}; give the set it was trained on (--train-set)."
             )
-        self.model.load_state_dict(checkpoint["model"])
-        self.head.load_state_dict(checkpoint["head"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
-        self.best, self.history = checkpoint["best"], checkpoint["history"]
-        torch.set_rng_state(checkpoint["random"]["cpu"].cpu())
-        if self.device.type == "cuda" and checkpoint["random"]["cuda"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["random"]["cuda"]])
+        if checkpoint["pictures"] != self.pictures:
+            raise UserError(
+                f"{path} was trained on other pictures than {self.store.reader.path} holds now "
+                "(their ids, labels, split or the file's size differ); give the set it was "
+                "trained on (--train-set), with the --cache it had if pictures are damaged."
+            )
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.head.load_state_dict(checkpoint["head"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            self.best, self.history = checkpoint["best"], checkpoint["history"]
+            window = checkpoint["window"].to(self.device).unbind()
+            first = self.step - len(window)
+            self.window = [Step(first + i, *row.unbind(), None) for i, row in enumerate(window)]
+            set_random_states(checkpoint["random"], self.device)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{path} is no state of this run ({reason}); give another.") from None
+        self.check_weights(path)
+        if checkpoint["precision"] != self.precision:
+            print(
+                f"{path} comes from a run in {checkpoint['precision']}; it goes on in "
+                f"{self.precision}, so its numbers will differ in their last digits."
+            )
+
+    def check_weights(self, path: Path) -> None:
+        """Raise TrainingError if the weights are no numbers any more."""
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise TrainingError(
+                f"Weights are not finite at epoch {self.epoch}, step {self.step}; {path} stays "
+                "as it is. Start a new run with a lower --lr, --warmup-epochs or --clip-norm."
+            )
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, unless the weights are no numbers any more (TrainingError)."""
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
-            raise TrainingError(
-                f"Weights are not finite after epoch {self.epoch}, step {self.step}; {path} stays "
-                "as it was. Try a lower --lr, --warmup-epochs or --clip-norm."
-            )
+        self.check_weights(path)
         save_checkpoint(path, self.state())
+
+    def save_last(self, run_dir: Path, writer: SummaryWriter) -> None:
+        """Write last.pt, with all that it has logged on disk before it; once a step."""
+        if self.saved_step == (self.epoch, self.step):
+            return
+        self.check_steps(run_dir)
+        self.check_weights(run_dir / "last.pt")
+        writer.flush()
+        sync_events(run_dir)
+        save_last(run_dir, self.state(), self.cfg.keep_checkpoints)
+        self.saved_at = time.monotonic()
+        self.saved_step = (self.epoch, self.step)
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether --checkpoint-steps or --checkpoint-minutes asks for one after this step."""
+        cfg = self.cfg
+        if cfg.checkpoint_steps and self.global_step % cfg.checkpoint_steps == 0:
+            return True
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return 0 < cfg.checkpoint_minutes <= minutes

@@ -1,4 +1,4 @@
-"""What several scripts need: errors, devices, seeds, safe files, checkpoints, alignment."""
+"""What several scripts need: errors, devices, seeds, safe files, alignment."""
 
 from __future__ import annotations
 
@@ -279,32 +279,6 @@ def _discard(file: IO[Any] | None, temporary: Path | None) -> None:
     with contextlib.suppress(OSError):
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path | str, checkpoint: dict[str, Any]) -> None:
-    """Write a dict of state dicts, numbers and strings so that `path` is always a whole file."""
-    with atomic_write(path) as file:
-        torch.save(checkpoint, file)
-
-
-def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; its pickle may hold tensors and plain values only (`weights_only=True`).
-
-    Raises UserError if the file is not there, is damaged or is no checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another --checkpoint."
-        ) from None
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict.")
-    return checkpoint
 
 
 def newest_run(runs_dir: Path | str, file: str) -> Path:

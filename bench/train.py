@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,7 +77,9 @@ def make_trainer(network: str, size: int, device: torch.device, **knobs: Any) ->
     seed_everything(0)
     everything = np.arange(size * 100)
     faces = Split(everything, everything % CLASSES, CLASSES, everything, everything[:0])
-    store = SimpleNamespace(device=device, good=lambda positions: positions)
+    reader = SimpleNamespace(keys=everything, path=Path(__file__))
+    store = SimpleNamespace(device=device, reader=reader, indices=everything)
+    store.good, store.labels = (lambda positions: positions), torch.from_numpy(faces.labels)
     return Trainer(Config(network=network, batch_size=size, **knobs), store, faces)
 
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 import embedders as emb
+from checkpoints import save_checkpoint
 from models import build_model
-from utils import UserError, save_checkpoint
+from utils import UserError
 
 CPU = torch.device("cpu")
 

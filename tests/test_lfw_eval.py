@@ -16,11 +16,12 @@ from conftest import ROOT
 import figures
 import lfw_eval
 import verification
+from checkpoints import save_checkpoint
 from config import parse_args
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from models import build_model
 from recordio import encode_jpeg, write_bin, write_dataset
-from utils import UserError, save_checkpoint
+from utils import UserError
 
 PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs
 

@@ -10,12 +10,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from config import Config, parse_args
-from data_gen import ImageStore, split, train_batches
+from checkpoints import load_checkpoint
+from config import parse_args
+from data_gen import ImageStore, normalise, split, train_batches
 from models import ArcMarginModel, build_model
 from recordio import RecordReader, encode_jpeg, write_dataset
 from trainer import Trainer, TrainingError, learning_rate
-from utils import UserError, load_checkpoint
 
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 2 --device cpu"
@@ -92,13 +92,14 @@ def test_a_step_is_sgd_on_the_arcface_loss(configure):
 
     for number in range(2):
         images, labels = torch.randn(8, 3, 112, 112), torch.arange(8) % 4
-        loss, accuracy = trainer.train_step(images, labels, lr=0.05 / (number + 1))
+        loss, accuracy, norm_found = trainer.train_step(images, labels, lr=0.05 / (number + 1))
 
         model.train()
         cosine = head.cosine(model(images))
         expected = torch.nn.functional.cross_entropy(head.margin(cosine, labels), labels)
         grads = torch.autograd.grad(expected, parameters)
         norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert norm_found.item() == pytest.approx(norm.item(), rel=1e-3)
         with torch.no_grad():
             for p, g, v in zip(parameters, grads, speeds, strict=True):
                 v.mul_(0.8).add_(g * min(1.0, 0.5 / norm) + 0.01 * p)
@@ -122,9 +123,10 @@ def test_bfloat16_step_is_close_to_float32(configure):
     for amp in (False, True):
         trainer = make_trainer(configure("--dropout 0"))
         trainer.amp = amp
-        loss, _ = trainer.train_step(images, labels, lr=0.0)
+        loss, _, norm = trainer.train_step(images, labels, lr=0.0)
         losses.append(loss.item())
         grads.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
+        assert norm.item() == pytest.approx(grads[-1].norm().item(), rel=1e-4)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (grads[1] - grads[0]).norm() / grads[0].norm() < 0.25
     assert torch.nn.functional.cosine_similarity(grads[0], grads[1], dim=0) > 0.97
@@ -196,19 +198,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(configure, tmp_path, mon
             assert torch.equal(tensor, found[part][name]), name
     assert found["history"]["valid"] == expected["history"]["valid"]
     points = [e.step for e in events(only_run(broken)).Scalars("train/loss")]
-    assert points == [2, 3, 5, 6]  # none doubled or missing; 5 is where it was stopped
+    assert points == [2, 3, 5, 6]  # none doubled or missing
 
 
 def test_resume_refuses_what_would_be_another_run(configure, capsys, tmp_path):
     train.main(configure("--epochs 1"))
-    for more, text in (("--network r18", "--network (it has tiny)"), ("--seed 3", "--seed")):
+    for more, text in (
+        ("--network r18", "--network (it has tiny)"),
+        ("--seed 3 --lr 0.05", "--seed (it has 0), --lr (it has 0.1)"),
+        ("--milestones 1", "--milestones (it has (20, 28))"),
+    ):
         with pytest.raises(SystemExit) as ended:
             train.main(configure(f"--epochs 1 --resume {more}"))
         assert ended.value.code == 2
         assert text in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train.main(configure("--epochs 1 --resume"))
-    assert "has its 1 epochs" in capsys.readouterr().err
+    run = only_run(configure())
+    before = (run / "last.pt").read_bytes()
+    train.main(configure("--epochs 1 --resume"))  # draws the curves again, and that is all
+    assert "has its 1 epochs" in capsys.readouterr().out
+    assert (run / "last.pt").read_bytes() == before
     (tmp_path / "other.pt").write_bytes(b"nothing")
     with pytest.raises(SystemExit):
         train.main(configure(f"--resume {tmp_path}/other.pt"))
@@ -243,13 +251,23 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(configure, capsys
     batches = train_batches(
         trainer.store, trainer.train_positions, batch_size=8, seed=0, epoch=1, first_step=2
     )
-    assert f"epoch 2, step 3 of 3 (lr 0.1), on records {trainer.store.names(next(batches)[2])}" in (
-        error
+    batch = next(batches)
+    records = trainer.store.names(batch.positions)
+    assert (
+        f"loss is nan at epoch 2, step 3 of 3 (loss nan, lr 0.1, scale 16), on records {records}"
+        in error
     )
     # last.pt is the state before, and still good.
     state = load_checkpoint(only_run(cfg) / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 0)
     assert all(value.isfinite().all() for value in state["model"].values())
+    # The batch is as the network saw it, mirrored where it was.
+    bad = load_checkpoint(only_run(cfg) / "bad_batch.pt")
+    assert torch.equal(normalise(bad["images"]), batch.images)
+    assert torch.equal(bad["labels"], batch.labels)
+    assert (bad["records"], bad["step"], bad["epoch"], bad["lr"]) == (records, 2, 1, 0.1)
+    assert math.isnan(bad["loss"])
+    assert bad["random"]["cpu"].dtype == torch.uint8
 
 
 def test_weights_that_are_not_finite_are_not_saved(configure, tmp_path):
@@ -293,7 +311,7 @@ def test_compile_without_a_compiler_is_a_sentence(configure, capsys, monkeypatch
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit) as ended:
-        train.main(configure("--compile"))
+        train.main(configure("--compile on"))
     assert ended.value.code == 2
     assert "C++ compiler" in capsys.readouterr().err
 
@@ -309,10 +327,21 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(configure, capsys,
     with pytest.raises(SystemExit) as ended:
         train.main(cfg)
     assert ended.value.code == 130
-    assert not (only_run(cfg) / "last.pt").exists()
+    state = load_checkpoint(only_run(cfg) / "last.pt")
+    assert (state["epoch"], state["step"]) == (0, 0)
 
 
-def test_the_default_configuration_is_resumable_by_name():
-    assert {field.name for field in dataclasses.fields(Config)} >= train.FIXED_ON_RESUME
-    with pytest.raises(UserError, match="train first"):
-        train.open_run(dataclasses.replace(Config(), runs_dir="nowhere", resume="newest"))
+@pytest.mark.parametrize(
+    ("asked", "steps", "decided"),
+    [("auto", 1999, "off"), ("auto", 2000, "on"), ("on", 1, "on"), ("off", 10**6, "off")],
+)
+def test_long_runs_are_compiled(asked, steps, decided, monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda name: f"/usr/bin/{name}")
+    cfg = parse_args(["--compile", asked], "train")
+    assert train.choose_compile(cfg, torch.device("cpu"), steps) == decided
+
+
+def test_a_long_run_without_a_compiler_goes_on_without(monkeypatch, capsys):
+    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    assert train.choose_compile(parse_args([], "train"), torch.device("cpu"), 10**6) == "off"
+    assert "faster with a C++ compiler" in capsys.readouterr().out

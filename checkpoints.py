@@ -1,0 +1,208 @@
+"""Checkpoints that can be trusted: whole, with a checksum, and the last few of them kept.
+
+A checkpoint is a dict of state dicts, numbers and strings that `torch.load(path,
+weights_only=True)` reads. PyTorch's container is a zip, but its reader skips the zip's own checks;
+so the zip's comment, which readers pass over, holds the SHA-256 of all bytes before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from utils import UserError, atomic_write
+
+LAST = "last.pt"
+_SEAL = re.compile(rb"sha256:([0-9a-f]{64})\Z")
+_SEAL_SIZE = len("sha256:") + 64
+
+
+def save_checkpoint(path: Path | str, checkpoint: dict[str, Any]) -> None:
+    """Write a dict of state dicts, numbers and strings so that `path` is always a whole file."""
+    with atomic_write(path, "w+b") as file:
+        torch.save(_plain(checkpoint), file)
+        # A zip ends with the length of its comment, two bytes, and the comment.
+        file.seek(-2, os.SEEK_END)
+        if file.read(2) != b"\0\0":
+            raise RuntimeError("torch.save wrote no zip file, or one with a comment")
+        file.seek(-2, os.SEEK_END)
+        file.write(_SEAL_SIZE.to_bytes(2, "little"))
+        digest = _sha256(file, file.tell())
+        file.write(b"sha256:" + digest.encode())
+
+
+def _plain(value: Any) -> Any:
+    """The same with no string or container twice, so that what is equal makes equal files.
+
+    Pickle writes an object that it has seen as a reference; which ones a resumed run shares depends
+    on what it loaded.
+    """
+    if type(value) is str:
+        return sys.intern(value)
+    if type(value) is dict:
+        return {_plain(key): _plain(entry) for key, entry in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint; its pickle may hold tensors and plain values only (`weights_only=True`).
+
+    A file with a checksum must match it; those of others have none. Raises UserError if the file
+    is not there, is damaged or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no checkpoint at {path}.")
+    try:
+        with path.open("rb") as file:
+            _check(file, path)
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises half a dozen kinds for damaged files
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another one."
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict.")
+    return checkpoint
+
+
+def _sha256(file: IO[bytes], size: int) -> str:
+    """Of the first `size` bytes; the file stands behind them afterwards."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0:
+        block = file.read(min(size, 1 << 20))
+        if not block:
+            break
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
+
+
+def _check(file: IO[bytes], path: Path) -> None:
+    """Hold a file that carries a checksum against it, and go back to its beginning."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _SEAL_SIZE))
+    seal = _SEAL.match(file.read(_SEAL_SIZE))
+    if seal and _sha256(file, size - _SEAL_SIZE) != seal[1].decode():
+        raise UserError(f"{path} is damaged (its checksum does not match); give another one.")
+    file.seek(0)
+
+
+# ------------------------------------------------------------------------------ the last few
+
+
+def save_last(run_dir: Path, checkpoint: dict[str, Any], keep: int = 2) -> None:
+    """Write last.pt; the one before stays as last-1.pt, and so on, `keep` of them in all.
+
+    The new one is on disk under another name before the old ones move up, and there is a whole
+    last.pt at every moment.
+    """
+    fresh = run_dir / f".{LAST}.tmp"
+    save_checkpoint(fresh, checkpoint)
+    names = [run_dir / LAST, *(run_dir / f"last-{number}.pt" for number in range(1, keep))]
+    for newer, older in reversed(list(itertools.pairwise(names))):
+        if newer.name == LAST and newer.exists():
+            _link(newer, older)
+        elif newer.exists():
+            newer.replace(older)
+    fresh.replace(names[0])
+    for path in _older(run_dir)[max(keep - 1, 0) :]:
+        path.unlink()
+    sync_folder(run_dir)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, in place of whatever has it."""
+    spare = name.with_name(f".{name.name}.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without hard links: for a moment it has the second only
+        path.replace(name)
+    else:
+        spare.replace(name)
+
+
+def _older(run_dir: Path) -> list[Path]:
+    """last-1.pt, last-2.pt ... as far as there are any."""
+    numbers = {p: re.fullmatch(r"last-(\d{1,6})\.pt", p.name) for p in run_dir.glob("last-*.pt")}
+    found = [(int(number[1]), path) for path, number in numbers.items() if number]
+    return [path for _, path in sorted(found)]
+
+
+def load_last(run_dir: Path) -> tuple[dict[str, Any], Path, dict[Path, str]]:
+    """The newest checkpoint of a run that is whole, its path, and {newer one: what is wrong}.
+
+    Raises UserError, on the newest, where none is whole.
+    """
+    wrong: dict[Path, str] = {}
+    for path in (run_dir / LAST, *_older(run_dir)):
+        try:
+            return load_checkpoint(path), path, wrong
+        except UserError as error:
+            wrong[path] = str(error)
+    raise UserError(next(iter(wrong.values())))
+
+
+def tidy(run_dir: Path, damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints, so that they do not move up in the place of whole ones.
+
+    What a killed process left unfinished goes, too. For the owner of the run folder only.
+    """
+    for path in damaged:
+        if path.exists():
+            path.replace(run_dir / f"damaged-{path.name}")
+    for unfinished in run_dir.glob(".*.tmp"):
+        unfinished.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk, too, where the system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------ random states
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's global random numbers, for a checkpoint."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        **torch_states(device),
+    }
+
+
+def torch_states(device: torch.device) -> dict[str, Any]:
+    """Those of PyTorch alone, which dropout uses; reading them does not wait for a GPU."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Go back to what random_states returned."""
+    name, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

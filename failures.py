@@ -1,0 +1,107 @@
+"""When a training step goes wrong: what it was, in a sentence, and what would mend it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from checkpoints import save_checkpoint
+from data_gen import ImageStore
+from utils import UserError
+
+
+class TrainingError(UserError):
+    """A step went wrong; what it changed is not to be saved, the checkpoint before it stays."""
+
+
+def save_bad_batch(
+    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, more: dict[str, Any]
+) -> list[int]:
+    """Write the pictures at `positions` (n,) as the network saw them, and `more`; the record ids.
+
+    `flipped` (n,) bool are those that were mirrored. The file reads like a checkpoint: images
+    (n, 112, 112, 3) uint8 RGB, labels (n,) int64, records [n].
+    """
+    images = store.fetch(positions).cpu()
+    mirrored = torch.from_numpy(flipped)
+    images[mirrored] = images[mirrored].flip(2)
+    good = np.isin(positions, store.good(positions))  # the others were left out of the step, too
+    kept = torch.from_numpy(good)
+    labels = store.labels.cpu()[torch.from_numpy(positions)][kept]
+    records = store.names(positions[good])
+    save_checkpoint(path, {"images": images[kept], "labels": labels, "records": records} | more)
+    return records
+
+
+class GpuMemory(NamedTuple):
+    """Bytes of a GPU's memory: what the driver has free, and this process's peak and its share."""
+
+    free: int
+    peak: int  # most that tensors took at one moment
+    reserved: int  # what PyTorch holds, used or not
+
+
+def gpu_memory(device: torch.device) -> GpuMemory | None:
+    """The memory of a GPU as it stands, None for other devices."""
+    if device.type != "cuda":
+        return None
+    return GpuMemory(
+        torch.cuda.mem_get_info(device)[0],
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.memory_reserved(device),
+    )
+
+
+def batch_that_fits(batch: int, asked: int, fixed: int, memory: GpuMemory) -> int:
+    """The largest power of two under `batch` that should fit, 0 if not even two images do.
+
+    `fixed` bytes are needed whatever the batch is; what a step took on top when it failed, with
+    the `asked` bytes that it did not get, is shared by its images. A tenth is left free.
+    """
+    each = max(memory.peak + asked - fixed, 1) / batch
+    room = 0.9 * (memory.free + memory.reserved) - fixed
+    fits = min(int(room / each), batch - 1)
+    return 1 << (fits.bit_length() - 1) if fits >= 2 else 0
+
+
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU, or main memory, is full."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in text or "ALLOC_FAILED" in text)
+
+
+def asked_bytes(error: BaseException) -> int:
+    """How many bytes an out-of-memory error says were asked for, 0 where it does not say."""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)", str(error))
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def out_of_memory(
+    error: BaseException, *, batch: int, flag: str, fixed: int = 0, memory: GpuMemory | None = None
+) -> str:
+    """What was asked for, what was free, which batch size would fit: clauses for a sentence.
+
+    `flag` is the knob that `batch` came from, `memory` the GPU's, None for main memory.
+    """
+    asked = asked_bytes(error)
+    words = ["the GPU's memory is full" if memory else "memory is full"]
+    if asked:
+        words.append(f"{asked / 2**30:,.2f} GiB were asked for")
+    fits = batch // 2
+    if memory:
+        words.append(f"{memory.free / 2**30:,.2f} GiB were free")
+        fits = batch_that_fits(batch, asked, fixed, memory)
+    if fits >= 2:
+        words.append(f"{flag} {fits} should fit in place of {batch}")
+    else:
+        words.append("not even a batch of two would fit")
+    return ", ".join(words)

@@ -1,0 +1,194 @@
+import errno
+import hashlib
+import os
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoints
+from checkpoints import load_checkpoint, load_last, save_checkpoint, save_last, tidy
+from utils import UserError
+
+
+def test_checkpoint_round_trip_and_damage(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"model": {"w": torch.arange(3)}, "note": "a", "t": (1, 2)})
+    loaded = load_checkpoint(path)
+    assert loaded["model"]["w"].tolist() == [0, 1, 2]
+    assert loaded["t"] == (1, 2)
+
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        load_checkpoint(path)
+    path.write_text("no checkpoint")
+    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+class Evil:
+    """What a pickle could do if it were trusted."""
+
+    def __reduce__(self):
+        return (os.system, ("touch owned",))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil()}, "evil.pt")
+    with pytest.raises(UserError, match=r"evil\.pt"):
+        load_checkpoint("evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+# ------------------------------------------------------------------------------ the checksum
+
+
+def test_others_read_a_checkpoint_without_knowing_of_its_checksum(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"w": torch.arange(1000), "note": "a"})
+    for mmap in (False, True):
+        loaded = torch.load(path, weights_only=True, mmap=mmap)
+        assert torch.equal(loaded["w"], torch.arange(1000))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        comment = archive.comment
+    payload = path.read_bytes().removesuffix(comment)
+    assert comment == b"sha256:" + hashlib.sha256(payload).hexdigest().encode()
+    torch.save({"w": torch.arange(3)}, path)  # and one without a checksum is read, too
+    assert load_checkpoint(path)["w"].tolist() == [0, 1, 2]
+
+
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"w": torch.zeros(50_000), "note": "a"})
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    silent = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        place = rng.randrange(len(whole) - 71)  # the payload
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
+        try:
+            torch.load(path, weights_only=True)
+            silent += 1
+        except Exception:
+            continue
+    assert silent > 30  # PyTorch alone would have taken these
+    for _ in range(20):
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------ the last few
+
+
+def numbers(folder):
+    """{name: the number in it} of the checkpoints in a folder."""
+    return {path.name: load_checkpoint(path)["n"] for path in folder.glob("*.pt")}
+
+
+def test_the_last_few_are_kept(tmp_path):
+    for n in range(5):
+        save_last(tmp_path, {"n": n}, keep=3)
+    assert numbers(tmp_path) == {"last.pt": 4, "last-1.pt": 3, "last-2.pt": 2}
+    save_last(tmp_path, {"n": 5}, keep=2)  # fewer from now on
+    assert numbers(tmp_path) == {"last.pt": 5, "last-1.pt": 4}
+    save_last(tmp_path, {"n": 6}, keep=1)
+    assert numbers(tmp_path) == {"last.pt": 6}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
+    for n in range(3):
+        save_last(tmp_path, {"n": n}, keep=3)
+    for name, n in (("last.pt", 1), ("last-1.pt", 0)):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
+        checkpoint, path, wrong = load_last(tmp_path)
+        assert checkpoint["n"] == n
+        assert path.name == f"last-{2 - n}.pt"
+        assert all("damaged" in why for why in wrong.values())
+    (tmp_path / ".last.pt-x.tmp").touch()
+    tidy(tmp_path, wrong)
+    assert not list(tmp_path.glob(".*"))
+    save_last(tmp_path, {"n": 3}, keep=3)  # nothing damaged moves up
+    assert (tmp_path / "damaged-last.pt").exists()
+    assert load_checkpoint(tmp_path / "last.pt")["n"] == 3
+    assert load_checkpoint(tmp_path / "last-2.pt")["n"] == 0
+    for path in tmp_path.glob("last*.pt"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        load_last(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_at_every_moment_of_a_rotation_the_newest_can_be_read(tmp_path, monkeypatch, links):
+    """A failure at each call that touches the folder in turn; without hard links as well."""
+    calls = []
+
+    def limited(function, owner):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == limit:
+                raise OSError(errno.EIO, "made up")
+            if owner is os and not links:
+                raise OSError(errno.EPERM, "no hard links here")
+            return function(*args, **kwargs)
+
+        return call
+
+    for n in range(3):
+        save_last(tmp_path, {"n": n}, keep=3)
+    failures = 0
+    for limit in range(1, 30):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tmp_path), "replace", limited(type(tmp_path).replace, None))
+            patch.setattr(os, "link", limited(os.link, os))
+            patch.setattr(os, "fsync", limited(os.fsync, None))
+            newest = load_last(tmp_path)[0]["n"]
+            try:
+                save_last(tmp_path, {"n": newest + 1}, keep=3)
+            except (OSError, UserError):
+                failures += 1
+        assert load_last(tmp_path)[0]["n"] in (newest, newest + 1)
+        tidy(tmp_path, [])
+        if len(calls) < limit:
+            break
+    assert failures >= 5
+    save_last(tmp_path, {"n": 98}, keep=3)
+    save_last(tmp_path, {"n": 99}, keep=3)
+    assert list(numbers(tmp_path).values()).count(99) == 1
+    assert len(numbers(tmp_path)) == 3
+
+
+# ------------------------------------------------------------------------------ random states
+
+
+def test_random_states_go_into_a_file_and_back(tmp_path):
+    device = torch.device("cpu")
+
+    def draw():
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(),
+            (torch.rand(3).tolist()),
+        )
+
+    draw()  # leaves half a pair of normal numbers behind
+    save_checkpoint(tmp_path / "a.pt", checkpoints.random_states(device))
+    expected = draw()
+    assert draw() != expected
+    checkpoints.set_random_states(load_checkpoint(tmp_path / "a.pt"), device)
+    assert draw() == expected

@@ -1,0 +1,136 @@
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from drawn import face
+
+import checks
+from align import align_face
+from data_gen import ImageStore, split
+from face_detect import FaceDetector, find_face
+from pictures import decode_picture
+from recordio import RecordReader, encode_jpeg, write_dataset
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """48 drawn faces of 16 people as they come, 250x250."""
+    return np.stack([decode_picture(face(person, i)) for person in range(16) for i in range(3)])
+
+
+@pytest.fixture(scope="module")
+def faces(pictures):
+    """The same, aligned."""
+    found = find_face(FaceDetector(), pictures)
+    pairs = zip(pictures, found, strict=True)
+    return np.stack([align_face(p, d.points) for p, d in pairs if d.points is not None])
+
+
+def check(tmp_path, images, cache="ram", labels=None):
+    labels = [i // 4 for i in range(len(images))] if labels is None else labels
+    write_dataset(tmp_path, [encode_jpeg(image) for image in images], labels)
+    reader = RecordReader(tmp_path)
+    parts = split(reader.labels, valid_fraction=0)
+    store = ImageStore(reader, parts, torch.device("cpu"), cache=cache, workers=1)
+    checks.check_training_set(store, parts.train, parts.num_classes)
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_aligned_faces_pass_without_a_word(tmp_path, faces, capsys, cache):
+    assert len(faces) >= 40
+    check(tmp_path, faces, cache)
+    assert capsys.readouterr().out == ""
+
+
+def test_faces_with_swapped_channels_get_a_warning(tmp_path, faces, capsys):
+    check(tmp_path, np.ascontiguousarray(faces[..., ::-1]))
+    assert "seem to be BGR" in capsys.readouterr().out
+    grey = np.repeat(faces.mean(3, keepdims=True).astype(np.uint8), 3, 3)
+    check(tmp_path, grey)
+    assert capsys.readouterr().out == ""
+
+
+def test_faces_off_the_template_get_a_warning(tmp_path, faces, pictures, capsys):
+    check(tmp_path, np.stack([cv2.resize(p, (112, 112)) for p in pictures]))
+    assert "template has them 35 apart" in capsys.readouterr().out
+    for scale, x, y, text in ((1.35, 0, 0, "apart"), (0.7, 0, 0, "apart"), (1, 0, 10, "at y = 6")):
+        matrix = np.array(
+            [[scale, 0, 56 * (1 - scale) + x], [0, scale, 56 * (1 - scale) + y]], float
+        )
+        check(tmp_path, np.stack([cv2.warpAffine(f, matrix, (112, 112)) for f in faces]))
+        assert text in capsys.readouterr().out
+    check(tmp_path, np.random.default_rng(0).integers(0, 255, faces.shape, np.uint8))
+    assert "shows no eyes" in capsys.readouterr().out
+
+
+def test_real_faces_pass_and_their_opposites_do_not(real_faces, capsys):
+    reader = RecordReader(real_faces / "faces_mixed_112x112")
+    chosen = np.random.default_rng(1).permutation(len(reader))[: checks.SAMPLE]
+    images = np.stack([reader.image(int(i)) for i in chosen])
+    assert checks.colour_warning(images) == checks.eyes_warning(images) == ""
+    assert checks.check_constant(images) == ""
+    assert "BGR" in checks.colour_warning(images[..., ::-1])
+    assert "at y = 6" in checks.eyes_warning(images[:, ::-1])
+    parts = split(reader.labels, valid_fraction=0.02)
+    store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
+    began = time.perf_counter()
+    checks.check_training_set(store, parts.train, parts.num_classes)
+    print(f"{time.perf_counter() - began:.2f} s for all checks of {len(reader):,} pictures")
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_constant_pictures_are_an_error_or_a_warning(tmp_path, faces, capsys):
+    grey = np.full_like(faces, 128)
+    with pytest.raises(UserError, match="one colour; prepare"):
+        check(tmp_path, grey)
+    with pytest.raises(UserError, match="are the same"):
+        check(tmp_path, np.repeat(faces[:1], 40, 0))
+    check(tmp_path, np.concatenate([grey[:3], faces[3:]]))
+    assert f"3 of {len(faces)} sampled pictures are of one colour" in capsys.readouterr().out
+
+
+def test_labels_that_do_not_fit_the_head():
+    good = torch.arange(12) % 4
+    checks.check_labels(good, 4)
+    for labels, classes, text in (
+        (good.int(), 4, "torch.int32"),
+        (good - 1, 4, "from -1 to 2"),
+        (good + 1, 4, "from 1 to 4"),
+        (good, 5, "1 of the head's 5 classes"),
+        (good, 3, "from 0 to 3, the head has classes 0 to 2"),
+    ):
+        with pytest.raises(UserError, match=text):
+            checks.check_labels(labels, classes)
+
+
+def test_a_set_that_lost_most_of_its_people_is_noticed():
+    assert checks.classes_warning(10572, 10572, 490623) == ""
+    assert checks.classes_warning(10575, 10572, 490623) == ""
+    assert "declares 10,572" in checks.classes_warning(10572, 4000, 490623)
+
+
+@pytest.mark.parametrize("counts", [[1000] * 2, [30] * 100, [1] * 3000, [2000, 1, 1, 1], [4] * 4])
+def test_the_order_has_to_be_shuffled(counts, monkeypatch):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    for seed in range(20):
+        checks.check_order(labels, seed)
+    if max(counts) == 1 or len(counts) * 10 < max(counts) or len(labels) < 100:
+        return  # sorted or not makes no difference to see
+    sorted_order = lambda positions, seed, epoch: (positions, None)  # noqa: E731
+    monkeypatch.setattr(checks, "epoch_order", sorted_order)
+    with pytest.raises(UserError, match="not shuffled"):
+        checks.check_order(labels, 0)
+    monkeypatch.setattr(checks, "epoch_order", lambda p, seed, epoch: (np.zeros_like(p), None))
+    with pytest.raises(UserError, match="leaves pictures out"):
+        checks.check_order(labels, 0)
+
+
+def test_evaluation_at_chance_beside_good_validation_is_called_out(capsys):
+    for accuracy, lfw in ((0.9, []), (0.9, [0.5]), (0.2, [0.5, 0.5]), (0.9, [0.5, 0.7])):
+        checks.warn_of_evaluation(accuracy, lfw)
+    assert capsys.readouterr().out == ""
+    checks.warn_of_evaluation(0.9, [0.8, 0.5, 0.51])
+    assert "90% of the identities are recognised, yet LFW stays at 51%" in capsys.readouterr().out

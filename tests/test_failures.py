@@ -1,0 +1,250 @@
+"""What a run does and says when a step, memory or a thread fails."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import FLAGS, assert_same, write_tiny_set
+
+import train
+from checkpoints import load_checkpoint
+from config import parse_args
+from data_gen import ImageStore, LoadingError, split, train_batches
+from failures import GpuMemory, asked_bytes, batch_that_fits, is_out_of_memory, out_of_memory
+from recordio import RecordReader, encode_jpeg, write_dataset
+from trainer import Trainer
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of "
+    "which 1.20 GiB is free. Process 1 has 14.57 GiB memory in use."
+)
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture
+def start(folder, tmp_path, monkeypatch):
+    """Run train.main; returns the run's folder and what it ended with."""
+
+    def run(more=""):
+        where = f"--train-set {folder} --runs-dir {tmp_path}/runs --images-dir {tmp_path}/images"
+        argv = f"--resume {more} --runs-dir {tmp_path}/runs".split()
+        if not list(tmp_path.glob("runs/*")):
+            argv = f"{FLAGS} {where} {more}".split()
+        code = 0
+        monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+        try:
+            train.main(parse_args(argv, "train"))
+        except SystemExit as error:
+            code = error.code
+        return next(Path(tmp_path, "runs").iterdir()), code
+
+    return run
+
+
+def fail_at(monkeypatch, number, how):
+    """Replace Trainer.train_step by one that at a global step calls how(trainer, images) first."""
+    step = Trainer.train_step
+
+    def failing(self, images, labels, lr):
+        if self.global_step == number:
+            images = how(self, images)
+        return step(self, images, labels, lr)
+
+    monkeypatch.setattr(Trainer, "train_step", failing)
+
+
+def raise_it(error):
+    raise error
+
+
+# ------------------------------------------------------------------------------ not finite
+
+
+def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monkeypatch):
+    def poison(trainer, images):
+        # The loss is as it should be, its gradient is not.
+        parameter = trainer.head.weight
+        hook = parameter.register_hook(lambda grad: hook.remove() or grad * math.nan)
+        return images
+
+    fail_at(monkeypatch, 5, poison)  # the second of the three steps that are logged together
+    run, code = start("--checkpoint-steps 0")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "gradient's norm is nan at epoch 2, step 2 of 4 (loss " in error
+    assert "loss nan" not in error
+    bad = load_checkpoint(run / "bad_batch.pt")
+    assert (bad["epoch"], bad["step"], bad["scale"]) == (1, 1, 16.0)
+    assert math.isfinite(bad["loss"])
+    assert math.isnan(bad["gradient_norm"])
+    assert str(bad["records"]) in error
+    # Nothing of that step or later ones is in a checkpoint, and a resumed run comes to it again.
+    state = load_checkpoint(run / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert all(value.isfinite().all() for value in state["head"].values())
+    assert start() == (run, 2)
+    assert_same({**load_checkpoint(run / "bad_batch.pt"), "loss": 0, "gradient_norm": 0}, {
+        **bad, "loss": 0, "gradient_norm": 0
+    })  # fmt: skip
+
+
+def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, monkeypatch):
+    fail_at(monkeypatch, 3, lambda trainer, images: images * math.inf)
+    run, code = start("--checkpoint-steps 1 --log-every 100")
+    assert code == 2
+    state = load_checkpoint(run / "last.pt")
+    assert (state["epoch"], state["step"]) == (0, 3)
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert load_checkpoint(run / "bad_batch.pt")["step"] == 3
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_the_batch_that_fits_follows_from_what_was_asked_for_and_free():
+    gib = 2**30
+    # 512 images: 2 GiB fixed, 18 wanted on top of it, 16 there are: nine tenths are 14.4.
+    memory = GpuMemory(free=1 * gib, peak=17 * gib, reserved=15 * gib)
+    assert batch_that_fits(512, asked=3 * gib, fixed=2 * gib, memory=memory) == 256
+    assert batch_that_fits(512, asked=30 * gib, fixed=2 * gib, memory=memory) == 128
+    assert batch_that_fits(96, asked=3 * gib, fixed=2 * gib, memory=memory) == 64
+    assert batch_that_fits(512, asked=3 * gib, fixed=15 * gib, memory=memory) == 0
+    assert batch_that_fits(2, asked=3 * gib, fixed=0, memory=memory) == 0
+    # However much there is in all, the batch that failed is not proposed again.
+    roomy = GpuMemory(free=200 * gib, peak=1 * gib, reserved=gib)
+    assert batch_that_fits(512, asked=1, fixed=0, memory=roomy) == 256
+
+
+def test_errors_of_full_memory_are_known_and_read():
+    for error, asked in (
+        (torch.OutOfMemoryError(CUDA), 2.5 * 2**30),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), 20 * 2**20),
+        (RuntimeError(CPU), 2**32),
+        (MemoryError(), 0),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 0),
+    ):
+        assert is_out_of_memory(error)
+        assert asked_bytes(error) == asked
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(real.value)
+    assert asked_bytes(real.value) == 2**60
+    text = out_of_memory(real.value, batch=2, flag="--batch-size")
+    assert text.endswith("not even a batch of two would fit")
+
+
+def test_a_full_gpu_ends_the_run_with_a_sentence_and_what_was_saved(start, capsys, monkeypatch):
+    memory = GpuMemory(free=2**30, peak=12 * 2**30, reserved=13 * 2**30)
+    monkeypatch.setattr("trainer.gpu_memory", lambda device: memory)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, lambda *_: raise_it(torch.OutOfMemoryError(CUDA)))
+        run, code = start()
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "epoch 2, step 1 of 4 the GPU's memory is full, 2.50 GiB were asked for, 1.00 GiB" in (
+        error
+    )
+    assert "--batch-size 4 should fit in place of 8" in error
+    assert "Traceback" not in error
+    state = load_checkpoint(run / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert start() == (run, 0)
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2
+
+
+def test_full_memory_in_the_evaluation_keeps_every_step(start, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "validate", lambda self: raise_it(torch.OutOfMemoryError(CUDA)))
+        run, code = start("--checkpoint-steps 0 --eval-batch 64")
+    assert code == 2
+    assert "Evaluating, memory is full, 2.50 GiB were asked for, --eval-batch 32" in (
+        capsys.readouterr().err
+    )
+    state = load_checkpoint(run / "last.pt")
+    assert (state["epoch"], state["step"]) == (0, 4)
+    assert start("--eval-batch 32") == (run, 0)
+
+
+# ------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(5, "Input/output error")])
+def test_a_thread_that_dies_ends_the_run_and_keeps_every_step(start, capsys, monkeypatch, error):
+    image, calls = RecordReader.image, []
+
+    def failing(self, index):
+        calls.append(index)
+        if len(calls) > 150:
+            raise error
+        return image(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordReader, "image", failing)
+        run, code = start("--cache none --checkpoint-steps 0 --epochs 4")
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert f"thread that loads pictures died ({type(error).__name__}: " in printed
+    assert f"go on with: python train.py --resume {run}" in printed
+    state = load_checkpoint(run / "last.pt")
+    assert (state["epoch"], state["step"]) > (1, 0)  # steps that only this end has saved
+    assert start() == (run, 0)
+
+
+def test_what_kills_a_thread_reaches_the_loop(folder, monkeypatch):
+    reader = RecordReader(folder)
+    parts = split(reader.labels, valid_fraction=0)
+    store = ImageStore(reader, parts, torch.device("cpu"), cache="none", workers=2)
+    monkeypatch.setattr(RecordReader, "image", lambda *_: raise_it(SystemError("broken")))
+    with pytest.raises(LoadingError, match="SystemError: broken"):
+        list(train_batches(store, parts.train, batch_size=8, seed=0, epoch=0))
+
+
+# ------------------------------------------------------------------------------ flat memory
+
+
+def anonymous_bytes():
+    """Memory of this process that no file backs: pages of a mapped train.rec do not count."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def grown(tmp_path, count):
+    """By how many bytes this process grows from the first quarter of `count` pictures on."""
+    jpeg = encode_jpeg(np.zeros((112, 112, 3), np.uint8))
+    write_dataset(tmp_path, (jpeg for _ in range(count)), [i * 100 // count for i in range(count)])
+    reader = RecordReader(tmp_path)
+    parts = split(reader.labels, valid_fraction=0)
+    store = ImageStore(reader, parts, torch.device("cpu"), cache="none", workers=2)
+    batches = train_batches(store, parts.train, batch_size=100, seed=0, epoch=0)
+    seen, sizes = 0, []
+    for batch in batches:
+        seen += len(batch.labels)
+        sizes.append(anonymous_bytes())
+    assert seen == count
+    quarter = len(sizes) // 4
+    return max(sizes[quarter:]) - max(sizes[:quarter])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_stays_flat_without_a_cache(tmp_path):
+    assert grown(tmp_path, 4000) < 30 * 2**20  # as decoded pictures these are 150 MB
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_hundred_thousand_pictures(tmp_path):
+    more = grown(tmp_path, 100_000)
+    print(f"{more / 2**20:.1f} MiB more after the first quarter of 100,000 pictures")
+    assert more < 30 * 2**20

@@ -1,0 +1,365 @@
+"""Runs that are killed and gone on with, against the run that was not."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import FLAGS, assert_same, write_tiny_set
+from torch.utils.tensorboard import SummaryWriter
+
+import resume
+import train
+from checkpoints import load_checkpoint
+from config import Config, parse_args
+from data_gen import ImageStore, split
+from locks import locked
+from recordio import RecordReader, encode_jpeg, write_dataset
+from resume import FIXED_ON_RESUME, FREE_ON_RESUME, cut_events, fingerprint
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_set(tmp_path_factory.mktemp("set"))
+
+
+class Killer:
+    """Sessions of train.py in the processes of tests/killer.py."""
+
+    def __init__(self, folder):
+        self.flags = [*FLAGS.split(), "--train-set", str(folder)]
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "killer.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, cwd, *more, **how):
+        """One session; whether it was killed. Anything but that and a good end is a failure."""
+        cwd.mkdir(exist_ok=True)
+        argv = ["--resume"] if runs_with_a_checkpoint(cwd) else self.flags
+        order = {"argv": [*argv, *more], "cwd": str(cwd), **how}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or status == 0, (cwd / "printed.txt").read_text()
+        return killed
+
+
+def runs_with_a_checkpoint(cwd):
+    # Killed before its first checkpoint, a run has done nothing that could be lost.
+    for run in cwd.glob("runs/*"):
+        if not (run / "last.pt").exists():
+            shutil.rmtree(run)
+    return list(cwd.glob("runs/*"))
+
+
+@pytest.fixture(scope="module")
+def killer(folder):
+    killer = Killer(folder)
+    yield killer
+    killer.process.stdin.close()
+    killer.process.wait()
+
+
+@pytest.fixture(scope="module")
+def unbroken(killer, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("unbroken")
+    assert not killer.run(cwd)
+    return cwd
+
+
+def points(cwd):
+    """All scalars in the files of the only run: {tag: [(step, value)]}, nothing purged."""
+    found = {}
+    (run,) = cwd.glob("runs/*")
+    for path in sorted(run.glob("events.*")):
+        for _, event in resume._frames(path.read_bytes()):
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars" or value.HasField(
+                    "simple_value"
+                ):
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def assert_same_run(cwd, unbroken):
+    """Checkpoints, logged numbers and TensorBoard; returns how many bytes were compared."""
+    (run,), (straight,) = cwd.glob("runs/*"), unbroken.glob("runs/*")
+    compared = 0
+    for name in ("last.pt", "best.pt"):
+        found, expected = load_checkpoint(run / name), load_checkpoint(straight / name)
+        assert_same(found, expected)
+        assert (run / name).read_bytes() == (straight / name).read_bytes()
+        compared += (run / name).stat().st_size
+    found, expected = points(cwd), points(unbroken)
+    rates, straight_rates = found.pop("perf/images_per_s"), expected.pop("perf/images_per_s")
+    assert found == expected
+    assert [step for step, _ in rates] == [step for step, _ in straight_rates]
+    shown = EventAccumulator(str(run))
+    shown.Reload()
+    for tag, values in expected.items():
+        assert [(e.step, e.value) for e in shown.Scalars(tag)] == values
+    assert "config/text_summary" in shown.Tags()["tensors"]
+    assert not list(run.glob(".*.tmp"))
+    return compared
+
+
+# ------------------------------------------------------------------------------ killed
+
+# Each session ends at one of these, the next goes on.
+FAULTS = [
+    {"at": "trainer:Trainer.train_step", "count": 4},  # a step after a checkpoint
+    {"at": "os:fsync", "count": 2},  # a checkpoint is written, not yet on disk under its name
+    {"at": "checkpoints:_link", "count": 1, "after": True},  # the old one has moved up
+    {"at": "trainer:Trainer.validate", "count": 1},  # the epoch's last step and its end
+    {"at": "lfw_eval:summarise", "count": 1, "after": True},  # valid/ is logged, lfw/ is not
+    {"at": "trainer:Trainer.save", "count": 1, "after": True},  # best.pt is new, last.pt is not
+    {"at": "pathlib:Path.replace", "count": 5},
+]
+
+
+def test_a_run_killed_at_the_worst_moments_ends_as_the_unbroken_one(killer, unbroken, tmp_path):
+    shown = load_checkpoint(next(unbroken.glob("runs/*/last.pt")))
+    assert len(shown["history"]["lfw"]) == len(shown["history"]["valid"]) == 2
+    kills = sum(killer.run(tmp_path, **fault) for fault in FAULTS)
+    assert kills == len(FAULTS)
+    assert not killer.run(tmp_path)
+    assert_same_run(tmp_path, unbroken)
+    assert not killer.run(tmp_path)  # once more: there is nothing to do
+    assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_kills_at_random_moments(killer, tmp_path, seed):
+    rng = random.Random(seed)
+    longer = ["--epochs", "10", "--seed", str(seed)]
+    began = time.monotonic()
+    assert not killer.run(tmp_path / "unbroken", *longer)
+    seconds = time.monotonic() - began
+    kills, writing, compared, run = 0, 0, 0, 0
+    while kills < 10:
+        cwd = tmp_path / f"killed-{run}"
+        how = {"seconds": rng.uniform(0, seconds / 4)}
+        if kills % 3 == 2:
+            how = {"at": "os:fsync", "count": rng.randint(1, 20)}
+        before = load_state(cwd)
+        if killer.run(cwd, *(() if before else longer), **how):
+            kills += 1
+            writing += bool(list(cwd.glob("runs/*/.*.tmp")))
+            assert load_state(cwd) >= before  # last.pt is there, whole and no older
+        else:  # it came to its end; the rest of the kills are another run's
+            compared += assert_same_run(cwd, tmp_path / "unbroken")
+            run += 1
+    killer.run(cwd, *(() if load_state(cwd) else longer))
+    compared += assert_same_run(cwd, tmp_path / "unbroken")
+    print(f"{kills} kills, {writing} in a checkpoint's writing; {compared:,} bytes the same")
+    assert writing >= 1
+
+
+def load_state(cwd):
+    """(epoch, step) of last.pt, which every kill leaves whole; () where there is none yet."""
+    found = [load_checkpoint(path) for path in cwd.glob("runs/*/last.pt")]
+    return (found[0]["epoch"], found[0]["step"]) if found else ()
+
+
+# ------------------------------------------------------------------------------ the same run
+
+
+@pytest.fixture
+def start(folder, tmp_path, capsys, monkeypatch):
+    """Run train.main in this process; its exit status and what it printed."""
+
+    def run(*argv, resumed=True):
+        where = ["--runs-dir", f"{tmp_path}/runs", "--images-dir", f"{tmp_path}/images"]
+        if not resumed:
+            where += [*FLAGS.split(), "--train-set", str(folder), "--epochs", "1"]
+        code = 0
+        monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+        try:
+            train.main(parse_args([*where, *argv], "train"))
+        except SystemExit as error:
+            code = error.code
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_every_knob_of_train_is_fixed_or_free_on_resume():
+    knobs = {f.name for f in dataclasses.fields(Config) if "train" in f.metadata.get("scripts", [])}
+    assert knobs == FIXED_ON_RESUME | FREE_ON_RESUME
+    assert not FIXED_ON_RESUME & FREE_ON_RESUME
+
+
+def test_every_fixed_knob_is_refused_by_name_and_every_free_one_taken():
+    old = Config()
+    checkpoint = {"config": dataclasses.asdict(old)}
+    for name in FIXED_ON_RESUME | FREE_ON_RESUME:
+        value = getattr(old, name)
+        if isinstance(value, bool):
+            other = not value
+        else:
+            other = (1,) if isinstance(value, tuple) else f"{value}x"
+            other = value + 1 if isinstance(value, (int, float)) else other
+        same = dataclasses.replace(old, given=(name,))
+        changed = dataclasses.replace(old, **{name: other}, given=(name,))
+        assert getattr(resume.resumed_config(same, checkpoint, Path("r")), name) == value
+        if name in FREE_ON_RESUME:
+            assert getattr(resume.resumed_config(changed, checkpoint, Path("r")), name) == other
+        else:
+            with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+                resume.resumed_config(changed, checkpoint, Path("r"))
+
+
+def test_other_pictures_are_refused(start, folder, tmp_path):
+    start(resumed=False)
+    for change in ("labels", "pictures", "fewer"):
+        other = tmp_path / change
+        reader = RecordReader(folder)
+        jpegs = [reader.jpeg(i) for i in range(len(reader))]
+        labels = [i // 12 for i in range(48)]
+        if change == "labels":
+            labels[12] = 0
+        elif change == "pictures":
+            jpegs[5] = encode_jpeg(np.zeros((112, 112, 3), np.uint8))
+        else:
+            jpegs, labels = jpegs[:-1], labels[:-1]
+        write_dataset(other, jpegs, labels)
+        code, printed = start("--resume", "--epochs", "2", "--train-set", str(other))
+        assert code == 2
+        assert "trained on other pictures" in printed
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)  # the same set elsewhere is the same set
+    code, printed = start("--resume", "--epochs", "2", "--train-set", str(moved))
+    assert code == 0
+    assert "cosine schedule ends with the run: from here on" in printed
+
+
+def test_the_fingerprint_covers_ids_labels_and_split(folder):
+    reader = RecordReader(folder)
+    parts = split(reader.labels, valid_fraction=0.2)
+    store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
+    expected = fingerprint(store, parts.train, parts.valid)
+    assert fingerprint(store, parts.train, parts.valid) == expected
+    assert fingerprint(store, parts.train[1:], parts.valid) != expected
+    assert fingerprint(store, parts.valid, parts.train) != expected
+    store.labels[3] += 1
+    assert fingerprint(store, parts.train, parts.valid) != expected
+    store.labels[3] -= 1
+    reader.keys[0] = 0
+    assert fingerprint(store, parts.train, parts.valid) != expected
+
+
+def test_a_second_train_on_one_run_is_refused(start, tmp_path):
+    start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    with locked(run, "train.py"):
+        before = {path: path.read_bytes() for path in run.glob("*")}
+        code, printed = start("--resume", "--epochs", "2")
+    assert code == 2
+    assert f"is in use by train.py, process {os.getpid()} on " in printed
+    assert before == {path: path.read_bytes() for path in run.glob("*")}
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, tmp_path):
+    start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    state = load_checkpoint(run / "last-1.pt")
+    assert (state["epoch"], state["step"]) == (0, 4)
+    data = bytearray((run / "last.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / "last.pt").write_bytes(data)
+    code, printed = start("--resume")
+    assert code == 0
+    assert "last.pt is damaged (its checksum does not match); taking last-1.pt" in printed
+    assert (run / "damaged-last.pt").read_bytes() == data
+    assert load_checkpoint(run / "last.pt")["epoch"] == 1
+    for path in run.glob("last*.pt"):
+        path.write_bytes(b"nothing")
+    code, printed = start("--resume")
+    assert code == 2
+    assert "last.pt is damaged" in printed
+
+
+def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path):
+    start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    whole = load_checkpoint(run / "last.pt")
+    torch.manual_seed(0)
+    for change, text in (
+        ({"model": {"x": torch.zeros(1)}}, "is no state of this run"),
+        ({"optimizer": {}}, "is no state of this run"),
+        ({"window": None}, "is no state of this run"),
+        ({"head": {"weight": torch.full((4, 16), torch.nan)}}, "not finite"),
+        ({"num_classes": 7}, "7 identities"),
+    ):
+        torch.save({**whole, **change}, run / "last.pt")
+        code, printed = start("--resume", "--epochs", "2")
+        assert (code, text in printed, "Traceback" in printed) == (2, True, False), printed
+    torch.save({**whole, "precision": "float8 on abacus"}, run / "last.pt")
+    code, printed = start("--resume", "--epochs", "2")
+    assert code == 0
+    assert "comes from a run in float8 on abacus; it goes on in" in printed
+
+
+def test_the_clock_asks_for_checkpoints_too(start, tmp_path, monkeypatch):
+    saved = []
+    save = train.Trainer.save_last
+    monkeypatch.setattr(
+        train.Trainer, "save_last", lambda self, *a: (saved.append(self.step), save(self, *a))
+    )
+    start("--checkpoint-steps", "0", "--checkpoint-minutes", "1e-9", resumed=False)
+    assert saved == [0, 1, 2, 3, 4, 0]
+    saved.clear()
+    start("--resume", "--epochs", "2", "--checkpoint-minutes", "0")
+    assert saved == [0]
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+def logged(folder):
+    (path,) = folder.glob("events.*")
+    frames = resume._frames(path.read_bytes())
+    return [(v.tag, event.step) for _, event in frames for v in event.summary.value]
+
+
+@pytest.mark.parametrize("epoch_is_open", [True, False])
+def test_what_was_logged_after_the_checkpoint_is_cut_away(tmp_path, epoch_is_open):
+    with SummaryWriter(tmp_path) as writer:
+        for step in (2, 4, 6):
+            writer.add_scalar("train/loss", step, step)
+            if step % 4 == 0:
+                writer.add_scalar("valid/loss", step, step)
+    (path,) = tmp_path.glob("events.*")
+    with path.open("ab") as file:  # a point that a kill cut in two
+        file.write(struct.pack("<Q", 100) + b"abc")
+    cut_events(tmp_path, 4, epoch_is_open)
+    expected = [("train/loss", 2), ("train/loss", 4)]
+    assert logged(tmp_path) == expected + [("valid/loss", 4)] * (not epoch_is_open)
+    before = path.stat()
+    cut_events(tmp_path, 4, epoch_is_open)  # nothing to do, nothing written
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    with path.open("ab") as file:
+        file.write(bytes(64))  # what a power cut leaves
+    cut_events(tmp_path, 4, epoch_is_open)
+    assert path.stat().st_size == before.st_size
+    shown = EventAccumulator(str(tmp_path))
+    shown.Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [2, 4]
