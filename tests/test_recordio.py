@@ -420,7 +420,7 @@ def test_bin_both_ways_as_insightface_reads_it(tmp_path):
         (([], []), "has 0 pictures for 0 pairs"),
         (([b"a", 7], [True]), "has '7' for a picture"),
         (([b"a", b"b"], [2]), "has '2' for a picture or for True or False"),
-        ({"a": 1}, "it holds a dict"),
+        ({"a": 1}, "it has a dict"),
     ],
 )
 def test_bin_that_is_none(tmp_path, content, words):

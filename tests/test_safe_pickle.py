@@ -102,7 +102,7 @@ def test_a_class_is_refused_by_name():
         ([IMAGES, [None]], "a NoneType in a list"),
         ([IMAGES, ["yes"]], "a str in a list"),
         ([[IMAGES], SAME], "a list in a list"),
-        ([IMAGES, {1: 2}], "a dict for a list"),
+        ([IMAGES, {1: 2}], "it has a dict"),
         ([IMAGES, b"yes"], "a bytes for a list"),
         ([IMAGES, np.array([1.5])], "numpy values of type 'f8'"),
         ([IMAGES, np.array([1], ">i8")], "big-endian"),
