@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import cv2
+import torch
 
 
 def _address_space() -> int:
@@ -21,6 +22,7 @@ def limit_memory(megabytes: int) -> tuple[int, int]:
 
 def _child(pipe, megabytes, function, arguments):
     cv2.setNumThreads(0)  # a fork has none of its parent's threads
+    torch.set_num_threads(1)
     limit_memory(megabytes)
     try:
         pipe.send((function(*arguments), None))
