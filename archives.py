@@ -121,10 +121,10 @@ class ZipSource(Source):
     def _overlapping(self) -> set[int]:
         """Where members begin that reach into the next one, as only bombs and damage have them."""
         infos = sorted(self.zip.infolist(), key=lambda info: info.header_offset)
-        ends = [*(info.header_offset for info in infos[1:]), self.zip.start_dir]
+        ends = [info.header_offset for info in infos] + [self.zip.start_dir]
         return {
             info.header_offset
-            for info, end in zip(infos, ends, strict=True)
+            for info, end in zip(infos, ends[1:], strict=True)
             if info.header_offset + LOCAL_HEADER + info.compress_size > end
         }
 
