@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
+MAX_NAME = 4096  # characters: no file system has longer ones
+MAX_DEPTH = 64  # folders in folders
 JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
 # What lies beside pictures in the usual archives; any other file is tried as a picture.
 JUNK_SUFFIXES = {
@@ -32,7 +34,10 @@ def clean_name(name: str) -> tuple[str, str]:
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     parts = [p for p in name.split("/") if p not in ("", ".")]
     clean = "/".join(parts)
-    if name.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", name):
+    if len(name) > MAX_NAME or len(parts) > MAX_DEPTH:
+        return name[:MAX_NAME], "unsafe_name"
+    absolute = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name)
+    if absolute or ".." in parts or "\0" in name:
         return name, "unsafe_name"
     if any(p.startswith(".") or p.lower() in JUNK_NAMES for p in parts):
         return clean, "system_file"

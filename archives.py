@@ -8,181 +8,36 @@ Nothing is extracted: names inside an archive are data, never paths that get ope
 identity is the name of the folder it lies in; where two folders in different places share a name,
 both go by their whole path inside the source, so that no two people are merged.  Whatever is not a
 picture file (links, devices, `..` and absolute names, lists, system files, empty folders) is passed
-over and counted with its reason in `source.passed`.
+over and counted with its reason in `source.passed`.  Archive bombs are refused: `Limits` says what
+they are, and --max-file-mb and --max-ratio of pre_process.py raise it.  A zip in a zip is no
+picture and stays packed.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
-import lzma
 import os
+import re
 import shutil
 import stat
-import struct
+import sys
 import tarfile
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from archive_names import clean_name, decode_name
-from utils import UserError
+from archive_names import decode_name
+from archive_source import DAMAGE, LIMITS, ArchiveError, Entry, Limits, Source, Tally
 
-MAX_BYTES = 200 << 20  # a picture file larger than this is no picture that we want
-MAX_HEADER = 16 << 20  # the longest single read that tar headers may ask for
+__all__ = ["ArchiveError", "Entry", "Limits", "Source", "Tally", "open_source"]
+
+MAX_HEADER = 1 << 20  # bytes that tar may read between one picture and the next
 IN_MEMORY = 64 << 20  # an unsorted .tgz is put in order in memory up to here, then on disk
-NAMES_KEPT = 50  # names listed for each reason
-
-
-class ArchiveError(UserError):
-    """A source, or one file of it, cannot be read; `status` is the reason in one word."""
-
-    def __init__(self, sentence: str, status: str = "unreadable"):
-        super().__init__(sentence)
-        self.status = status
-
-
-# What the standard library raises for damaged archives: NotImplementedError is an unknown
-# compression, RuntimeError a password, the last line what bad numbers in headers lead to.
-DAMAGE = (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
-    *(NotImplementedError, RuntimeError),
-    *(ValueError, OverflowError, struct.error),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One picture file: its name inside the source, whose it is, its size in bytes."""
-
-    name: str
-    identity: str
-    size: int
-    handle: Any = field(compare=False, repr=False)  # where its source finds it
-
-
-class Tally:
-    """Counts names by reason, and keeps the first `NAMES_KEPT` names of each."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self.names: dict[str, list[str]] = {}
-
-    def add(self, reason: str, name: str) -> None:
-        """Count one name."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < NAMES_KEPT:
-            names.append(name)
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        """`{reason: {"count": n, "names": [...]}}`, for a report."""
-        return {r: {"count": n, "names": self.names[r]} for r, n in sorted(self.counts.items())}
-
-
-class Source:
-    """The pictures of one archive or folder; its kinds differ in `_members` and `_read`.
-
-    `damage` is a sentence where the archive is cut short or damaged (empty where it is whole): what
-    can be read of it is there all the same.
-    """
-
-    def __init__(self, path: Path, spool_dir: Path | None = None):
-        self.path = path
-        self.spool_dir = spool_dir
-        self.passed = Tally()
-        self.damage = ""
-        self._entries: list[Entry] | None = None
-
-    def entries(self) -> list[Entry]:
-        """All picture files, sorted by (identity, name).  Raises ArchiveError."""
-        if self._entries is None:
-            self._entries = self._list()
-        return self._entries
-
-    def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | ArchiveError]]:
-        """Each entry with its bytes or the reason why it has none, sorted, one at a time."""
-        wanted = sorted(entries, key=lambda e: (e.identity, e.name))
-        small = [e for e in wanted if e.size <= MAX_BYTES]
-        contents = self._read(small)
-        for entry in wanted:
-            if entry.size <= MAX_BYTES:
-                yield entry, next(contents)
-            else:
-                sentence = f"{entry.name} in {self.path} has {entry.size:,} bytes."
-                yield entry, ArchiveError(sentence, "too_large")
-
-    def fingerprint(self) -> str:
-        """A hash of all names and sizes: the same pictures give the same one."""
-        digest = hashlib.sha256()
-        for entry in self.entries():
-            digest.update(f"{entry.name}\0{entry.size}\n".encode())
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        """Let go of the file."""
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
-
-    def _members(self) -> Iterator[tuple[str, str, int, Any]]:
-        """(name, kind, size, handle) of everything; kind is "file", "folder" or a reason."""
-        raise NotImplementedError
-
-    def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
-        """The bytes of each entry, in the order given."""
-        raise NotImplementedError
-
-    def _list(self) -> list[Entry]:
-        files: dict[str, tuple[int, Any]] = {}
-        folders: set[str] = set()
-        for raw, kind, size, handle in self._members():
-            name, reason = clean_name(raw)
-            if kind == "folder" and not reason:
-                folders.add(name)
-            elif kind != "folder":
-                if reason or kind != "file":
-                    self.passed.add(reason or kind, name)
-                elif "/" not in name:
-                    self.passed.add("no_identity_folder", name)
-                else:
-                    if name in files:  # the later one counts, as when extracting
-                        self.passed.add("duplicate_name", name)
-                    files[name] = (size, handle)
-        self._count_empty(folders, files)
-        parents: dict[str, set[str]] = {}
-        for name in files:
-            parent = name.rpartition("/")[0]
-            parents.setdefault(parent.rpartition("/")[2], set()).add(parent)
-        entries = []
-        for name, (size, handle) in files.items():
-            parent = name.rpartition("/")[0]
-            base = parent.rpartition("/")[2]
-            identity = base if len(parents[base]) == 1 else parent
-            entries.append(Entry(name, identity, size, handle))
-        return sorted(entries, key=lambda e: (e.identity, e.name))
-
-    def _count_empty(self, folders: set[str], files: Iterable[str]) -> None:
-        """Count the innermost folders without a picture."""
-        used: set[str] = set()
-        for name in [*files, *folders]:
-            parent = name.rpartition("/")[0]
-            while parent and parent not in used:
-                used.add(parent)
-                parent = parent.rpartition("/")[0]
-        for name in sorted(folders - used - {""}):
-            self.passed.add("empty_folder", name)
-
-    def _error(self, entry: Entry, error: Exception | str) -> ArchiveError:
-        reason = str(error) or type(error).__name__
-        return ArchiveError(f"{entry.name} in {self.path} cannot be read ({reason}).")
+STEP = 1 << 20  # bytes that are passed over at a time
+DEFLATE = 1032  # bytes that one may unpack to, at most
+LOCAL_HEADER = 30  # bytes before a zip's member, or more
 
 
 class FolderSource(Source):
@@ -199,20 +54,26 @@ class FolderSource(Source):
                 continue
             for item in found:
                 name = f"{folder}/{item.name}" if folder else item.name
-                if item.is_symlink():
+                try:
+                    about = item.stat(follow_symlinks=False)
+                except OSError:  # it has vanished since
+                    continue
+                mode = about.st_mode
+                if stat.S_ISLNK(mode):
                     yield name, "link", 0, None
-                elif item.is_dir():
+                elif stat.S_ISDIR(mode):
                     waiting.append(name)
                     yield name, "folder", 0, None
-                elif item.is_file():
-                    yield name, "file", item.stat().st_size, item.path
+                elif stat.S_ISREG(mode):
+                    yield name, "file", about.st_size, item.path
                 else:
                     yield name, "not_a_regular_file", 0, None
 
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
         for entry in entries:
             try:
-                yield Path(entry.handle).read_bytes()
+                with Path(entry.handle).open("rb") as file:
+                    yield file.read(entry.size)  # no more, whatever it has become since
             except OSError as error:
                 yield self._error(entry, error)
 
@@ -220,8 +81,8 @@ class FolderSource(Source):
 class ZipSource(Source):
     """A .zip archive, read through its central directory."""
 
-    def __init__(self, path: Path, spool_dir: Path | None = None):
-        super().__init__(path, spool_dir)
+    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = LIMITS):
+        super().__init__(path, spool_dir, limits)
         try:
             self.zip = zipfile.ZipFile(path)
         except DAMAGE as error:
@@ -231,6 +92,7 @@ class ZipSource(Source):
             ) from None
 
     def _members(self) -> Iterator[tuple[str, str, int, Any]]:
+        overlapping = self._overlapping()
         for info in self.zip.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)
             name = info.filename
@@ -242,14 +104,42 @@ class ZipSource(Source):
                 yield name, "folder", 0, None
             elif mode not in (0, stat.S_IFREG):
                 yield name, "link" if mode == stat.S_IFLNK else "not_a_regular_file", 0, None
+            elif info.header_offset in overlapping:
+                yield name, "overlapping", 0, None
             else:
                 yield name, "file", info.file_size, info
 
+    def _list(self) -> list[Entry]:
+        entries = super()._list()
+        small = [e for e in entries if e.size <= self.limits.file_bytes]
+        packed = [e.handle.compress_size for e in small]
+        # What claims more than Deflate can do is damage, to be told when it is read.
+        unpacked = [min(e.size, DEFLATE * (n + 1)) for e, n in zip(small, packed, strict=True)]
+        self._refuse_bomb(sum(packed), sum(unpacked))
+        return entries
+
+    def _overlapping(self) -> set[int]:
+        """Where members begin that reach into the next one, as only bombs and damage have them."""
+        infos = sorted(self.zip.infolist(), key=lambda info: info.header_offset)
+        ends = [info.header_offset for info in infos] + [self.zip.start_dir]
+        return {
+            info.header_offset
+            for info, end in zip(infos, ends[1:], strict=True)
+            if info.header_offset + LOCAL_HEADER + info.compress_size > end
+        }
+
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
         for entry in entries:
+            info = entry.handle
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # zipfile unpacks those with no limit; pictures gain nothing by them.
+                yield self._error(entry, "it is compressed by other means than Deflate")
+                continue
             try:
-                # zipfile stops at the declared size and then checks the sum: no bomb goes off here.
-                yield self.zip.read(entry.handle)
+                with self.zip.open(info) as file:
+                    # Never without a number: zipfile would unpack all there is, up to 2 GB, then
+                    # cut it to the declared size.  It checks the sum where that size is reached.
+                    yield file.read(entry.size)
             except DAMAGE as error:
                 yield self._error(entry, error)
 
@@ -267,13 +157,13 @@ class TarSource(Source):
     with the process however that ends.
     """
 
-    def __init__(self, path: Path, spool_dir: Path | None = None):
-        super().__init__(path, spool_dir)
+    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = LIMITS):
+        super().__init__(path, spool_dir, limits)
         with path.open("rb") as file:
             self.compressed = file.read(2) == b"\x1f\x8b"
 
-    def _open(self) -> _Bounded:
-        return _Bounded(gzip.open(self.path) if self.compressed else self.path.open("rb"))
+    def _open(self) -> _Stream:
+        return _Stream(self.path, self.compressed, self._refuse_bomb)
 
     def _members(self) -> Iterator[tuple[str, str, int, Any]]:
         with self._open() as file:
@@ -291,8 +181,11 @@ class TarSource(Source):
                             f"the header at byte {info.offset:,} makes no sense"
                         )
                     place = info.offset
-                    tar.members = []  # or it keeps half a million of them
+                    # Or it keeps half a million members, and what global headers say of them all.
+                    tar.members, tar.pax_headers = [], {}
+                    file.allow(MAX_HEADER, header=True)
                     yield from self._member(info)
+                file.allow(MAX_HEADER)
                 self._check_end(file, tar.offset)
             except DAMAGE as error:
                 self.damage = f"{self.path} is damaged or cut short ({error or 'no more data'})."
@@ -308,7 +201,7 @@ class TarSource(Source):
         else:
             yield name, "not_a_regular_file", 0, None
 
-    def _check_end(self, file: _Bounded, offset: int) -> None:
+    def _check_end(self, file: _Stream, offset: int) -> None:
         """Raise unless the archive ends as it should: tarfile takes a spoilt header for the end."""
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -316,8 +209,8 @@ class TarSource(Source):
             raise tarfile.ReadError("its end mark is missing")
         if block.strip(b"\0"):
             raise tarfile.ReadError(f"the header at byte {offset:,} makes no sense")
-        while self.compressed and file.read(1 << 20):
-            pass  # on to gzip's check sum
+        if self.compressed:
+            file.seek(sys.maxsize)  # on to gzip's check sum
 
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
         offsets = [e.handle for e in entries]
@@ -347,13 +240,14 @@ class TarSource(Source):
                     place = spool.read(entry.size)
                 yield place
 
-    def _read_from(self, file: _Bounded, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
+    def _read_from(self, file: _Stream, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
         broken: Exception | None = None
         for entry in entries:
             data = b""
             if broken is None:
                 try:
                     file.seek(entry.handle)
+                    file.allow(entry.size)
                     data = file.read(entry.size)
                 except DAMAGE as error:
                     broken = error  # a compressed stream gives nothing after its first damage
@@ -363,42 +257,68 @@ class TarSource(Source):
                 yield self._error(entry, broken or "the archive ends before it does")
 
 
-class _Bounded:
-    """A binary file that refuses the huge reads that a malicious tar header can ask for."""
+class _Stream:
+    """A tar file, unpacked: reads no more than was allowed, and calls `check` as it unpacks.
 
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.seek, self.tell = file.seek, file.tell
+    Headers can ask for huge reads, and name tables and sparse maps that go on for ever.
+    """
+
+    def __init__(self, path: Path, compressed: bool, check: Callable[[int, int], None]):
+        self.raw = path.open("rb")
+        self.compressed, self.check = compressed, check
+        self.file: Any = gzip.open(self.raw) if compressed else self.raw  # noqa: SIM115
+        self.tell = self.file.tell
+        self.allow(MAX_HEADER, header=True)
+
+    def allow(self, size: int, header: bool = False) -> None:
+        """Let the next reads take so many bytes together, of headers or of contents."""
+        self.allowed, self.header = size, header
 
     def read(self, size: int) -> bytes:
-        if size > max(MAX_HEADER, MAX_BYTES):
-            raise tarfile.ReadError(f"a header claims {size:,} bytes")
-        return self.file.read(size)
+        self.allowed -= size
+        if self.allowed < 0:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADER:,} bytes")
+        data = self.file.read(size)
+        if self.compressed:
+            self.check(self.raw.tell(), self.tell())
+        if self.header and re.search(rb"\d{1000}", data):  # tarfile takes hours (CVE-2024-6232)
+            raise tarfile.ReadError("a header of digits alone")
+        return data
 
-    def __enter__(self) -> _Bounded:
+    def seek(self, offset: int) -> None:
+        if not self.compressed or offset < self.tell():
+            self.file.seek(offset)
+            return
+        while (left := offset - self.tell()) > 0 and self.file.read(min(left, STEP)):
+            self.check(self.raw.tell(), self.tell())
+
+    def __enter__(self) -> _Stream:
         return self
 
     def __exit__(self, *unused: object) -> None:
         self.file.close()
+        self.raw.close()
 
 
-def open_source(path: Path | str, spool_dir: Path | None = None) -> Source:
+def open_source(path: Path | str, spool_dir: Path | None = None, limits: Limits = LIMITS) -> Source:
     """The source at `path`, its kind told by its first bytes; `spool_dir` is for temporary files.
 
     Raises ArchiveError if there is nothing, or nothing of a kind that is read here.
     """
     path = Path(path)
     if path.is_dir():
-        return FolderSource(path, spool_dir)
+        return FolderSource(path, spool_dir, limits)
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise ArchiveError(f"{path} is a device or a pipe; name a folder or an archive.")
     try:
         with path.open("rb") as file:
             head = file.read(tarfile.BLOCKSIZE)
     except OSError as error:
         raise ArchiveError(f"{path} cannot be opened ({error.strerror}).") from None
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return ZipSource(path, spool_dir)
+        return ZipSource(path, spool_dir, limits)
     if head[:2] == b"\x1f\x8b" or head[257:262] == b"ustar" or path.suffix == ".tar":
-        return TarSource(path, spool_dir)
+        return TarSource(path, spool_dir, limits)
     raise ArchiveError(
         f"{path} is neither a folder nor a .zip, .tar or .tar.gz archive"
         + (" but empty." if not head else "; unpack it, or fetch it again if its name says so.")

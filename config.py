@@ -45,6 +45,8 @@ class Config:
     missed: Literal["auto", "skip", "crop"] = knob("auto", "a picture without a face: pass over, or crop centrally; auto: crop for LFW", "pre_process")
     min_face: int = knob(0, "smallest face looked for, in pixels; 0: chosen from the picture's size", "pre_process", low=0)
     detect_batch: int = knob(64, "pictures a detection batch", "pre_process", low=1)
+    max_file_mb: int = knob(200, "largest picture file, in MB; larger ones are passed over", "pre_process", low=1)
+    max_ratio: int = knob(100, "how many times its size an archive may unpack to before it counts as a bomb", "pre_process", low=1)
     download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
 
     # the network

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from checkpoints import load_checkpoint
 from data_gen import normalise
 from models import build_model
+from onnx_file import check_onnx
 from utils import UserError
+from weights import check_packing, check_weights
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -151,6 +153,7 @@ def onnx_embedder(
     """
     if not Path(path).is_file():
         raise UserError(f"There is no checkpoint at {path}.")
+    check_onnx(path)
     backend = backend or default_backend()
     black = np.zeros((2, 3, 112, 112), np.float32)
     try:
@@ -253,6 +256,7 @@ def load_embedder(
     if Path(checkpoint).suffix.lower() == ".onnx":
         embed = onnx_embedder(checkpoint, device, **options)
         return embed, {"kind": "onnx", "network": f"ONNX by {default_backend()}"}
+    check_packing(checkpoint)
     loaded = load_checkpoint(checkpoint)
     config, state = loaded.get("config"), loaded.get("model")
     if isinstance(state, dict) and isinstance(config, dict) and {"network", "use_se"} <= {*config}:
@@ -272,15 +276,17 @@ def load_embedder(
 
 def _filled(network: str, use_se: bool, state: dict, path: Path | str) -> nn.Module:
     """The network with the weights of a state dict, all of them and no others."""
-    emb_size = len(state["fc.weight"]) if "fc.weight" in state else 512
+    check_weights(state, path)
     try:
-        model = build_model(network, emb_size=emb_size, use_se=use_se)
-        model.load_state_dict(state, strict=True)
-    except (RuntimeError, ValueError) as error:
+        emb_size = len(state["fc.weight"]) if "fc.weight" in state else 512
+        with torch.device("meta"):  # no memory for sizes that the file only claims
+            model = build_model(network, emb_size=emb_size, use_se=use_se)
+        model.load_state_dict(state, strict=True, assign=True)
+    except (RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 200 else reason[:200] + "..."
         raise UserError(
             f"The weights in {path} are not those of network {network} ({reason}); "
             "name theirs with --network."
         ) from None
-    return model
+    return model.float()

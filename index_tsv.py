@@ -95,6 +95,8 @@ def parse_index_row(line: str) -> IndexRow:
     if len(cells) != len(INDEX_COLUMNS) or not line.endswith("\n"):
         raise ValueError(f"{len(cells)} columns, not {len(INDEX_COLUMNS)}, or no end of line")
     record, label = (int(cell) if cell else None for cell in cells[:2])
+    if not 0 <= min(record or 0, label or 0) <= max(record or 0, label or 0) < 1 << 63:
+        raise ValueError("a record id or label beyond all bounds")
     score = float(cells[5]) if cells[5] else None
     box = [float(cell) for cell in cells[6:10]] if cells[6] else None
     points = [float(cell) for cell in cells[10:]] if cells[10] else None
@@ -106,6 +108,10 @@ def _read_lines(lines: list[str]) -> IndexTable:
     """All lines at once, several times as fast as one by one; ValueError where one is not whole."""
     names_and_numbers = [line.split("\t", 5) for line in lines]
     columns = list(zip(*names_and_numbers, strict=True)) or [()] * 6
+    if any(cells.count("\t") != len(INDEX_COLUMNS) - 6 for cells in columns[5]):
+        raise ValueError("a line of more or fewer columns")  # NumPy passes over empty ones
+    if any("-" in cell for column in columns[:2] for cell in column):
+        raise ValueError("a negative record id or label")  # -1 below means none
     # Empty cells become nan for NumPy's parser, which is much faster than float().
     numbers = [
         "\t".join(cell or "nan" for cell in cells.split("\t"))
@@ -140,7 +146,7 @@ def read_index(folder: str | Path, reader: Any = None) -> IndexTable:
         raise UserError(f"{path} has no header line or is cut short; run pre_process.py again.")
     try:
         table = _read_lines(lines[1:-1])
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for a record id beyond 64 bits
         for number, line in enumerate(lines[1:-1], 2):
             try:
                 parse_index_row(line + "\n")

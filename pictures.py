@@ -3,8 +3,11 @@
     decode_picture(Path("face.jpg").read_bytes())  # (height, width, 3) uint8, RGB
 
 The size is read from the header before anything is decoded, so that a file of a few bytes that
-claims a billion pixels costs nothing.  JPEG, PNG, BMP, GIF, WebP, TIFF and PNM are known; grey,
-CMYK, 16-bit, transparent and palette pictures become 8-bit RGB, and EXIF rotation is applied.
+claims a billion pixels costs nothing.  JPEG, PNG, BMP, GIF, WebP, TIFF and PNM are known.
+
+What becomes of the unusual: EXIF rotation is honoured, so that a face comes out upright as viewers
+show it; of an animation (GIF, WebP, APNG) or of several pages (TIFF) the first picture is taken;
+grey, CMYK, 16-bit and palette pictures become 8-bit RGB, and transparency is dropped.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import numpy as np
 
 from utils import UserError
 
-MAX_PIXELS = 100_000_000  # 300 MB when decoded
+MAX_PIXELS = 100_000_000  # 300 MB when decoded; an animated WebP takes 1 GB on the way
+MAX_SIDE = 65_500  # JPEG's; longer strips could be searched in no small copy
 MANY_PIXELS = 4_000_000  # pictures from here on are decoded one at a time, for memory's sake
 
 _one_large_picture = threading.Lock()
@@ -40,10 +44,11 @@ def decode_picture(data: bytes) -> np.ndarray:
     "unreadable".
     """
     height, width = picture_size(data)
-    if height * width > MAX_PIXELS:
-        raise PictureError("too_large", f"{width}x{height} are more than {MAX_PIXELS:,} pixels")
+    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+        sentence = f"{width}x{height} are more than {MAX_PIXELS:,} pixels, or {MAX_SIDE:,} in a row"
+        raise PictureError("too_large", sentence)
     if not _is_complete(data):
-        raise PictureError("truncated", "the JPEG's end is missing")
+        raise PictureError("truncated", "its end is missing")
     if height * width < MANY_PIXELS:
         return _decode(data)
     with _one_large_picture:
@@ -53,8 +58,8 @@ def decode_picture(data: bytes) -> np.ndarray:
 def _decode(data: bytes) -> np.ndarray:
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as error:
-        raise PictureError("unreadable", str(error)) from None
+    except cv2.error:
+        image = None
     if image is None:
         raise PictureError("unreadable", "OpenCV cannot decode it")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -90,6 +95,10 @@ def _jpeg_segment(data: bytes, wanted: Callable[[int], bool]) -> int:
             at += 1
         elif wanted(marker):
             return at
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+            # No length follows these.  Decoders pass over them; whoever took the next two bytes for
+            # one would read the size from another place than the decoder does.
+            raise ValueError("a marker out of place")
         else:
             at += 2 + struct.unpack_from(">H", data, at + 2)[0]
 
@@ -101,18 +110,30 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _is_complete(data: bytes) -> bool:
-    """Whether a JPEG has its end marker (True for other formats, whose decoders notice).
+    """Whether a JPEG or PNG has its end marker (True for other formats, whose decoders notice).
 
     libjpeg fills a missing lower part with grey and merely warns.  The marker is looked for after
     the start of the scan: an embedded thumbnail has one of its own.
     """
-    if not data.startswith(b"\xff\xd8"):
+    if data.startswith(b"\x89PNG"):
+        return _png_is_whole(data)
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
         return True
     try:
         scan = _jpeg_segment(data, lambda m: m == 0xDA)
     except (struct.error, IndexError, ValueError):
         return False
     return data.find(b"\xff\xd9", scan) >= 0
+
+
+def _png_is_whole(data: bytes) -> bool:
+    """Whether all chunks are there: OpenCV takes 2 GB for one of 44 bytes that claims as many."""
+    at = 8
+    while at + 12 <= len(data):
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from align import BLOCK_IMAGES, align_blocks, plan_blocks
-from archives import ArchiveError, Source, Tally, open_source
+from archives import ArchiveError, Limits, Source, Tally, open_source
 from config import Config, parse_args
 from face_detect import FaceDetector
 from index_tsv import check_index
@@ -81,7 +81,8 @@ def prepare(
         return None
     part = job.output.with_name(job.output.name + ".part")
     make_folder(part.parent)
-    with open_source(job.source, part.parent) as source:
+    limits = Limits(cfg.max_file_mb << 20, cfg.max_ratio)
+    with open_source(job.source, part.parent, limits) as source:
         entries = source.entries()
         if source.damage:
             print(f"WARNING: {source.damage} What can be read of it is used.", file=sys.stderr)

@@ -25,6 +25,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from pictures import PictureError, decode_picture
 from safe_pickle import load_two_lists
 from utils import FACE_SIZE, UserError, atomic_write, open_to_write, sync, write_errors
 
@@ -41,12 +42,10 @@ class RecordError(UserError):
 def decode_jpeg(data: bytes) -> np.ndarray:
     """Decode a picture's bytes into (height, width, 3) uint8 RGB; RecordError where it cannot."""
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # no bytes at all, or dimensions beyond OpenCV's limit
-        image = None
-    if image is None:
-        raise RecordError(f"its {len(data)} bytes cannot be decoded as a picture.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        return decode_picture(data)
+    except PictureError as error:
+        reason = f"its {len(data)} bytes cannot be decoded as a picture: {error}."
+        raise RecordError(reason) from None
 
 
 def encode_jpeg(rgb: np.ndarray, quality: int = 95) -> bytes:
@@ -269,8 +268,9 @@ class RecordReader:
         if not path.is_file():
             return None, None
         # Some tools add a second line: the number of images.
-        line = path.read_text("latin-1").partition("\n")[0]
-        if not re.fullmatch(r"\s*\d+\s*,\s*\d+\s*,\s*\d+\s*", line):
+        with path.open("rb") as file:
+            line = file.readline(100).decode("latin-1").strip()
+        if not re.fullmatch(r"\d{1,9}\s*,\s*\d{1,9}\s*,\s*\d{1,9}", line):
             raise RecordError(
                 f"{path} begins with {line[:40]!r} instead of 'classes,height,width', for example "
                 "'10572,112,112'; correct it, or delete it to have the classes counted."
@@ -283,7 +283,7 @@ class RecordReader:
         if not len(labels):
             raise RecordError(f"{self.path} holds no image; prepare or copy it again.")
         whole = np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels))
-        most = LABEL_LIMIT if self.num_classes is None else self.num_classes
+        most = min(LABEL_LIMIT if self.num_classes is None else self.num_classes, LABEL_LIMIT)
         wrong = ~whole | (labels >= most)
         if np.any(wrong):
             i = int(np.argmax(wrong))

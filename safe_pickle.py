@@ -7,9 +7,10 @@ name is answered by the stand-ins below, which do no more than keep bytes; all e
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
@@ -17,12 +18,12 @@ import numpy as np
 class _Bytes:
     """In place of bytes, bytearray and _codecs.encode, by which older protocols write bytes."""
 
-    def __new__(cls, text: Any = b"", encoding: Any = "latin1") -> bytes:
-        if isinstance(text, str) and encoding in ("latin1", "latin-1"):
-            return text.encode("latin1")
-        if isinstance(text, (bytes, bytearray)):
-            return bytes(text)
-        raise pickle.UnpicklingError("it makes bytes of something that is no text")
+    def __init__(self, text: Any = b"", encoding: Any = "latin1"):
+        if isinstance(text, _Bytes):  # bytearray(bytes), as protocols 3 and 4 write it
+            text = text.text
+        if not isinstance(text, (str, bytes, bytearray)) or encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError("it makes bytes of something that is no text")
+        self.text = text
 
     # Each stand-in has this method, so that a pickle's BUILD cannot set attributes of the class.
     def __setstate__(self, state: Any) -> None:
@@ -35,9 +36,12 @@ class _Dtype:
     spec = "?"
 
     def __init__(self, spec: Any, *_: Any):
-        self.spec = spec.decode("latin1") if isinstance(spec, bytes) else str(spec)
-        if not re.fullmatch(r"[|<=]?([iu][1248]|b1|\?|bool|O8?)", self.spec):
-            raise pickle.UnpicklingError(f"it has numpy values of type {self.spec[:20]!r}")
+        spec = spec.decode("latin1") if isinstance(spec, bytes) else spec
+        if not isinstance(spec, str) or not re.fullmatch(
+            r"[|<=]?([iu][1248]|b1|\?|bool|O8?)", spec
+        ):
+            raise pickle.UnpicklingError(f"it has numpy values of type {str(spec)[:20]!r}")
+        self.spec = spec
 
     def __setstate__(self, state: Any) -> None:
         if state[1] in (b">", ">"):
@@ -47,27 +51,23 @@ class _Dtype:
 class _Array:
     """In place of numpy.ndarray and the functions that rebuild one."""
 
-    items: list[Any] | None = None
-    raw: bytes | None = None
+    dtype: Any = None
+    raw: Any = None
 
     def __init__(self, *arguments: Any):
         # _frombuffer(bytes, dtype, shape, order); _reconstruct(...) is filled in by its state
         if len(arguments) == 4 and isinstance(arguments[1], _Dtype):
-            self.__setstate__((1, arguments[2], arguments[1], False, arguments[0]))
+            self.raw, self.dtype = arguments[:2]
 
     def __setstate__(self, state: Any) -> None:
-        _, _, dtype, _, raw = state
-        if "O" in dtype.spec:
-            self.items = list(raw)
-        else:
-            self.items, self.raw = np.frombuffer(raw, dtype.spec).tolist(), bytes(raw)
+        _, _, self.dtype, _, self.raw = state
 
 
 class _Scalar:
     """In place of numpy's scalar(dtype, bytes): a plain bool or int."""
 
-    def __new__(cls, dtype: _Dtype, raw: bytes) -> Any:
-        return np.frombuffer(raw, dtype.spec).item()
+    def __init__(self, dtype: _Dtype, raw: Any):
+        self.dtype, self.raw = dtype, raw
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("it gives a number a state")
@@ -86,38 +86,102 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
     _STAND_INS[f"{_core}.numeric", "_frombuffer"] = _Array
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own machine: that in C takes 32 GB for a memo of one number (LONG_BINPUT 2^31)."""
+
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run anything")
         return _STAND_INS[module, name]
 
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it has a dict or a set")
 
-def _items(part: Any) -> list[Any]:
-    part = part.items if isinstance(part, _Array) else part
-    if not isinstance(part, (list, tuple)):
-        raise pickle.UnpicklingError(f"it has a {type(part).__name__} for a list")
-    return [_leaf(item) for item in part]
+    # Neither is needed; keys of one hash would keep a dict or a set busy for hours.
+    dispatch: ClassVar = pickle._Unpickler.dispatch | dict.fromkeys(b"}dsu\x8f\x90\x91", _refuse)
 
 
-def _leaf(item: Any) -> bytes | bool | int:
-    item = item.raw if isinstance(item, _Array) else item
-    if not isinstance(item, (bytes, bytearray, bool, int)):
-        raise pickle.UnpicklingError(f"it has a {type(item).__name__} in a list")
-    return bytes(item) if isinstance(item, bytearray) else item
+class _Lists:
+    """Makes plain lists of what the machine left, of no more bytes than the file has.
+
+    The stand-ins merely keep what they are given: a pickle can name one string a million times.
+    """
+
+    def __init__(self, size: int):
+        self.left = size
+        self.made: dict[int, bytes] = {}  # by the identity of what they were made of
+
+    def spend(self, size: int) -> None:
+        """Take from what may still be made."""
+        self.left -= size
+        if self.left < 0:
+            raise pickle.UnpicklingError("it repeats itself until it is larger than its file")
+
+    def items(self, part: Any) -> list[Any]:
+        """A list of the values of a list, a tuple or an array."""
+        if isinstance(part, _Array) and isinstance(part.dtype, _Dtype):
+            if "O" not in part.dtype.spec:
+                return self.numbers(part)
+            part = part.raw
+        if not isinstance(part, (list, tuple)):
+            raise pickle.UnpicklingError(f"it has a {_kind(part)} for a list")
+        self.spend(len(part))
+        return [self.leaf(item) for item in part]
+
+    def numbers(self, part: _Array | _Scalar) -> list[Any]:
+        """The values of an array of truth values or whole numbers."""
+        raw = self.plain(part.raw)
+        self.spend(len(raw))
+        return np.frombuffer(raw, part.dtype.spec).tolist()
+
+    def plain(self, raw: Any) -> bytes:
+        """The bytes that a value of any kind of bytes means."""
+        if isinstance(raw, bytes):
+            return raw
+        if id(raw) in self.made:
+            return self.made[id(raw)]
+        text = raw.text if isinstance(raw, _Bytes) else raw
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise pickle.UnpicklingError(f"it has a {_kind(raw)} for bytes")
+        self.spend(len(text))
+        self.made[id(raw)] = text.encode("latin1") if isinstance(text, str) else bytes(text)
+        return self.made[id(raw)]
+
+    def leaf(self, item: Any) -> bytes | bool | int:
+        """One value of a list."""
+        if isinstance(item, _Scalar):
+            (item,) = self.numbers(item)
+        elif isinstance(item, _Array):
+            item = self.plain(item.raw)
+        elif isinstance(item, (_Bytes, bytearray)):
+            item = self.plain(item)
+        if not isinstance(item, (bytes, bool, int)):
+            raise pickle.UnpicklingError(f"it has a {_kind(item)} in a list")
+        if isinstance(item, int) and item.bit_length() > 64:
+            raise pickle.UnpicklingError("it has a number of more than 64 bits")
+        return item
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return name[1:].lower() if name.startswith("_") else name
 
 
 def load_two_lists(file: IO[bytes]) -> tuple[list[Any], list[Any]]:
     """Read a pickle of two lists (or numpy arrays) of bytes, bools and whole numbers.
 
-    Raises pickle.UnpicklingError, whose text says what the pickle asks for or holds instead.
+    Takes a few times the memory of the file. Raises pickle.UnpicklingError, whose text says what
+    the pickle asks for or holds instead.
     """
+    data = file.read()
+    lists = _Lists(len(data))
     try:
-        value = _Unpickler(file, encoding="bytes").load()
+        # From memory: a file object would set memory aside for as many bytes as a pickle claims.
+        value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise pickle.UnpicklingError(f"it holds a {_kind(value)}, not a pair of lists")
+        return lists.items(value[0]), lists.items(value[1])
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged bytes mean anything, and raise anything
         raise pickle.UnpicklingError(f"it is no whole pickle ({type(error).__name__})") from None
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise pickle.UnpicklingError(f"it holds a {type(value).__name__}, not a pair of lists")
-    return _items(value[0]), _items(value[1])

@@ -52,7 +52,7 @@ def parse_pairs(text: str) -> Pairs:
     while lines and not lines[-1]:
         lines.pop()
     header = lines[0].split() if lines else []
-    if len(header) != 2 or not all(word.isdecimal() and int(word) > 0 for word in header):
+    if len(header) != 2 or not all(_is_number(word) and int(word) > 0 for word in header):
         raise ValueError("line 1 must hold two numbers, of folds and of pairs (LFW: 10 and 300)")
     num_folds, count = map(int, header)
     if len(lines) - 1 != num_folds * 2 * count:
@@ -68,12 +68,16 @@ def parse_pairs(text: str) -> Pairs:
             same.append(True)
         elif len(words) == 4:
             same.append(False)
-        if len(words) != 4 or not (words[1].isdecimal() and words[3].isdecimal()):
+        if len(words) != 4 or not (_is_number(words[1]) and _is_number(words[3])):
             raise ValueError(f"line {number} is no pair: {line[:80]!r}")
         for side, name, picture in ((first, *words[:2]), (second, *words[2:])):
             side.append(index.setdefault(f"{name}/{name}_{int(picture):04d}", len(index)))
     folds = np.repeat(np.arange(num_folds), 2 * count)
     return Pairs(list(index), np.array(first), np.array(second), np.array(same), folds)
+
+
+def _is_number(word: str) -> bool:
+    return word.isdecimal() and len(word) < 10
 
 
 def contiguous_folds(pairs: int, folds: int = 10) -> np.ndarray:

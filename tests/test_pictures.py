@@ -8,8 +8,11 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from bounded import within
+from drawn import face
 from PIL import Image
 
+from align import align_face
 from pictures import PictureError, decode_picture, picture_size
 
 
@@ -93,11 +96,57 @@ def test_16_bits_become_8(suffix, pixels):
     np.testing.assert_array_equal(got, np.repeat(pixels[..., 1:2], 3, axis=2))
 
 
-def test_exif_rotation_is_applied(pixels):
+# What the eight orientations do to a picture, in words of NumPy (Exif 2.3, tag 0x0112).
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),  # the camera was turned: rotate clockwise to see it upright
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation_is_honoured(kind, orientation, pixels):
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    data = encode(Image.fromarray(pixels), "JPEG", quality=100, subsampling=0, exif=exif)
-    assert np.abs(decode_picture(data) - np.rot90(pixels, -1).astype(int)).mean() < 2
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(pixels), kind, exif=exif, **options.get(kind, {}))
+    assert np.abs(decode_picture(data) - UPRIGHT[orientation](pixels).astype(int)).mean() < 2
+
+
+def test_a_face_comes_out_upright():
+    """A face whose picture lies on its side but for EXIF is cut out as from the upright one."""
+    upright = decode_picture(face(0))
+    lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_picture(encode(lying, "PNG", exif=exif))
+    points = np.array([[100, 110], [150, 110], [125, 140], [105, 165], [145, 165]], float)
+    np.testing.assert_array_equal(align_face(turned, points), align_face(upright, points))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_picture_is_taken(kind, pixels):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames = [Image.fromarray(255 - pixels), Image.new("RGB", (50, 60))]
+    data = encode(Image.fromarray(pixels), kind, save_all=True, append_images=frames, **options)
+    mean = 5 if kind == "GIF" else 0  # of 256 colours
+    assert np.abs(decode_picture(data) - pixels.astype(int)).mean() <= mean
+
+
+def test_other_depths_and_colours(pixels):
+    cmyk = Image.fromarray(pixels).convert("CMYK")
+    wanted = np.asarray(cmyk.convert("RGB")).astype(int)
+    assert np.abs(decode_picture(encode(cmyk, "TIFF")) - wanted).mean() < 1
+    wide = b"P6\n50 60\n65535\n" + (pixels.astype(">u2") * 257).tobytes()
+    np.testing.assert_array_equal(decode_picture(wide), pixels)
+    floats = Image.fromarray(pixels[..., 0].astype(np.float32))
+    assert status_of(encode(floats, "TIFF")) == "unreadable"
 
 
 def test_empty_text_and_garbage():
@@ -140,6 +189,111 @@ def test_claimed_sizes_are_refused_before_decoding(pixels, monkeypatch):
     frame = data.find(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", 65_000, 65_000)
     assert status_of(bytes(data)) == "too_large"
+
+
+def outcome(data):
+    """The shape of the picture, or the reason why there is none."""
+    try:
+        return decode_picture(data).shape
+    except PictureError as error:
+        return error.status
+
+
+def bmp(width, height):
+    fields = (40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + bytes(8) + struct.pack("<I", 54) + struct.pack("<IiiHHIIIIII", *fields)
+
+
+def tiff(*tags):
+    """A TIFF of these (tag, type, count, value)."""
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4000)
+
+
+def webp(kind, fields):
+    chunk = kind + struct.pack("<I", len(fields)) + fields
+    return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
+
+
+def jpeg_claiming(side, kind=b"\xff\xc0"):
+    """A JPEG that is whole but for its size."""
+    data = encode(Image.new("RGB", (16, 16)), "JPEG", progressive=kind == b"\xff\xc2")
+    frame = data.find(kind)
+    return data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 :]
+
+
+SIDE = 60_000
+CLAIMS = {
+    "jpeg": jpeg_claiming(SIDE),
+    "progressive": jpeg_claiming(SIDE, b"\xff\xc2"),
+    "png": png_claiming(SIDE, SIDE),
+    "bmp": bmp(SIDE, SIDE),
+    "bmp upside down": bmp(SIDE, -SIDE),
+    "gif": b"GIF89a" + struct.pack("<HH", SIDE, SIDE) + bytes(100),
+    "webp extended": webp(b"VP8X", bytes(4) + (SIDE - 1).to_bytes(3, "little") * 2),
+    "webp lossless": webp(b"VP8L", b"\x2f\xff\xff\xff\x0f" + bytes(99)),  # 16,384: all it can
+    "webp lossy": webp(b"VP8 ", b"\x10\0\0\x9d\x01\x2a\xff\x3f\xff\x3f" + bytes(99)),
+    "tiff": tiff((256, 4, 1, SIDE), (257, 4, 1, SIDE)),
+    "tiff short": tiff((256, 3, 1, SIDE), (257, 3, 1, SIDE)),
+    **{f"P{i}": b"P%d\n%d %d\n255\n" % (i, SIDE, SIDE) for i in range(1, 7)},
+}
+
+
+@pytest.mark.parametrize("kind", CLAIMS)
+def test_60_000_by_60_000_pixels_in_every_format(kind):
+    assert within(50, status_of, CLAIMS[kind]) == "too_large"
+
+
+@pytest.mark.parametrize("shape", [(19, 2_000_000), (2_000_000, 19)])
+def test_a_long_strip_is_refused(shape):
+    """It could be searched for faces in no copy of moderate size."""
+    assert status_of(png_claiming(*shape)) == "too_large"
+
+
+def test_a_jpeg_cannot_hide_its_size_behind_a_marker_without_a_length():
+    """Decoders pass over RST0 and read 60,000; as a segment, it would lead to 10 pixels."""
+    huge = jpeg_claiming(60_000)
+    for marker in (b"\xff\xd0", b"\xff\x01", b"\xff\x00", b"\xff\xd8"):
+        hiding = b"\xff\xd8\xff\xfe\0\4ab" + marker + huge[2:]
+        harmless = b"\xff\xc0\0\x0b\x08\0\x0a\0\x0a\1\1\x11\0\xff\xda\0\2\xff\xd9"
+        length = int.from_bytes(huge[2:4], "big")  # what the next marker would be, as a length
+        assert within(200, status_of, hiding.ljust(10 + length, b"\0") + harmless) == "truncated"
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"IDAT", b"eXIf", b"iCCP"])
+def test_a_png_chunk_that_claims_two_gigabytes(kind):
+    data = png_claiming(10, 10)[:33] + struct.pack(">I", 2**31 - 16) + kind + b"abc"
+    assert within(200, status_of, data) == "truncated"
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (322, 4, 1, 1 << 20),  # TileWidth
+        (277, 3, 1, 60_000),  # SamplesPerPixel
+        (258, 3, 1, 60_000),  # BitsPerSample
+        (279, 4, 1 << 28, 8),  # StripByteCounts
+        (278, 4, 1, 2**32 - 1),  # RowsPerStrip
+    ],
+)
+def test_a_tiffs_other_sizes_take_no_memory(tag):
+    tags = {256: (256, 3, 1, 50), 257: (257, 3, 1, 60), 258: (258, 3, 1, 8), 259: (259, 3, 1, 1)}
+    tags |= {262: (262, 3, 1, 1), 273: (273, 4, 1, 200), 277: (277, 3, 1, 1)}
+    tags |= {278: (278, 4, 1, 60), 279: (279, 4, 1, 3000), 323: (323, 4, 1, 1 << 20)}
+    if tag[0] != 322:
+        del tags[323]
+    data = tiff(*(tags | {tag[0]: tag}).values())
+    assert within(200, outcome, data) in ("unreadable", (60, 50, 3))
+
+
+def test_compressed_text_in_a_png_stays_compressed(pixels):
+    whole = encode(Image.fromarray(pixels), "PNG")
+    for kind in (b"zTXt", b"iCCP", b"iTXt"):
+        text = b"x\0\1\0\0\0" if kind == b"iTXt" else b"x\0\0"
+        body = kind + text + zlib.compress(bytes(100 << 20), 9)
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        picture = within(60, decode_picture, whole[:33] + chunk + whole[33:])
+        np.testing.assert_array_equal(picture, pixels)
 
 
 def test_one_pixel_is_a_picture():

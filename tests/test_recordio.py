@@ -8,6 +8,7 @@ import threading
 import cv2
 import numpy as np
 import pytest
+from bounded import within
 
 import recordio
 from recordio import RecordError, RecordReader, RecordWriter, decode_jpeg, encode_jpeg
@@ -270,18 +271,66 @@ def test_property_that_is_wrong(tmp_path):
         RecordReader(tmp_path).image(0)
 
 
-@pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf"), 2.0**24])
-def test_labels_that_are_no_class_ids(tmp_path, label):
-    labels = [0.0, label]
-    save(tmp_path, [record(image_payload(i, labels[i], b"x")) for i in range(2)], range(2))
-    sentence(tmp_path, "Record 1 of", "has label", "not a whole number below")
+OUTSIDE = [-1.0, 0.5, float("nan"), float("inf"), -float("inf"), 2.0**24, 2.0**31, 1e38]
+
+
+@pytest.mark.parametrize("properties", [None, "999999999,112,112"])
+@pytest.mark.parametrize("label", OUTSIDE)
+def test_labels_that_are_no_class_ids(tmp_path, label, properties):
+    """Whatever property promises: counting labels takes memory for the largest one."""
+    for payload in (image_payload(1, label, b"x"), labels_payload(1, label, 0.0, 0.0) + b"x"):
+        records = [record(image_payload(0, 0, b"x")), record(payload)]
+        save(tmp_path, records, range(2), properties)
+        sentence(tmp_path, "Record 1 of", "has label", "not a whole number below")
+
+
+def test_a_property_line_without_end(tmp_path):
+    for text in ("9" * 5000 + ",112,112", "1" * 10 + ",112,112", "3,112," + " " * 200 + "112"):
+        save(tmp_path, hand_made(), range(9), text)
+        sentence(tmp_path, "property begins with")
+
+
+@pytest.mark.parametrize("length", [2**29 - 1, 1000, 23, 4, 0])
+@pytest.mark.parametrize("with_idx", [True, False])
+def test_a_length_that_lies(tmp_path, length, with_idx):
+    records = hand_made()
+    records[3] = struct.pack("<II", MAGIC, length) + records[3][8:]
+    save(tmp_path, records, None)
+    if with_idx:
+        offsets = np.cumsum([0] + [len(r) for r in records[:-1]])
+        lines = "".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets))
+        (tmp_path / "train.idx").write_text(lines)
+    sentence(tmp_path, "train.rec")
+
+
+@pytest.mark.parametrize("offset", [2**31, 2**40, 2**63 - 1, 2**63 - 8, -(2**63), -4])
+def test_an_idx_that_points_outside(tmp_path, offset):
+    save(tmp_path, hand_made(), range(9))
+    lines = (tmp_path / "train.idx").read_text().splitlines()
+    (tmp_path / "train.idx").write_text("\n".join([*lines[:-1], f"8\t{offset}"]))
+    sentence(tmp_path, "train")
+
+
+def test_labels_of_a_vector_that_never_ends(tmp_path):
+    payload = struct.pack("<IfQQ", 2**32 - 1, 0.0, 1, 0) + b"jpeg"
+    save(tmp_path, [record(image_payload(0, 0, b"x")), record(payload)], range(2))
+    sentence(tmp_path, "record 1 is not whole")
+
+
+def test_a_huge_picture_in_a_record_is_not_decoded(tmp_path):
+    """It claims 60,000 x 60,000 pixels; so does one in a .bin."""
+    at = JPEGS[0].find(b"\xff\xc0") + 5
+    huge = JPEGS[0][:at] + struct.pack(">HH", 60_000, 60_000) + JPEGS[0][at + 4 :]
+    save(tmp_path, [record(image_payload(0, 0, huge))], [0])
+    with pytest.raises(RecordError, match=r"Record 0 .*60000x60000"):
+        within(100, RecordReader(tmp_path).image, 0)
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
     broken = [b"", b"no picture", JPEGS[0][: len(JPEGS[0]) // 2]]
     save(tmp_path, [record(image_payload(i, 0, b)) for i, b in enumerate(broken)], range(3))
     reader = RecordReader(tmp_path)
-    for i in range(2):
+    for i in range(3):
         with pytest.raises(RecordError, match=rf"Record {i} of .*train.rec: .*cannot be decoded"):
             reader.image(i)
 
@@ -419,8 +468,9 @@ def test_bin_both_ways_as_insightface_reads_it(tmp_path):
         (([b"a"] * 3, [True, False]), "has 3 pictures for 2 pairs"),
         (([], []), "has 0 pictures for 0 pairs"),
         (([b"a", 7], [True]), "has '7' for a picture"),
+        (([b"a", b"b"], [10**5000]), "a number of more than 64 bits"),
         (([b"a", b"b"], [2]), "has '2' for a picture or for True or False"),
-        ({"a": 1}, "it holds a dict"),
+        ({"a": 1}, "it has a dict"),
     ],
 )
 def test_bin_that_is_none(tmp_path, content, words):

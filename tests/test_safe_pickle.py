@@ -4,10 +4,12 @@ import collections
 import io
 import os
 import pickle
+import struct
 import subprocess
 
 import numpy as np
 import pytest
+from bounded import within
 
 from safe_pickle import load_two_lists
 
@@ -102,7 +104,7 @@ def test_a_class_is_refused_by_name():
         ([IMAGES, [None]], "a NoneType in a list"),
         ([IMAGES, ["yes"]], "a str in a list"),
         ([[IMAGES], SAME], "a list in a list"),
-        ([IMAGES, {1: 2}], "a dict for a list"),
+        ([IMAGES, {1: 2}], "it has a dict"),
         ([IMAGES, b"yes"], "a bytes for a list"),
         ([IMAGES, np.array([1.5])], "numpy values of type 'f8'"),
         ([IMAGES, np.array([1], ">i8")], "big-endian"),
@@ -139,6 +141,59 @@ def test_other_values_are_refused_by_name(value, words):
 def test_damaged_or_crafted_bytes_end_in_one_error(data):
     with pytest.raises(pickle.UnpicklingError):
         load(data)
+
+
+def counted(number, code="<i"):
+    return struct.pack(code, number)
+
+
+TEXT = b"X" + counted(4_000_000) + bytes(4_000_000)  # memoized as 0 below
+BOMBS = {
+    # C's unpickler would take 32 GB for the place that these name in its memo.
+    "LONG_BINPUT": (b"\x80\x02]r\xff\xff\xff\x7f]\x86.", ([], [])),
+    "PUT": (b"]p2147483647\n]\x86.", ([], [])),
+    "LONG_BINGET": (b"\x80\x02j\xff\xff\xff\x7f]\x86.", None),
+    "FRAME": (b"\x80\x04\x95" + counted(1 << 60, "<Q") + b"]]\x86.", ([], [])),
+    "BINBYTES8": (b"\x80\x04\x8e" + counted(1 << 40, "<Q") + b"]]\x86.", None),
+    "BYTEARRAY8": (b"\x80\x05\x96" + counted(1 << 60, "<Q") + b"]]\x86.", None),
+    "BINUNICODE8": (b"\x80\x04\x8d" + counted(1 << 62, "<Q") + b"]]\x86.", None),
+    "LONG4": (b"\x80\x02]\x8b" + counted(2**31 - 1) + b"a]\x86.", None),
+    "a long number": (b"\x80\x02]\x8b" + counted(9999) + b"\x7f" * 9999 + b"a]\x86.", None),
+    "digits": (b"](L" + b"9" * 100_000 + b"L\ne]\x86.", None),
+    "a text encoded again and again": (
+        b"\x80\x02" + TEXT + b"q\x00](" + b"c_codecs\nencode\nh\x00\x85R" * 1000 + b"e]\x86.",
+        None,
+    ),
+    "an array of a text again and again": (
+        (b"\x80\x02" + TEXT + b"q\x00]cnumpy\ndtype\n(X\x02\0\0\0i1K\0K\1tRq\1" + b"(")
+        + b"cnumpy.core.numeric\n_frombuffer\n(c_codecs\nencode\nh\0\x85Rh\1K\0X\1\0\0\0CtR" * 500
+        + b"e]\x86.",
+        None,
+    ),
+    "lists in lists": (b"]" * 1_000_000 + b"a" * 999_999 + b"]\x86.", None),
+    "tuples in tuples": (b")" + b"\x85" * 1_000_000 + b"]\x86.", None),
+    "a list in itself": (b"]q\0(" + b"h\0" * 1000 + b"e]\x86.", None),
+    "marks": (b"(" * 1_000_000 + b"]]\x86.", ([], [])),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_pickle_takes_little_memory(name):
+    data, expected = BOMBS[name]
+    if expected is None:
+        with pytest.raises(pickle.UnpicklingError) as error:
+            within(150, load, data)
+        assert "MemoryError" not in str(error.value) or name == "BYTEARRAY8"  # 2^60 in one go
+    else:
+        assert within(150, load, data) == expected
+
+
+def test_pictures_named_twice_are_no_bomb():
+    """A face of several pairs may be one object: its bytes count once."""
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        for one in (b"\xff" * 5000, bytearray(b"\xff" * 5000)):
+            data = pickle.dumps(([one] * 100, [True] * 50), protocol)
+            assert load(data) == ([bytes(one)] * 100, [True] * 50)
 
 
 def test_any_damage_ends_in_one_error_or_in_lists():

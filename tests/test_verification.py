@@ -49,6 +49,8 @@ def test_parse_pairs_windows_file_is_the_same():
         ("1\t1\nA\t1\tB\t-1\nA\t1\t2\n", "line 2"),
         ("1\t1\nA\t1\tB\t1\tC\nA\t1\t2\n", "line 2"),
         ("1\t1\n\nA\t1\t2\n", "line 2"),
+        ("9" * 5000 + "\t1\n", "line 1"),
+        ("1\t1\nA\t1\t2\nA\t" + "9" * 5000 + "\tB\t1\n", "line 3"),
     ],
 )
 def test_parse_pairs_names_the_line(text, complaint):

@@ -1,0 +1,93 @@
+"""weights.py and embedders.py on checkpoints that lie about their numbers."""
+
+import zipfile
+
+import pytest
+import torch
+from bounded import within
+
+from embedders import load_embedder
+from models import build_model
+from utils import UserError, save_checkpoint
+from weights import check_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return build_model("tiny", emb_size=16).state_dict()
+
+
+def refused(path, words):
+    with pytest.raises(UserError, match=words) as error:
+        within(300, load, path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def load(path):
+    load_embedder(path, device=CPU, network="tiny")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("ours", [True, False])
+def test_weights_that_are_not_finite_are_named(state, tmp_path, value, ours):
+    """NaN in a checkpoint: one number of one layer is enough."""
+    broken = {name: tensor.clone() for name, tensor in state.items()}
+    name = next(name for name in broken if "layer2" in name and name.endswith("weight"))
+    broken[name].view(-1)[-1] = value
+    path = tmp_path / "last.pt"
+    config = {"network": "tiny", "use_se": False}
+    save_checkpoint(path, {"config": config, "model": broken} if ours else broken)
+    refused(path, f"{name} has numbers that are not finite")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.zeros(1, 1).expand(10**6, 10**5), "fewer numbers in the file than it claims"),
+        (torch.zeros(2_000_000, 1), "size mismatch for fc.weight"),  # a layer of 8 GB and more
+        (torch.tensor(1.0), "not those of network tiny"),
+        (torch.eye(4).to_sparse(), "no plain tensor"),
+        (torch.zeros(16, 128, dtype=torch.complex64), "no plain tensor"),
+        (torch.zeros(16, 10**9, device="meta"), "no plain tensor"),
+        (torch.zeros(16, 128, dtype=torch.float8_e4m3fn), "no plain tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_tensors_that_no_network_has(state, tmp_path, tensor, words):
+    torch.save({**state, "fc.weight": tensor}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", words)
+
+
+@pytest.mark.parametrize("network", [["tiny"], {}, None, 7, "r51"])
+def test_a_config_that_is_none(state, tmp_path, network):
+    config = {"network": network, "use_se": False}
+    torch.save({"config": config, "model": dict(state)}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "not those of network")
+
+
+def test_a_state_that_is_none(tmp_path):
+    for model in ({1: 2}, {"fc.weight": "x"}, {1: torch.zeros(1)}):
+        torch.save({"config": {"network": "tiny", "use_se": 0}, "model": model}, tmp_path / "x.pt")
+        refused(tmp_path / "x.pt", "is no tensor")
+
+
+def test_half_precision_is_read(state, tmp_path):
+    halves = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
+    torch.save(halves, tmp_path / "x.pt")
+    embed, _ = load_embedder(tmp_path / "x.pt", device=CPU, network="tiny")
+    assert embed(torch.zeros(1, 112, 112, 3, dtype=torch.uint8)).dtype == torch.float32
+    check_weights(state, "x.pt")
+
+
+def test_a_compressed_checkpoint_is_a_bomb(tmp_path):
+    torch.save({"x": torch.zeros(400 << 20, dtype=torch.uint8)}, tmp_path / "big.pt")
+    packed = zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with zipfile.ZipFile(tmp_path / "big.pt") as whole, packed:
+        for info in whole.infolist():
+            packed.writestr(info.filename, whole.read(info))
+    assert (tmp_path / "bomb.pt").stat().st_size < 3_000_000
+    refused(tmp_path / "bomb.pt", "is compressed")
