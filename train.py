@@ -260,7 +260,9 @@ def main(cfg: Config) -> None:
             train(trainer, run_dir, resumed=bool(cfg.resume))
             history, best, steps = trainer.history, trainer.best, trainer.steps
         else:
-            print(f"{run_dir} has its {cfg.epochs} epochs; for more of them give --epochs.")
+            print(
+                f"{run_dir} has its {checkpoint['epoch']} epochs; for more of them give --epochs."
+            )
     plot_curves(Path(cfg.images_dir), history, steps)
     judged_on = "held-out" if history["valid"] else "training"
     print(

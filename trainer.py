@@ -226,15 +226,15 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
         self.model.eval()
-        total_loss = total_right = 0.0
+        total_loss = total_right = count = 0.0
         for batch in valid_batches(
             self.store, self.valid_positions, batch_size=self.cfg.eval_batch
         ):
             logits, right = self.logits(batch.images, batch.labels)
             total_loss += float(self.criterion(logits, batch.labels)) * len(right)
             total_right += float(right.sum())
-        count = len(self.valid_positions)
-        return total_loss / count, total_right / count
+            count += len(right)  # without a cache, damaged pictures are left out only here
+        return total_loss / max(count, 1), total_right / max(count, 1)
 
     # -------------------------------------------------------------------------- going wrong
 
@@ -287,10 +287,11 @@ class Trainer:
             fixed=fixed,
             memory=gpu_memory(self.device),
         )
+        on_gpu = self.store.images is not None and self.store.images.device.type == "cuda"
+        free = "memory has been freed" + " (--cache ram frees some)" * on_gpu
         return TrainingError(
             f"At epoch {self.epoch + 1}, step {self.step + 1} of {self.steps} {why}. last.pt goes "
-            "on with --resume where memory has been freed (--cache ram keeps pictures off the "
-            "GPU); another batch size is a new run."
+            f"on with --resume once {free}; another batch size is a new run."
         )
 
     # -------------------------------------------------------------------------- checkpoints

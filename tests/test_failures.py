@@ -99,13 +99,13 @@ def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monke
 
 
 def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, monkeypatch):
-    fail_at(monkeypatch, 3, lambda trainer, images: images * math.inf)
+    fail_at(monkeypatch, 1, lambda trainer, images: images * math.inf)
     run, code = start("--checkpoint-steps 1 --log-every 100")
     assert code == 2
     state = load_checkpoint(run / "last.pt")
-    assert (state["epoch"], state["step"]) == (0, 3)
+    assert (state["epoch"], state["step"]) == (0, 1)
     assert all(value.isfinite().all() for value in state["model"].values())
-    assert load_checkpoint(run / "bad_batch.pt")["step"] == 3
+    assert load_checkpoint(run / "bad_batch.pt")["step"] == 1
 
 
 # ------------------------------------------------------------------------------ memory

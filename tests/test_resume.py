@@ -340,6 +340,28 @@ def logged(folder):
     return [(v.tag, event.step) for _, event in frames for v in event.summary.value]
 
 
+def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monkeypatch):
+    saved, waiting = [], []
+    add, flush = SummaryWriter.add_scalar, SummaryWriter.flush
+    monkeypatch.setattr(
+        SummaryWriter, "add_scalar", lambda self, *a: (waiting.append(a), add(self, *a))
+    )
+    monkeypatch.setattr(SummaryWriter, "flush", lambda self: (waiting.clear(), flush(self)))
+
+    def look(run_dir, checkpoint, keep):
+        points = [step for tag, step in logged(run_dir) if tag == "train/loss"]
+        steps = [epoch * 4 + step for epoch, step, *_ in checkpoint["history"]["train"]]
+        saved.append((points, steps, list(waiting)))
+
+    monkeypatch.setattr("trainer.save_last", look)
+    code, _ = start("--epochs", "3", "--checkpoint-steps", "1", "--log-every", "1", resumed=False)
+    assert code == 0
+    assert len(saved) == 1 + 3 * 5  # at the start, after every step and after every epoch
+    for points, steps, unwritten in saved:
+        assert points == steps
+        assert not unwritten
+
+
 @pytest.mark.parametrize("epoch_is_open", [True, False])
 def test_what_was_logged_after_the_checkpoint_is_cut_away(tmp_path, epoch_is_open):
     with SummaryWriter(tmp_path) as writer:
