@@ -6,9 +6,10 @@ import pytest
 import torch
 from bounded import within
 
+from checkpoints import save_checkpoint
 from embedders import load_embedder
 from models import build_model
-from utils import UserError, save_checkpoint
+from utils import UserError
 from weights import check_weights
 
 CPU = torch.device("cpu")
