@@ -209,7 +209,7 @@ def bad_files():
         "s/a/09pixel.png": (png(np.zeros((1, 1, 3), np.uint8)), "too_small"),
         "s/a/10huge.jpg": (huge(face(0, 1)), "too_large"),
         "s/a/11wide.png": (png(np.zeros((40, 20_000, 3), np.uint8)), "no_face"),
-        "s/a/12damaged.png": (png(pixels)[:-9999], "unreadable"),
+        "s/a/12damaged.png": (png(pixels)[:-9999], "truncated"),
         "s/a/deep/13folder.jpg": (face(1), "ok"),
         "s/张三/14照片.jpg": (face(2), "ok"),
     }
