@@ -209,7 +209,7 @@ def bad_files():
         "s/a/09pixel.png": (png(np.zeros((1, 1, 3), np.uint8)), "too_small"),
         "s/a/10huge.jpg": (huge(face(0, 1)), "too_large"),
         "s/a/11wide.png": (png(np.zeros((40, 20_000, 3), np.uint8)), "no_face"),
-        "s/a/12damaged.png": (png(pixels)[:-9999], "truncated"),
+        "s/a/12damaged.png": (png(pixels)[:-9999], "truncated"),  # cut short, too
         "s/a/deep/13folder.jpg": (face(1), "ok"),
         "s/张三/14照片.jpg": (face(2), "ok"),
     }
@@ -235,7 +235,8 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
     # a, deep, 张三: sorted by code point
     assert [statuses[n][1] for n in ("s/a/00good.jpg", "s/a/deep/13folder.jpg")] == [0, 1]
     assert statuses["s/张三/14照片.jpg"] == ("ok", 2)
-    assert report["missed"]["truncated"]["names"] == ["s/a/06truncated.jpg"]
+    cut = ["s/a/06truncated.jpg", "s/a/12damaged.png"]
+    assert report["missed"]["truncated"]["names"] == cut
     assert "passed over 7" in printed
     reader = RecordReader(tmp_path / "out")
     crops = {i: reader.image(i) for i in range(6)}
