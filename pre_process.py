@@ -154,7 +154,12 @@ def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
         print(f"{job.source} is checked and indexed: {report['kept']:,} images.")
         return None
     index = job.output / "index.tsv"
-    if report is None and index.is_file() and f"\t{job.source.name}\t" not in index.read_text("utf-8", "replace"):
+    listed_before = index.read_text("utf-8", "replace") if index.is_file() else None
+    if (
+        report is None
+        and listed_before is not None
+        and f"\t{job.source.name}\t" not in listed_before
+    ):
         raise UserError(
             f"{index} says more than a ready pack's, but there is no report.json beside it; move "
             "it away to have the pack indexed."
