@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoints import (
+    STRANGE,
+    load_momentum,
     random_states,
     save_checkpoint,
     save_last,
@@ -31,11 +34,12 @@ from data_gen import (
     train_batches,
     valid_batches,
 )
-from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory, save_bad_batch
+from events import EventLog, sync_events
+from failures import TrainingError, fixed_memory, gpu_memory, not_finite, out_of_memory
 from focal_loss import FocalLoss
 from models import ArcMarginModel, build_model
-from resume import fingerprint, sync_events
-from utils import UserError, has_bfloat16
+from resume import fingerprint
+from utils import UserError, has_bfloat16, is_out_of_memory
 
 
 def learning_rate(
@@ -143,7 +147,7 @@ class Trainer:
         self.optimizer.step()
         return loss.detach(), right.float().mean(), norm.detach()
 
-    def train_one_epoch(self, writer: SummaryWriter, run_dir: Path) -> tuple[float, float]:
+    def train_one_epoch(self, writer: EventLog, run_dir: Path) -> tuple[float, float]:
         """The rest of the current epoch; returns the mean loss and accuracy of all of it.
 
         Losses stay on the device until a point is logged, so that the host does not wait for them.
@@ -162,7 +166,7 @@ class Trainer:
             flip=cfg.flip,
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
-        fixed = self.fixed_memory()
+        fixed = fixed_memory(self.optimizer, self.device)
         with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", leave=False) as bar:
             began, first = time.perf_counter(), self.step
             for batch in batches:
@@ -190,11 +194,21 @@ class Trainer:
         loss, accuracy = np.average(points[:, 2:4], axis=0, weights=points[:, 4])
         return float(loss), float(accuracy)
 
-    def finish_epoch(self, points: dict[str, list[tuple[float, ...]]]) -> None:
-        """Go to the beginning of the next epoch; `points` are what this one adds to the history."""
-        for name, added in points.items():
-            self.history[name] += added
+    @contextlib.contextmanager
+    def finishing_epoch(self, points: dict[str, list[tuple[float, ...]]]) -> Iterator[None]:
+        """Go to the beginning of the next epoch; `points` are what this one adds to the history.
+
+        If the block fails, the epoch is still open at its last step, to be finished again: a best
+        epoch counts as one only once best.pt is written.
+        """
+        before = self.epoch, self.step, self.best, self.history
+        self.history = {name: kept + points.get(name, []) for name, kept in before[-1].items()}
         self.epoch, self.step = self.epoch + 1, 0
+        try:
+            yield
+        except BaseException:
+            self.epoch, self.step, self.best, self.history = before
+            raise
 
     def learning_rate(self, step: int | None = None) -> float:
         """The schedule's value for a step of this epoch, by default for the one at hand."""
@@ -209,7 +223,7 @@ class Trainer:
             warmup_epochs=cfg.warmup_epochs,
         )
 
-    def log(self, rate: float, writer: SummaryWriter, bar: tqdm) -> None:
+    def log(self, rate: float, writer: EventLog, bar: tqdm) -> None:
         """Write one point for the last steps to the history, TensorBoard and the progress bar."""
         loss = float(torch.stack([step.loss for step in self.window]).mean())
         accuracy = float(torch.stack([step.accuracy for step in self.window]).mean())
@@ -251,32 +265,19 @@ class Trainer:
             return
         self.whole = False
         step, (loss, norm) = self.window[int(bad[0])], found[int(bad[0])].tolist()
-        numbers = {"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)}
-        numbers |= {"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number}
         order, flips = epoch_order(self.train_positions, self.cfg.seed, self.epoch)
         part = slice(step.number * self.cfg.batch_size, (step.number + 1) * self.cfg.batch_size)
-        path = run_dir / "bad_batch.pt"
-        flipped = flips[part] & self.cfg.flip
-        more = {**numbers, "random": step.random}
-        records = save_bad_batch(path, self.store, order[part], flipped, more)
-        what = "loss is" if not math.isfinite(loss) else "gradient's norm is"
-        raise TrainingError(
-            f"The {what} {norm if math.isfinite(loss) else loss} at epoch {self.epoch + 1}, step "
-            f"{step.number + 1} of {self.steps} (loss {loss:g}, lr {numbers['lr']:g}, scale "
-            f"{self.cfg.margin_s:g}), on records {records}; the batch is in {path}, the last good "
-            "state in last.pt. From there it would come to the same; start a new run with a lower "
-            "--lr, a longer --warmup-epochs or a --clip-norm."
+        raise not_finite(
+            run_dir / "bad_batch.pt",
+            self.store,
+            order[part],
+            flips[part] & self.cfg.flip,
+            {
+                **{"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)},
+                **{"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number},
+                **{"steps": self.steps, "random": step.random},
+            },
         )
-
-    def fixed_memory(self) -> int:
-        """Bytes on the GPU that no smaller batch saves: cache, weights, gradients, momentum."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.optimizer.zero_grad()
-        weights = sum(p.numel() * p.element_size() for p in self.parameters)
-        missing = weights if self.optimizer.state else 2 * weights
-        return torch.cuda.memory_allocated(self.device) + missing
 
     def memory_error(self, error: BaseException, fixed: int) -> TrainingError:
         """What to say of a step for which memory did not suffice."""
@@ -321,8 +322,10 @@ class Trainer:
 
     @property
     def precision(self) -> str:
-        """What it computes in, and on what: the same bits come of the same only."""
-        return f"{'bfloat16' if self.amp else 'float32'} on {self.device.type}"
+        """What it computes in, on what and by what: the same bits come of the same only."""
+        kind = "bfloat16" if self.amp else "float32"
+        threads = f" by {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{kind} on {self.device.type}{threads}, PyTorch {torch.__version__}"
 
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Go back to a saved state; raises UserError where it does not fit the training set."""
@@ -340,26 +343,28 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.head.load_state_dict(checkpoint["head"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            load_momentum(self.optimizer, checkpoint["optimizer"], path)
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             self.best, self.history = checkpoint["best"], checkpoint["history"]
+            if checkpoint["steps"] != self.steps:
+                raise ValueError(f"{checkpoint['steps']} steps an epoch, not {self.steps}")
             window = checkpoint["window"].to(self.device).unbind()
             first = self.step - len(window)
             self.window = [Step(first + i, *row.unbind(), None) for i, row in enumerate(window)]
             set_random_states(checkpoint["random"], self.device)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except STRANGE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is no state of this run ({reason}); give another.") from None
-        self.check_weights(path)
         if checkpoint["precision"] != self.precision:
             print(
                 f"{path} comes from a run in {checkpoint['precision']}; it goes on in "
-                f"{self.precision}, so its numbers will differ in their last digits."
+                f"{self.precision}, so its numbers may differ in their last digits."
             )
 
     def check_weights(self, path: Path) -> None:
-        """Raise TrainingError if the weights are no numbers any more."""
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        """Raise TrainingError if the weights, or batch normalisation's means, are no numbers."""
+        tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise TrainingError(
                 f"Weights are not finite at epoch {self.epoch}, step {self.step}; {path} stays "
                 "as it is. Start a new run with a lower --lr, --warmup-epochs or --clip-norm."
@@ -370,7 +375,7 @@ class Trainer:
         self.check_weights(path)
         save_checkpoint(path, self.state())
 
-    def save_last(self, run_dir: Path, writer: SummaryWriter) -> None:
+    def save_last(self, run_dir: Path, writer: EventLog) -> None:
         """Write last.pt, with all that it has logged on disk before it; once a step."""
         if self.saved_step == (self.epoch, self.step):
             return
