@@ -91,8 +91,5 @@ def sync_events(run_dir: Path) -> None:
     """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
     files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
     for path in files[-1:]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with write_errors(path), path.open("rb") as file:
+            os.fsync(file.fileno())

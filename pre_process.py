@@ -93,8 +93,7 @@ def prepare(
             )
         with contextlib.ExitStack() as stack:
             make_folder(part)
-            with write_errors(part):
-                stack.enter_context(locked(part, "pre_process.py"))
+            stack.enter_context(locked(part, "pre_process.py"))
             sync_folder(part.parent)
             if is_taken(job.output):  # another process has finished it since we looked
                 (part / LOCK).unlink()
@@ -167,8 +166,7 @@ def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         make_folder(job.output)
-        with write_errors(job.output):
-            stack.enter_context(locked(job.output, "pre_process.py"))
+        stack.enter_context(locked(job.output, "pre_process.py"))
         stack.callback((job.output / LOCK).unlink)
         statuses, facts = index_pack(job.source, job.output, cfg.workers)
         report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}

@@ -50,6 +50,7 @@ from utils import (
     keep_freed_memory,
     seed_everything,
     what_failed,
+    write_errors,
 )
 
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
@@ -264,7 +265,8 @@ def main(cfg: Config) -> None:
                 trainer.load(checkpoint, path)
                 del checkpoint
             else:
-                run_dir.mkdir(parents=True)
+                with write_errors(run_dir):
+                    run_dir.mkdir(parents=True)
                 stack.enter_context(locked(run_dir, "train.py"))
             train(trainer, run_dir, resumed=bool(cfg.resume))
             history, best, steps = trainer.history, trainer.best, trainer.steps
