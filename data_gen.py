@@ -30,6 +30,7 @@ from utils import FACE_SIZE, UserError, core_count
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3
 BLOCK = 8192  # pictures decoded before they are copied to a GPU
 CHUNK = 32  # pictures a thread takes at a time
+NORMALISED = ((np.arange(256) - 127.5) / 127.5).astype(np.float32)  # by the byte of a pixel
 
 
 class LoadingError(UserError):
@@ -255,9 +256,9 @@ def normalise(images: Tensor) -> Tensor:
     if images.device.type != "cpu":
         return images.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)
     out = torch.empty(images.shape, dtype=torch.float32)
-    # A few pictures stay in the cores' caches from the first of the three steps to the last.
-    for part, whole in zip(images.split(CHUNK), out.split(CHUNK), strict=True):
-        whole.copy_(part).sub_(127.5).div_(127.5)
+    if len(images):  # a table of 256 values: one pass over memory in place of three
+        rows = (-1, images.shape[2] * 3)
+        cv2.LUT(images.numpy().reshape(rows), NORMALISED, out.numpy().reshape(rows))
     return out.permute(0, 3, 1, 2)
 
 

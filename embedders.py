@@ -127,7 +127,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Same embeddings but for rounding; the model itself stays as it was, in whichever mode.
     """
     was_training = model.training
-    folded = fuse(model.eval())
+    with torch.no_grad():
+        folded = fuse(model.eval())
     model.train(was_training)
     return folded.to(memory_format=torch.channels_last)
 

@@ -22,9 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import Row, arguments, clock, finish, in_turn, peak_memory, ratio, synchronise
+from bench.common import (
+    Row,
+    arguments,
+    clock,
+    finish,
+    in_turn,
+    network_flops,
+    peak_memory,
+    ratio,
+    synchronise,
+)
 from config import Config
 from data_gen import Split
 from models import ArcMarginModel, build_model
@@ -115,12 +124,8 @@ def difference(network: str, device: torch.device) -> dict[str, float]:
 @exit_with_sentence
 def main(argv: Sequence[str]) -> None:
     """Time the steps in turn."""
-    network = "r50"
-    if "--network" in argv:
-        at = argv.index("--network")
-        network, argv = argv[at + 1], [*argv[:at], *argv[at + 2 :]]
-    args = arguments("train", __doc__, argv, batch=32, steps=3)
-    args.json = args.json.with_stem(f"{args.json.stem}-{network}")
+    args = arguments("train", __doc__, argv, network="r50", batch=32, steps=3)
+    network = args.network
     work = (network, args.batch, args.device, args.steps)
     variants = {
         "published: float32, NCHW": (published, *work),
@@ -128,9 +133,7 @@ def main(argv: Sequence[str]) -> None:
         "ours, compiled": (ours, *work, "on"),
     }
     found = in_turn(variants, args.repeats)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_model(network).eval()(torch.zeros(1, 3, 112, 112))
-    flops = 3 * counter.get_total_flops() + 6 * 512 * CLASSES
+    flops = 3 * network_flops(network) + 6 * 512 * CLASSES
     rows = []
     for name, runs in found.items():
         row = Row(f"{network}, {name}", args.batch, [run["step"] for run in runs], flops)
