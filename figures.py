@@ -14,7 +14,7 @@ from archives import ArchiveError, open_source
 from pictures import PictureError, decode_picture
 from recordio import encode_jpeg
 from utils import atomic_write, make_folder
-from verification import Pairs, Roc, to_degrees
+from verification import Pairs, Roc, picture_name, to_degrees
 
 MATCHED, MISMATCHED = "#0072b2", "#d55e00"  # told apart by the colour-blind, too (Okabe and Ito)
 
@@ -137,12 +137,6 @@ def write_galleries(
         with atomic_write(images_dir / name) as file:
             file.write(jpeg)
     return notice
-
-
-def picture_name(source: str) -> str:
-    """What pairs.txt calls a picture: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
-    folder, _, file = source.rpartition("/")
-    return f"{folder.rpartition('/')[2]}/{file.rpartition('.')[0] or file}"
 
 
 def _read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:

@@ -35,9 +35,10 @@ import checks
 from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
+from eval_sets import TestSet, find_lfw, load_set
 from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory
 from figures import plot_curves
-from lfw_eval import LfwSet, evaluate_lfw, find_lfw, load_lfw
+from lfw_eval import evaluate_lfw
 from locks import locked
 from recordio import RecordReader
 from resume import cut_events, open_checkpoint, resumed_config, run_folder
@@ -53,7 +54,7 @@ from utils import (
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
 
 
-def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: LfwSet | None) -> None:
+def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: TestSet | None) -> None:
     """Train, validate, evaluate and save, epoch by epoch, from wherever the trainer stands."""
     embed = torch_embedder(trainer.model, trainer.device, batch=trainer.cfg.eval_batch)
     while trainer.epoch < trainer.cfg.epochs:
@@ -120,13 +121,13 @@ def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> 
         raise UserError(f"{why} All steps are kept; go on with: {again}") from None
 
 
-def open_lfw(cfg: Config) -> LfwSet | None:
+def open_lfw(cfg: Config) -> TestSet | None:
     """The test set for the number after each epoch, or None where it is not prepared."""
     path = Path(cfg.lfw) if cfg.lfw else find_lfw(cfg.data_dir, cfg.train_set)
     if path is None:
         print("LFW is not prepared, so there will be no LFW accuracy after each epoch.")
         return None
-    return load_lfw(path, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
+    return load_set(path, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
 
 
 def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:

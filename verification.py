@@ -80,6 +80,12 @@ def _is_number(word: str) -> bool:
     return word.isdecimal() and len(word) < 10
 
 
+def picture_name(source: str) -> str:
+    """What pairs.txt calls a picture: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
+    folder, _, file = source.rpartition("/")
+    return f"{folder.rpartition('/')[2]}/{file.rpartition('.')[0] or file}"
+
+
 def contiguous_folds(pairs: int, folds: int = 10) -> np.ndarray:
     """Cut pairs into runs of neighbours, as scikit-learn's KFold(folds, shuffle=False) does.
 

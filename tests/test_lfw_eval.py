@@ -18,6 +18,7 @@ import lfw_eval
 import verification
 from checkpoints import save_checkpoint
 from config import parse_args
+from eval_sets import find_lfw, load_set
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from models import build_model
 from recordio import encode_jpeg, write_bin, write_dataset
@@ -60,7 +61,10 @@ def data(tmp_path):
         for record, (person, shot) in enumerate(faces, 1):
             name = f"lfw_funneled/{name_of(person)}/{name_of(person)}_{shot:04d}.jpg"
             status = "central_crop" if record in (2, 5) else "ok"
-            rows.append(format_index_row(IndexRow(record, person, name_of(person), name, status)))
+            points = [[80, 90], [120, 90], [100, 110], [85, 130], [115, 130]]
+            found = () if status == "central_crop" else (0.99, (60, 60, 140, 150), points)
+            row = IndexRow(record, person, name_of(person), name, status, *found)
+            rows.append(format_index_row(row))
             picture = encode_jpeg(np.full((250, 250, 3), record, np.uint8))
             member = tarfile.TarInfo(name)
             member.size = len(picture)
@@ -81,10 +85,12 @@ def mean_colours(faces):
 # ---------------------------------------------------------------- reading
 
 
-def test_load_lfw_folder(data):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+def test_load_a_prepared_folder(data):
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     assert len(lfw.images) == len(lfw.pairs.names) == 2 * PEOPLE
-    assert lfw.missed == 2
+    assert (lfw.name, lfw.missed, lfw.faces_status.count("central_crop")) == ("lfw", 2, 2)
+    assert (lfw.box.shape, lfw.points.shape) == ((24, 4), (24, 5, 2))
+    assert lfw.points[3].tolist() == [[80, 90], [120, 90], [100, 110], [85, 130], [115, 130]]
     for name, image in zip(lfw.pairs.names, lfw.images, strict=True):
         person, shot = int(name.split("/")[0].split("_")[1]), int(name[-4:])
         assert np.abs(image.numpy().astype(int) - face_of(person, shot)).mean() < 6  # JPEG
@@ -95,7 +101,7 @@ def test_load_lfw_folder(data):
 def test_faces_that_no_pair_names_are_not_counted(data):
     text = "2\t1\nAnn_0\t1\t2\nAnn_0\t1\tAnn_2\t2\nAnn_4\t1\t2\nAnn_4\t1\t李_3\t2\n"
     (data / "pairs.txt").write_text(text, "utf-8")
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     people = ["Ann_0", "Ann_0", "Ann_2", "Ann_4", "Ann_4", "李_3"]
     assert [name.split("/")[0] for name in lfw.pairs.names] == people
     assert lfw.missed == 1  # record 2 is Ann_0's second picture, record 5 the first of Ann_2
@@ -105,13 +111,13 @@ def test_a_pair_that_names_no_picture_gets_a_sentence(data):
     text = pairs_text().replace("Ann_0\t1\t2", "Ann_0\t1\t7").replace("Ann_4\t1", "Bea\t1")
     (data / "pairs.txt").write_text(text, "utf-8")
     with pytest.raises(UserError, match=r"names 3 of .* \(Ann_0/Ann_0_0007, Bea/Bea_0001, Bea/"):
-        lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+        load_set(data / "faces_lfw_112x112", data / "pairs.txt")
 
 
 def test_a_damaged_report_gets_a_sentence(data):
     (data / "faces_lfw_112x112" / "report.json").write_text("[1, 2")
     with pytest.raises(UserError, match=r"report\.json is damaged"):
-        lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+        load_set(data / "faces_lfw_112x112", data / "pairs.txt")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,7 @@ def test_bad_pairs_files_get_a_sentence(data, content, complaint):
     path = data / "pairs.txt"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=rf"(?s)pairs\.txt.*{complaint}|{complaint}.*pairs\.txt"):
-        lfw_eval.load_lfw(data / "faces_lfw_112x112", path)
+        load_set(data / "faces_lfw_112x112", path)
 
 
 def test_load_bin_embeds_each_face_once(tmp_path):
@@ -135,7 +141,8 @@ def test_load_bin_embeds_each_face_once(tmp_path):
     order = [0, 1, 0, 0, 1, 1] + [2, 0] * 8
     same = [False, True, True] + [False] * 8
     write_bin(tmp_path / "lfw.bin", [jpegs[i] for i in order], same)
-    lfw = lfw_eval.load_lfw(tmp_path / "lfw.bin", tmp_path / "unused")
+    lfw = load_set(tmp_path / "lfw.bin", tmp_path / "unused")
+    assert (lfw.name, lfw.points, lfw.faces_status) == ("lfw", None, None)
     assert len(lfw.images) == 3
     assert lfw.pairs.first.tolist() == [0, 0, 1] + [2] * 8
     assert lfw.pairs.second.tolist() == [1, 0, 1] + [0] * 8
@@ -147,13 +154,13 @@ def test_load_bin_of_one_kind_or_another_size_gets_a_sentence(tmp_path):
     path = tmp_path / "lfw.bin"
     write_bin(path, [encode_jpeg(face_of(i, 1)) for i in range(40)], [True] * 20)
     with pytest.raises(UserError, match="one kind"):
-        lfw_eval.load_lfw(path, "")
+        load_set(path, "")
     write_bin(path, [encode_jpeg(np.zeros((96, 80, 3), np.uint8))] * 40, [True, False] * 10)
     with pytest.raises(UserError, match="80x96"):
-        lfw_eval.load_lfw(path, "")
+        load_set(path, "")
     write_bin(path, [encode_jpeg(face_of(0, 1)), b"no JPEG"] * 20, [True, False] * 10)
     with pytest.raises(UserError, match=r"Picture 1 of .*lfw\.bin"):
-        lfw_eval.load_lfw(path, "")
+        load_set(path, "")
 
 
 def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
@@ -161,19 +168,19 @@ def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
     bins[1].parent.mkdir()
     for path in bins:
         path.write_bytes(b"")
-    assert lfw_eval.find_lfw(data) == data / "faces_lfw_112x112"
+    assert find_lfw(data) == data / "faces_lfw_112x112"
     (data / "faces_lfw_112x112" / "train.rec").unlink()
-    assert lfw_eval.find_lfw(data) == bins[1]
-    assert lfw_eval.find_lfw(data, tmp_path / "other") == bins[0]
+    assert find_lfw(data) == bins[1]
+    assert find_lfw(data, tmp_path / "other") == bins[0]
     bins[0].unlink()
-    assert lfw_eval.find_lfw(data, tmp_path / "other") is None
+    assert find_lfw(data, tmp_path / "other") is None
 
 
 # ---------------------------------------------------------------- numbers
 
 
 def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     report = lfw_eval.evaluate_lfw(mean_colours, lfw)
     assert report["accuracy"] == report["best_accuracy"] == report["auc"] == 1
     assert (report["eer"], report["standard_error"], report["missed_faces"]) == (0, 0, 2)
@@ -204,7 +211,7 @@ def grey_level(path):
 
 
 def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     images = tmp_path / "images"
     (images / "demo").mkdir(parents=True)
     stale = ["0_fp_0.jpg", "7_fp_1.jpg", "12_fn_0.jpg"]
@@ -224,7 +231,7 @@ def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
 
 
 def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     errors = {"fp": np.array([3]), "fn": np.array([], int)}
     for source in ("", str(tmp_path / "gone.tgz")):
         notice = figures.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
@@ -235,7 +242,7 @@ def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
 
 
 def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     person = tmp_path / "originals" / "lfw" / name_of(0)
     person.mkdir(parents=True)
     picture = np.zeros((250, 250, 3), np.uint8)
