@@ -93,6 +93,7 @@ class Config:
     lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval")
     pairs: str = knob("", "LFW's pairs file; default: data_dir/pairs.txt", "train lfw_eval")
     lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
+    robustness: bool = knob(False, "also the same pairs with JPEG, blur, covers ... on their second pictures: twelve times the time", "lfw_eval")
     eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval", low=1)
     input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval")
     input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval")

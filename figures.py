@@ -87,6 +87,31 @@ def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
     _save(figure, path)
 
 
+def plot_robustness(path: Path, found: dict[str, dict[str, Any]]) -> None:
+    """Accuracy by corruption; found is robustness.measure's."""
+    figure, axes = _figure("Accuracy with the second picture of each pair made worse")
+    draw_robustness(axes, found, "black")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def draw_robustness(axes: Any, found: dict[str, dict[str, Any]], ink: str) -> None:
+    """A row a corruption: accuracy with its standard error, and that at the clean thresholds."""
+    names = [name for name in found if name != "clean"][::-1]
+    rows, places = [found[name] for name in names], range(len(names))
+    own = [row["accuracy"] for row in rows]
+    errors = [row["standard_error"] for row in rows]
+    label = "own threshold, with standard error"
+    axes.errorbar(own, places, xerr=errors, fmt="o", color=MATCHED, capsize=3, label=label)
+    kept = [row["accuracy_as_set"] for row in rows]
+    axes.plot(kept, places, "x", color=MISMATCHED, mew=2, label="threshold as set on clean pairs")
+    clean = found["clean"]["accuracy"]
+    axes.axvline(clean, color=ink, linestyle="--", linewidth=1, label="clean pairs")
+    axes.set_yticks(places, names)
+    axes.set(xlabel="accuracy", ylim=(-0.6, len(names) - 0.4))
+
+
 def _figure(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -131,7 +156,7 @@ def write_galleries(
         for side, ends in enumerate((pairs.first, pairs.second))
     }
     names = {pairs.names[face] for face in shown.values()}
-    originals, notice = _read_originals(source, names) if names else ({}, "")
+    originals, notice = read_originals(source, names) if names else ({}, "")
     for name, face in shown.items():
         jpeg = originals.get(pairs.names[face]) or encode_jpeg(faces[face].numpy())
         with atomic_write(images_dir / name) as file:
@@ -139,8 +164,12 @@ def write_galleries(
     return notice
 
 
-def _read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
-    """JPEG bytes of pictures by name, and a sentence where not all of them are there."""
+def read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
+    """JPEG bytes of pictures by name, and a sentence where not all of them are there.
+
+    source is an archive or a folder; a picture's name is what verification.picture_name makes of
+    its path.
+    """
     found: dict[str, bytes] = {}
     if not source:
         return found, "The galleries show aligned faces; --lfw-source can name the originals."

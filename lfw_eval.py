@@ -10,7 +10,9 @@
 It prints a table of ten-fold accuracy with its standard error, the single best threshold, TAR at
 FAR, AUC and EER; the same goes to runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of
 others). Into images/ go theta_dist.png, roc.png and up to ten false positives and false negatives,
-worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
+worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg. All of it, with
+more of the pairs, stands in one page, report.html beside lfw.json. --robustness adds a table of
+the same pairs under corruptions and robustness.png.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ import numpy as np
 import sklearn
 import torch
 
+import robustness
 import verification
 from config import Config, parse_args
 from embedders import Embed, InputSpec, load_embedder
-from eval_sets import TestSet, find_lfw, load_set
-from figures import plot_angles, plot_roc, write_galleries
+from eval_sets import SetResult, TestSet, find_lfw, load_set
+from figures import plot_angles, plot_robustness, plot_roc, write_galleries
+from report import provenance, read_training, write_report
 from utils import (
     UserError,
     atomic_write,
@@ -40,6 +44,7 @@ from utils import (
     make_folder,
     newest_run,
 )
+from verification import worst_errors
 
 GALLERY = 10  # false positives, and false negatives, that are shown
 
@@ -67,17 +72,6 @@ def evaluate_lfw(embed: Embed, test_set: TestSet) -> dict[str, Any]:
     For the loop of train.py: load_set once, then call this each epoch with torch_embedder(model).
     """
     return summarise(score_pairs(embed, test_set), test_set)
-
-
-def worst_errors(
-    scores: np.ndarray, same: np.ndarray, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs accepted and refused wrongly at a threshold, worst first: indices (fp,), (fn,)."""
-    order = np.argsort(scores, kind="stable")
-    refused = scores[order] < threshold
-    false_negatives = order[refused & same[order]]
-    false_positives = order[~refused & ~same[order]][::-1]
-    return false_positives, false_negatives
 
 
 # ------------------------------------------------------------------------------ the script
@@ -154,7 +148,8 @@ def main(cfg: Config) -> None:
         "cropped centrally"
     )
     start = time.perf_counter()
-    scores = score_pairs(embed, test_set)
+    embeddings = embed(test_set.images).float().cpu().numpy()
+    scores = verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
     report = summarise(scores, test_set)
     positives, negatives = worst_errors(scores, test_set.pairs.same, report["best_threshold"])
     report |= {
@@ -174,6 +169,11 @@ def main(cfg: Config) -> None:
     print(table(report))
 
     images_dir = Path(cfg.images_dir)
+    if cfg.robustness:
+        found = robustness.measure(embed, test_set.images, test_set.pairs, embeddings)
+        report["robustness"] = found
+        print(robustness.table(found))
+        plot_robustness(images_dir / "robustness.png", found)
     errors = {"fp": positives[:GALLERY], "fn": negatives[:GALLERY]}
     notice = write_galleries(
         images_dir, test_set.pairs, test_set.images, errors, cfg.lfw_source or test_set.source
@@ -187,9 +187,17 @@ def main(cfg: Config) -> None:
     make_folder(folder)
     with atomic_write(folder / "lfw.json", "w") as file:
         json.dump(report, file, indent=1)
+    write_report(
+        folder / "report.html",
+        [SetResult(test_set, scores, report, embeddings)],
+        provenance(report, checkpoint, [test_set.path]),
+        training=read_training(checkpoint) if ours else None,
+        source=cfg.lfw_source,
+    )
     print(
-        f"Wrote {folder / 'lfw.json'} and, into {images_dir}/, theta_dist.png, roc.png, "
-        f"{len(errors['fp'])} false positives and {len(errors['fn'])} false negatives."
+        f"Wrote {folder / 'lfw.json'}, {folder / 'report.html'} and, into {images_dir}/, "
+        f"theta_dist.png, roc.png, {len(errors['fp'])} false positives and "
+        f"{len(errors['fn'])} false negatives."
     )
 
 

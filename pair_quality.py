@@ -141,10 +141,11 @@ def nearest_identities(
         cosines = means[start : start + chunk] @ means.T
         rows = np.arange(start, start + len(cosines))
         cosines[np.arange(len(names)) <= rows[:, None]] = -2  # each two once
-        top = np.argpartition(cosines.ravel(), -min(count, cosines.size))[-count:]
-        found = np.column_stack(np.unravel_index(top, cosines.shape))
+        # The count-th best of the rows' maxima is no better than the count-th best of all.
+        floor = np.sort(cosines.max(1))[-min(count, len(cosines))]
+        found = np.argwhere(cosines >= max(floor, -1.5))
         best += [(float(cosines[i, j]), start + int(i), int(j)) for i, j in found]
-    best = sorted((entry for entry in best if entry[0] > -2), reverse=True)[:count]
+        best = sorted(best, reverse=True)[:count]
     confusions = []
     for cosine, a, b in best:
         left, right = np.flatnonzero(label == a), np.flatnonzero(label == b)

@@ -17,10 +17,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from scipy.special import ndtri
 
-from figures import MATCHED, MISMATCHED
+from figures import MATCHED, MISMATCHED, draw_robustness
 from verification import Roc, to_degrees
 
 INK, GRID = "#010203", "#040506"  # stand for the page's own
@@ -137,14 +137,13 @@ def det_figure(curve: Roc, report: dict[str, Any]) -> str:
     x, y = _thin(ndtri(far), ndtri(frr))
     axes.plot(x, y, color=MATCHED, linewidth=1.8, drawstyle="steps-post")
     ends = ndtri([low, 0.5])
-    axes.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":", label="FAR = FRR")
+    axes.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":")
     rates = [r for r in (1e-5, 1e-4, 1e-3, 0.01, 0.05, 0.2, 0.5) if r >= low]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(FixedLocator(ndtri(rates)))
         axis.set_ticklabels([percent(rate) for rate in rates])
     axes.set(xlim=ends, ylim=ends)
     axes.set(xlabel="false accept rate (FAR)", ylabel="false reject rate (FRR)")
-    axes.legend(loc="upper right")
     return _svg(figure, "DET curve: false reject rate over false accept rate")
 
 
@@ -178,11 +177,10 @@ def folds_figure(report: dict[str, Any]) -> str:
     accuracies = report["fold_accuracies"]
     folds = np.arange(1, len(accuracies) + 1)
     axes.plot(folds, accuracies, "o", color=MATCHED, markersize=6)
-    axes.axhline(report["accuracy"], color=INK, linestyle="--", linewidth=1, label="mean")
+    axes.axhline(report["accuracy"], color=INK, linestyle="--", linewidth=1)
     axes.set(xlabel="fold", ylabel="accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _percent_axis(axes)
-    axes.legend(loc="best")
     return _svg(figure, f"Accuracy by fold, {report['accuracy']:.3%} on average")
 
 
@@ -196,14 +194,14 @@ def bins_figure(rows: list[dict[str, Any]], unit: str, title: str) -> str:
     axes.errorbar(places, accuracies, errors, fmt="o-", color=MATCHED, capsize=4, linewidth=1.2)
     axes.set(xlabel=unit, ylabel="accuracy", xlim=(-0.5, len(rows) - 0.5))
     labels = [f"{shown(row['low'])}–{shown(row['high'])}" for row in rows]
-    axes.set_xticks(places, labels, fontsize=7.5)
+    axes.set_xticks(places, labels, fontsize=8)
     _percent_axis(axes)
     return _svg(figure, f"Accuracy by {title}")
 
 
 def shown(value: float) -> str:
-    """A measure with three figures: 0.12, 34.5, 1230."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """A measure as text, with a decimal where it is small: 1.3, 34.5, 1230."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
 @styled
@@ -226,23 +224,12 @@ def curves_figure(
 
 @styled
 def robustness_figure(found: dict[str, dict[str, Any]]) -> str:
-    """Accuracy under each corruption as a bar's end, with its standard error, and the clean one."""
-    figure, axes = _figure(0.27 * len(found) + 0.9)
-    names = [name for name in found if name != "clean"][::-1]
-    for place, name in enumerate(names):
-        row = found[name]
-        axes.errorbar(
-            row["accuracy"], place, xerr=row["standard_error"], fmt="o", color=MATCHED, capsize=3
-        )
-        axes.plot(row["accuracy_as_set"], place, "|", color=MISMATCHED, markersize=11, mew=2)
-    clean = found["clean"]["accuracy"]
-    axes.axvline(clean, color=INK, linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="accuracy", ylim=(-0.6, len(names) - 0.4))
+    """Accuracy by corruption; found is robustness.measure's."""
+    figure, axes = _figure(0.27 * len(found) + 1.2)
+    draw_robustness(axes, found, INK)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(round(value, 6))))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    figure.legend(loc="outside upper left", ncols=2, fontsize=7.5)
     return _svg(figure, "Accuracy under each corruption")
 
 

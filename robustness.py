@@ -146,11 +146,12 @@ def _of(
     """The numbers of one set of scores, and its thresholds by fold."""
     report = verification.verify(scores, pairs.same, pairs.folds)
     own = np.array(report["fold_thresholds"])
-    fold = np.unique(pairs.folds, return_inverse=True)[1]
-    accepted = scores >= (own if thresholds is None else thresholds)[fold]
-    right = accepted == pairs.same
+    kept = own if thresholds is None else thresholds
+    wrong = verification.wrong_by_fold(scores, pairs.same, pairs.folds, kept)
     numbers = {name: report[name] for name in ("accuracy", "standard_error", "eer", "auc")}
-    numbers["accuracy_as_set"] = float(np.mean([right[fold == k].mean() for k in range(len(own))]))
+    numbers["accuracy_as_set"] = float(
+        np.mean([1 - wrong[pairs.folds == fold].mean() for fold in np.unique(pairs.folds)])
+    )
     numbers["tar_at_far"] = report["tar_at_far"]
     numbers["matched_cosine"] = float(scores[pairs.same].mean())
     numbers["mismatched_cosine"] = float(scores[~pairs.same].mean())

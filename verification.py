@@ -162,6 +162,28 @@ def cross_validate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     return Folds(np.array(accuracies), np.array(thresholds))
 
 
+def wrong_by_fold(
+    scores: np.ndarray, same: np.ndarray, folds: np.ndarray, thresholds: Sequence[float]
+) -> np.ndarray:
+    """Which pairs are judged wrongly at their fold's threshold, (pairs,) bool.
+
+    thresholds are one a fold, in the order of the folds' numbers, as cross_validate has them.
+    """
+    place = np.unique(folds, return_inverse=True)[1]
+    return (scores >= np.asarray(thresholds)[place]) != same
+
+
+def worst_errors(
+    scores: np.ndarray, same: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs accepted and refused wrongly at a threshold, worst first: indices (fp,), (fn,)."""
+    order = np.argsort(scores, kind="stable")
+    refused = scores[order] < threshold
+    false_negatives = order[refused & same[order]]
+    false_positives = order[~refused & ~same[order]][::-1]
+    return false_positives, false_negatives
+
+
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
     """Standard error of a mean: standard deviation with n - 1, over the root of n.
 
