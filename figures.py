@@ -62,6 +62,11 @@ def plot_angles(path: Path, scores: np.ndarray, same: np.ndarray, report: dict[s
 
 
 def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
+    """Write roc_picture to a file."""
+    _save(roc_picture(curve, report), path)
+
+
+def roc_picture(curve: Roc, report: dict[str, Any]) -> Figure:
     """TAR over FAR, on a logarithmic scale, with the equal error rate and the reported TARs."""
     mismatched = report["pairs"] - report["matched_pairs"]
     # A FAR of 0 has no place on the scale; it is drawn at the left end, below all other rates.
@@ -84,7 +89,7 @@ def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
     decimals = 1 if 1 - bottom < 0.05 else 0
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals))
     axes.legend(loc="lower right")
-    _save(figure, path)
+    return figure
 
 
 def plot_robustness(path: Path, found: dict[str, dict[str, Any]]) -> None:

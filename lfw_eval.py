@@ -52,12 +52,6 @@ GALLERY = 10  # false positives, and false negatives, that are shown
 # ------------------------------------------------------------------------------ the numbers
 
 
-def score_pairs(embed: Embed, test_set: TestSet) -> np.ndarray:
-    """Cosine of every pair, (pairs,) float64; embed takes all faces (n, 112, 112, 3) at once."""
-    embeddings = embed(test_set.images).float().cpu().numpy()
-    return verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
-
-
 def summarise(scores: np.ndarray, test_set: TestSet) -> dict[str, Any]:
     """All numbers of lfw.json that the scores of the pairs give; see verification.verify."""
     return verification.verify(scores, test_set.pairs.same, test_set.pairs.folds) | {
@@ -66,12 +60,14 @@ def summarise(scores: np.ndarray, test_set: TestSet) -> dict[str, Any]:
     }
 
 
-def evaluate_lfw(embed: Embed, test_set: TestSet) -> dict[str, Any]:
+def evaluate_lfw(embed: Embed, test_set: TestSet) -> SetResult:
     """Embed every face once and report on the pairs: accuracy, threshold, tar_at_far, auc, ...
 
     For the loop of train.py: load_set once, then call this each epoch with torch_embedder(model).
     """
-    return summarise(score_pairs(embed, test_set), test_set)
+    embeddings = embed(test_set.images).float().cpu().numpy()
+    scores = verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
+    return SetResult(test_set, scores, summarise(scores, test_set), embeddings)
 
 
 # ------------------------------------------------------------------------------ the script
@@ -148,9 +144,8 @@ def main(cfg: Config) -> None:
         "cropped centrally"
     )
     start = time.perf_counter()
-    embeddings = embed(test_set.images).float().cpu().numpy()
-    scores = verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
-    report = summarise(scores, test_set)
+    result = evaluate_lfw(embed, test_set)
+    _, scores, report, embeddings = result
     positives, negatives = worst_errors(scores, test_set.pairs.same, report["best_threshold"])
     report |= {
         "false_positives": len(positives),
@@ -189,7 +184,7 @@ def main(cfg: Config) -> None:
         json.dump(report, file, indent=1)
     write_report(
         folder / "report.html",
-        [SetResult(test_set, scores, report, embeddings)],
+        [result],
         provenance(report, checkpoint, [test_set.path]),
         training=read_training(checkpoint) if ours else None,
         source=cfg.lfw_source,

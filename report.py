@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 import report_figures as plots
+from config import Config
 from eval_sets import SetResult
 from report_html import name, page, paragraph, section, table, text
 from report_html import plots as side_by_side
@@ -135,7 +137,8 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
         yield side_by_side(curves)
     else:
         yield paragraph("The checkpoint holds no training curves.")
-    rows = [(knob, value) for knob, value in config.items() if knob != "given"]
+    of_others = {f.name for f in fields(Config) if "train" not in f.metadata.get("scripts", ())}
+    rows = [(knob, value) for knob, value in config.items() if knob not in of_others]
     knobs = table("Configuration of the run", ("knob", "value"), rows, words=2)
     yield f"<details><summary>Configuration of the run</summary>{knobs}</details>"
 

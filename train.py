@@ -35,6 +35,7 @@ import checks
 from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
+from eval_board import log_evaluation, log_projector
 from eval_sets import TestSet, find_lfw, load_set
 from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory
 from figures import plot_curves
@@ -69,10 +70,12 @@ def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: Test
             writer.add_scalar("valid/accuracy", accuracy, step)
             line += f"  valid loss {loss:.3f}  valid accuracy {accuracy:.2%}"
         if lfw is not None:
-            report = evaluate_lfw(embed, lfw)
+            result = evaluate_lfw(embed, lfw)
+            report = result.report
             points["lfw"] = [(epoch, report["accuracy"], report["threshold"])]
-            writer.add_scalar("lfw/accuracy", report["accuracy"], step)
-            writer.add_scalar("lfw/threshold", report["threshold"], step)
+            log_evaluation(writer, result, step)
+            if epoch == trainer.cfg.epochs:
+                log_projector(writer, result, step)
             line += f"  lfw {report['accuracy']:.2%}"
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.

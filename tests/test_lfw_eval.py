@@ -181,7 +181,7 @@ def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
 
 def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    report = lfw_eval.evaluate_lfw(mean_colours, lfw)
+    report = lfw_eval.evaluate_lfw(mean_colours, lfw).report
     assert report["accuracy"] == report["best_accuracy"] == report["auc"] == 1
     assert (report["eer"], report["standard_error"], report["missed_faces"]) == (0, 0, 2)
     assert report["tar_at_far"] == {"1e-3": 1, "1e-2": 1}
@@ -196,10 +196,10 @@ def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
 def test_worst_errors_come_first():
     scores = np.array([0.9, 0.2, 0.8, 0.95, 0.1, 0.5, 0.7])
     same = np.array([False, True, False, True, True, False, True])
-    positives, negatives = lfw_eval.worst_errors(scores, same, 0.6)
+    positives, negatives = verification.worst_errors(scores, same, 0.6)
     assert positives.tolist() == [0, 2]
     assert negatives.tolist() == [4, 1]
-    assert [len(found) for found in lfw_eval.worst_errors(scores, same, 0.9)] == [1, 3]
+    assert [len(found) for found in verification.worst_errors(scores, same, 0.9)] == [1, 3]
 
 
 # ---------------------------------------------------------------- galleries
