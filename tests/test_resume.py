@@ -287,11 +287,11 @@ def test_a_second_train_on_one_run_is_refused(start, tmp_path):
     start(resumed=False)
     (run,) = tmp_path.glob("runs/*")
     with locked(run, "train.py"):
-        before = {path: path.read_bytes() for path in run.glob("*")}
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         code, printed = start("--resume", "--epochs", "2")
     assert code == 2
     assert f"is in use by train.py, process {os.getpid()} on " in printed
-    assert before == {path: path.read_bytes() for path in run.glob("*")}
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, tmp_path):
