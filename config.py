@@ -27,7 +27,7 @@ class Config:
 
     # fmt: off
     # where things are
-    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval")
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval make_bin")
     runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval")
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval")
     seed: int = knob(0, "seed of everything random", "synthetic train", low=0)
@@ -35,7 +35,7 @@ class Config:
     workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
 
     # synthetic.py
-    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process)", "synthetic pre_process")
+    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process), data_dir/<set>.bin (make_bin)", "synthetic pre_process make_bin")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
     images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
@@ -90,8 +90,14 @@ class Config:
 
     # lfw_eval.py
     checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval")
-    lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval")
-    pairs: str = knob("", "LFW's pairs file; default: data_dir/pairs.txt", "train lfw_eval")
+    lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval make_bin")
+    pairs: str = knob("", "pairs in LFW's format or as lines 'path1 path2 0/1'; default: pairs.txt in the set's folder, <set>_pairs.txt or pairs.txt in data_dir", "train lfw_eval make_bin")
+    sets: str = knob("", "several sets, as lfw,cfp_fp,agedb_30: prepared folders or .bin files by name, or paths", "lfw_eval")
+    as_: Literal["", "insightface", "paper"] = knob("", "a convention as others quote it; fixes the next four and flip", "lfw_eval")
+    fuse: Literal["sum", "concat"] = knob("sum", "how the embeddings of a face and its mirror image become one", "lfw_eval")
+    subtract_mean: bool = knob(False, "take the mean embedding of the other folds off first", "lfw_eval")
+    metric: Literal["cosine", "euclidean"] = knob("cosine", "how two embeddings are compared", "lfw_eval")
+    threshold: Literal["folds", "best"] = knob("folds", "the best threshold of the other folds, or the best on the very pairs", "lfw_eval")
     lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
     robustness: bool = knob(False, "also the same pairs with JPEG, blur, covers ... on their second pictures: twelve times the time", "lfw_eval")
     eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval", low=1)
@@ -126,13 +132,14 @@ def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
     """One knob as a flag: its type gives the parser, its metadata the help."""
-    flag = "--" + field.name.replace("_", "-")
+    flag = "--" + field.name.rstrip("_").replace("_", "-")  # as_: "as" is a word of Python's
     meaning = field.metadata["help"]
     hint_is_tuple = typing.get_origin(hint) is tuple
     if field.default != "":
         shown = " ".join(map(str, field.default)) if hint_is_tuple else field.default
         meaning += f" (default: {shown})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meaning.replace("%", "%%")}
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
+    options["help"] = meaning.replace("%", "%%")
     if hint_is_tuple:
         kinds = typing.get_args(hint)
         options |= {"type": kinds[0], "nargs": "*" if kinds[-1] is Ellipsis else len(kinds)}

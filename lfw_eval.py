@@ -6,35 +6,43 @@
     python lfw_eval.py --checkpoint model.onnx --input-mean 0.485 0.456 0.406 \\
         --input-std 0.229 0.224 0.225                       # any ONNX model of 112x112 faces
     python lfw_eval.py --lfw data/faces_webface_112x112/cfp_fp.bin
+    python lfw_eval.py --sets lfw,cfp_fp,agedb_30           # one table, runs/<run>/eval.json
+    python lfw_eval.py --as insightface                     # by the convention of others
 
 It prints a table of ten-fold accuracy with its standard error, the single best threshold, TAR at
 FAR, AUC and EER; the same goes to runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of
-others). Into images/ go theta_dist.png, roc.png and up to ten false positives and false negatives,
-worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg. All of it, with
-more of the pairs, stands in one page, report.html beside lfw.json. --robustness adds a table of
-the same pairs under corruptions and robustness.png.
+others). Embeddings are kept in runs/<run>/embeddings/. Into images/ go theta_dist.png, roc.png and
+up to ten false positives and false negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg,
+{i}_fn_0.jpg beside {i}_fn_1.jpg. All of it, with more of the pairs and what makes them hard, is on
+one page: runs/<run>/report.html. --robustness adds the same pairs under corruptions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sklearn
 import torch
+from torch import Tensor
 
 import robustness
 import verification
 from config import Config, parse_args
 from embedders import Embed, InputSpec, load_embedder
-from eval_sets import SetResult, TestSet, find_lfw, load_set
+from embedding_cache import EmbeddingCache, model_checksum
+from eval_sets import SetResult, TestSet, find_pairs, find_set, load_set
+from eval_tables import set_table, summary_table
 from figures import plot_angles, plot_robustness, plot_roc, write_galleries
-from report import provenance, read_training, write_report
+from protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
+from report import provenance, read_training, write_page
 from utils import (
     UserError,
     atomic_write,
@@ -70,130 +78,197 @@ def evaluate_lfw(embed: Embed, test_set: TestSet) -> SetResult:
     return SetResult(test_set, scores, summarise(scores, test_set), embeddings)
 
 
+class Model(NamedTuple):
+    """A checkpoint that is being evaluated."""
+
+    checkpoint: Path
+    embed: Embed  # to the length that the network gives, without mirror images
+    about: dict[str, Any]  # kind, network, epoch, seed ...
+    cache: EmbeddingCache
+    folder: Path  # for what is found out about it
+
+
+def open_model(cfg: Config, checkpoint: Path) -> Model:
+    """The model of a checkpoint of any kind, with the embeddings that are kept of it."""
+    spec = InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr)
+    embed, about = load_embedder(
+        checkpoint,
+        device=get_device(cfg.device),
+        network=cfg.network,
+        use_se=cfg.use_se,
+        flip=False,
+        batch=cfg.eval_batch,
+        spec=spec,
+        progress="embedding",
+        raw=True,
+    )
+    ours = about["kind"] == "ours"
+    folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
+    checksum = model_checksum(checkpoint, spec, about["network"])
+    about |= {"checkpoint": str(checkpoint), "checksum": checksum}
+    cache = EmbeddingCache(folder / "embeddings", checkpoint.stem, checksum)
+    return Model(checkpoint, embed, about, cache, folder)
+
+
+def evaluate_set(model: Model, test_set: TestSet, protocol: Protocol) -> SetResult:
+    """Embed the faces of a set, where that has not been done, and report on its pairs."""
+    start = time.perf_counter()
+    computed = model.cache.computed
+    views = model.cache.views(model.embed, test_set.name, test_set.images, protocol.flip)
+    try:
+        scores, report, pairs = evaluate_views(views, test_set.pairs, protocol)
+    except ValueError as error:
+        raise UserError(f"{test_set.path} with {model.checkpoint}: {error}.") from None
+    positives, negatives = worst_errors(scores, pairs.same, report["best_threshold"])
+    report |= {
+        "faces": len(test_set.images),
+        "missed_faces": test_set.missed,
+        "false_positives": len(positives),
+        "false_negatives": len(negatives),
+        "flip": protocol.flip,
+        "test_set": str(test_set.path),
+        "from_cache": model.cache.computed == computed,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    test_set = dataclasses.replace(test_set, pairs=pairs)
+    return SetResult(test_set, scores, report, fuse_views(views, protocol).astype(np.float32))
+
+
+def measure_robustness(model: Model, result: SetResult, protocol: Protocol) -> dict[str, Any]:
+    """robustness.measure with the protocol's embeddings; always on cosines, without a mean."""
+
+    def embed(faces: Tensor) -> Tensor:
+        views = [model.embed(side) for side in (faces, faces.flip(2))[: 1 + protocol.flip]]
+        return torch.from_numpy(fuse_views(torch.stack(views).numpy(), protocol))
+
+    test_set = result.test_set
+    return robustness.measure(embed, test_set.images, test_set.pairs, result.embeddings)
+
+
 # ------------------------------------------------------------------------------ the script
 
 
-def table(report: dict[str, Any]) -> str:
-    """What the script prints of a report, one line a number."""
+def choose_protocol(cfg: Config) -> Protocol:
+    """The convention that the flags ask for; UserError where --as and others disagree."""
+    own = cfg.flip, cfg.fuse, cfg.subtract_mean, cfg.metric, cfg.threshold
+    flags = ("flip", "fuse", "subtract_mean", "metric", "threshold")
+    if not cfg.as_:
+        return Protocol(*own)
+    clash = [flag.replace("_", "-") for flag in flags if flag in cfg.given]
+    if clash:
+        raise UserError(f"--as {cfg.as_} fixes --{clash[0]}; leave one of the two away.")
+    return PROTOCOLS[cfg.as_]
 
-    def percent(value: float) -> str:
-        return f"{100 * value:8.3f} %"
 
-    folds = len(report["fold_accuracies"])
-    mismatched = report["pairs"] - report["matched_pairs"]
-    lines = [
-        (
-            f"accuracy, {folds} folds",
-            percent(report["accuracy"]),
-            f"+- {100 * report['standard_error']:.3f} standard error; thresholds of "
-            f"{report['threshold']:.4f} on average, {report['threshold_degrees']:.2f} degrees",
-        ),
-        (
-            "best single threshold",
-            percent(report["best_accuracy"]),
-            f"at {report['best_threshold']:.4f}, {report['best_threshold_degrees']:.2f} degrees; "
-            f"{report['false_positives']} false positives, {report['false_negatives']} negatives",
-        ),
+def choose_sets(cfg: Config) -> list[Path]:
+    """The sets that the flags ask for, or LFW where it is; raises UserError where one is not."""
+    if cfg.sets and cfg.lfw:
+        raise UserError("--lfw names one test set and --sets several; leave one of the two away.")
+    if cfg.lfw and not Path(cfg.lfw).exists():
+        raise UserError(f"There is no test set at {cfg.lfw}; correct --lfw.")
+    names = [name for name in (cfg.sets or cfg.lfw or "lfw").split(",") if name]
+    found = [
+        Path(name) if name == cfg.lfw else find_set(name, cfg.data_dir, cfg.train_set)
+        for name in names
     ]
-    for far, tar in report["tar_at_far"].items():
-        note = f"rests on {round(float(far) * mismatched)} mismatched pairs"
-        lines.append((f"TAR at FAR {far}", percent(tar), note))
-    lines += [("AUC", f"{report['auc']:10.6f}", ""), ("EER", percent(report["eer"]), "")]
-    return "\n".join(f"{name:<22}{value:>12}  {note}".rstrip() for name, value, note in lines)
-
-
-def choose_lfw(cfg: Config) -> Path:
-    """The set that the flags ask for, or that is there; raises UserError where none is."""
-    found = Path(cfg.lfw) if cfg.lfw else find_lfw(cfg.data_dir, cfg.train_set)
-    if found is None:
+    if None in found:
+        name = names[found.index(None)]
+        looked = f"{Path(cfg.data_dir, f'faces_{name}_112x112')} and no {name}.bin"
+        if name == "lfw":
+            raise UserError(
+                f"There is no prepared LFW at {looked} beside the training set; get LFW and "
+                "prepare it (python pre_process.py --download-lfw), or try everything on drawn "
+                "faces (make demo)."
+            )
         raise UserError(
-            f"There is no prepared LFW at {Path(cfg.data_dir, 'faces_lfw_112x112')} and no lfw.bin "
-            "beside the training set; get LFW and prepare it (python pre_process.py "
-            "--download-lfw), or try everything on drawn faces (make demo)."
+            f"There is no prepared set at {looked} in {cfg.data_dir} or beside the training set, "
+            "nor a file or folder of that name; correct --sets."
         )
-    if not found.exists():
-        raise UserError(f"There is no test set at {found}; correct --lfw.")
-    if found.suffix == ".bin" and not cfg.lfw:
-        print(f"LFW's pictures are not prepared; using {found} instead.")
+    if not (cfg.lfw or cfg.sets) and found[0].suffix == ".bin":
+        print(f"LFW's pictures are not prepared; using {found[0]} instead.")
     return found
+
+
+def evaluate_sets(
+    cfg: Config, model: Model, paths: Sequence[Path], protocol: Protocol
+) -> list[SetResult]:
+    """Every set in turn, with its table printed as soon as it is done."""
+    results: list[SetResult] = []
+    for path in paths:
+        test_set = load_set(path, find_pairs(path, cfg.data_dir, cfg.pairs), cfg.workers)
+        if test_set.name in [result.test_set.name for result in results]:
+            test_set = dataclasses.replace(test_set, name=str(path).replace("/", "_"))
+        print(
+            f"Test set: {test_set.path}, {len(test_set.pairs.same):,} pairs of "
+            f"{len(test_set.images):,} faces, {test_set.missed} of them missed by the detector and "
+            "cropped centrally"
+        )
+        results.append(evaluate_set(model, test_set, protocol))
+        print(set_table(results[-1].report))
+        if cfg.robustness:
+            found = measure_robustness(model, results[-1], protocol)
+            results[-1].report["robustness"] = found
+            print(robustness.table(found))
+    return results
+
+
+def draw(cfg: Config, result: SetResult) -> str:
+    """Write the figures and the galleries of a set into images_dir; returns what was written."""
+    images_dir, report = Path(cfg.images_dir), result.report
+    test_set, same = result.test_set, result.test_set.pairs.same
+    wrong = worst_errors(result.scores, same, report["best_threshold"])
+    errors = {kind: found[:GALLERY] for kind, found in zip(("fp", "fn"), wrong, strict=True)}
+    source = cfg.lfw_source or test_set.source
+    notice = write_galleries(images_dir, test_set.pairs, test_set.images, errors, source)
+    if notice:
+        print(notice)
+    plot_angles(images_dir / "theta_dist.png", result.scores, same, report)
+    plot_roc(images_dir / "roc.png", verification.roc(result.scores, same), report)
+    if cfg.robustness:
+        plot_robustness(images_dir / "robustness.png", report["robustness"])
+    names = "theta_dist.png, roc.png" + ", robustness.png" * cfg.robustness
+    return (
+        f"into {images_dir}/, {names}, {len(errors['fp'])} false positives and "
+        f"{len(errors['fn'])} false negatives"
+    )
+
+
+def write_report(cfg: Config, model: Model, results: Sequence[SetResult]) -> str:
+    """lfw.json of one set, or eval.json of those that --sets named, and report.html of either."""
+    about = model.about | {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "scikit-learn": sklearn.__version__,
+        }
+    }
+    report = results[0].report | about
+    if cfg.sets:
+        report = about | {"sets": {result.test_set.name: result.report for result in results}}
+    make_folder(model.folder)
+    path = model.folder / ("eval.json" if cfg.sets else "lfw.json")
+    with atomic_write(path, "w") as file:
+        json.dump(report, file, indent=1)
+    training = read_training(model.checkpoint) if model.about["kind"] == "ours" else {}
+    page = path.with_name("report.html")
+    write_page(page, results, provenance(about, results), training, source=cfg.lfw_source)
+    return f"{path}, {page}"
 
 
 @exit_with_sentence
 def main(cfg: Config) -> None:
     """Evaluate one checkpoint; write the report, the figures and the galleries."""
     keep_freed_memory()
-    path = choose_lfw(cfg)
-    checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
-    embed, about = load_embedder(
-        checkpoint,
-        device=get_device(cfg.device),
-        network=cfg.network,
-        use_se=cfg.use_se,
-        flip=cfg.flip,
-        batch=cfg.eval_batch,
-        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
-        progress="embedding",
-    )
+    protocol, paths = choose_protocol(cfg), choose_sets(cfg)
+    model = open_model(cfg, Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")))
+    about, which = model.about, "" if cfg.checkpoint else "the newest run's "
     epoch = f", epoch {about['epoch']}" if about.get("epoch") is not None else ""
-    which = "" if cfg.checkpoint else "the newest run's "
-    print(f"Model: {which}{checkpoint} ({about['network']}{epoch})")
-    test_set = load_set(path, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
-    print(
-        f"Test set: {test_set.path}, {len(test_set.pairs.same):,} pairs of "
-        f"{len(test_set.images):,} faces, {test_set.missed} of them missed by the detector and "
-        "cropped centrally"
-    )
-    start = time.perf_counter()
-    result = evaluate_lfw(embed, test_set)
-    _, scores, report, embeddings = result
-    positives, negatives = worst_errors(scores, test_set.pairs.same, report["best_threshold"])
-    report |= {
-        "false_positives": len(positives),
-        "false_negatives": len(negatives),
-        "checkpoint": str(checkpoint),
-        **about,
-        "flip": cfg.flip,
-        "test_set": str(test_set.path),
-        "seconds": round(time.perf_counter() - start, 2),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "scikit-learn": sklearn.__version__,
-        },
-    }
-    print(table(report))
-
-    images_dir = Path(cfg.images_dir)
-    if cfg.robustness:
-        found = robustness.measure(embed, test_set.images, test_set.pairs, embeddings)
-        report["robustness"] = found
-        print(robustness.table(found))
-        plot_robustness(images_dir / "robustness.png", found)
-    errors = {"fp": positives[:GALLERY], "fn": negatives[:GALLERY]}
-    notice = write_galleries(
-        images_dir, test_set.pairs, test_set.images, errors, cfg.lfw_source or test_set.source
-    )
-    if notice:
-        print(notice)
-    plot_angles(images_dir / "theta_dist.png", scores, test_set.pairs.same, report)
-    plot_roc(images_dir / "roc.png", verification.roc(scores, test_set.pairs.same), report)
-    ours = about["kind"] == "ours"
-    folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    make_folder(folder)
-    with atomic_write(folder / "lfw.json", "w") as file:
-        json.dump(report, file, indent=1)
-    write_report(
-        folder / "report.html",
-        [result],
-        provenance(report, checkpoint, [test_set.path]),
-        training=read_training(checkpoint) if ours else None,
-        source=cfg.lfw_source,
-    )
-    print(
-        f"Wrote {folder / 'lfw.json'}, {folder / 'report.html'} and, into {images_dir}/, "
-        f"theta_dist.png, roc.png, {len(errors['fp'])} false positives and "
-        f"{len(errors['fn'])} false negatives."
-    )
+    print(f"Model: {which}{model.checkpoint} ({about['network']}{epoch})")
+    results = evaluate_sets(cfg, model, paths, protocol)
+    if cfg.sets:
+        print(summary_table(results))
+    drawn = draw(cfg, results[0])
+    print(f"Wrote {write_report(cfg, model, results)} and, {drawn}.")
 
 
 if __name__ == "__main__":

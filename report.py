@@ -1,6 +1,6 @@
 """The evaluation as one page: numbers, curves, and the faces that a model gets wrong.
 
-    write_report("runs/<run>/report.html", results, about, training=read_training(checkpoint))
+    write_page("runs/<run>/report.html", results, about, read_training(checkpoint))
 
 The page needs no network and no other file: pictures and plots are in it, and it runs no script.
 """
@@ -29,12 +29,12 @@ GALLERY = 20  # pairs of each kind in the page, fewer where there are many sets
 _OF_ALL_SETS = 60  # so that the page stays below 8 MB
 
 
-def write_report(
+def write_page(
     path: Path | str,
     results: Sequence[SetResult],
-    about: dict[str, str],
+    about: dict[str, Any],
+    training: dict[str, Any],
     *,
-    training: dict[str, Any] | None = None,
     source: str = "",
 ) -> list[str]:
     """Write the page about one model on one or more sets; returns notices, none where all is well.
@@ -53,7 +53,7 @@ def write_report(
         notices += [pages.notice] * bool(pages.notice)
     contents += [("training", "Training"), ("provenance", "Versions and checksums")]
     parts.insert(0, section(2, "summary", "Summary", *_summary(results)))
-    parts.append(section(2, "training", "Training", *_training(training or {})))
+    parts.append(section(2, "training", "Training", *_training(training)))
     versions = table("Where these numbers come from", ("what", "value"), about.items(), words=2)
     parts.append(section(2, "provenance", "Versions and checksums", versions))
     model = name(about.get("checkpoint", "model"))
@@ -165,21 +165,24 @@ def _curves(history: Any, steps: Any) -> Iterator[tuple[str, str]]:
 # ------------------------------------------------------------------------------ provenance
 
 
-def provenance(report: dict[str, Any], checkpoint: Path, sets: Sequence[Path]) -> dict[str, Any]:
-    """What the numbers depend on, by label: files with their SHA-256, seed, flags, versions.
+def provenance(model: dict[str, Any], results: Sequence[SetResult]) -> dict[str, Any]:
+    """What the numbers depend on, by label: files with their SHA-256, seed, convention, versions.
 
-    report is what lfw.json holds; sets are the test sets' folders or .bin files.
+    model is what lfw.json says of it: checkpoint, versions, network, epoch, seed.
     """
-    files = {"checkpoint": checkpoint}
-    for path in sets:
-        files[f"test set {path.name}"] = path / "train.rec" if path.is_dir() else path
+    files = {"checkpoint": Path(model["checkpoint"])}
+    for result in results:
+        path = result.test_set.path
+        record = path / "train.rec"
+        files[f"test set {result.test_set.name}"] = record if record.is_file() else path
     about: dict[str, Any] = {}
     for label, path in files.items():
         about[label] = path
-        with path.open("rb") as file:
-            about[f"{label}, SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    for label in ("network", "epoch", "seed", "flip"):
-        if report.get(label) is not None:
-            about[label] = report[label]
-    about |= report["versions"]
-    return about | {"written": time.strftime("%Y-%m-%d %H:%M")}
+        if path.is_file():  # a folder of pictures has no checksum of its own
+            with path.open("rb") as file:
+                about[f"{label}, SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    for label in ("network", "epoch", "seed"):
+        if model.get(label) is not None:
+            about[label] = model[label]
+    about["convention"] = results[0].report["protocol_in_words"]
+    return about | model["versions"] | {"written": time.strftime("%Y-%m-%d %H:%M")}

@@ -9,7 +9,7 @@ import numpy as np
 import pair_quality
 import report_figures as plots
 import verification
-from eval_sets import SetResult, TestSet
+from eval_sets import SetResult
 from figures import read_originals
 from pictures import PictureError, decode_picture
 from report_html import name, paragraph, picture, section, table, text
@@ -36,9 +36,9 @@ class SetPages:
         self.shown = {kind: pairs[:gallery] for kind, pairs in self.errors.items()}
         status = self.test_set.faces_status or []
         self.missed = [face for face, what in enumerate(status) if what == "central_crop"]
-        self.people = identities(self.test_set)
+        self.people = self.test_set.identity
         self.confusions = []
-        if self.people:
+        if self.people is not None:
             self.confusions = pair_quality.nearest_identities(
                 self.embeddings, self.people, min(CONFUSIONS, gallery)
             )
@@ -175,7 +175,7 @@ class SetPages:
             yield f'<ul class="pairs lone">{cards}</ul>'
 
     def _nearest(self) -> Iterator[str]:
-        if not self.people:
+        if self.people is None:
             yield paragraph("The set does not say who is in its pictures, only which pairs match.")
             return
         yield paragraph(
@@ -262,13 +262,3 @@ def _short(picture_name: str) -> str:
     """LFW's "Name/Name_0001" without the folder, which says the same; others as they are."""
     folder, _, file = picture_name.rpartition("/")
     return file if folder and file.startswith(folder) else picture_name
-
-
-def identities(test_set: TestSet) -> list[str]:
-    """Who is in each picture, by the folder in its name; empty where names do not tell.
-
-    They tell where hardly a pair contradicts them: those of a .bin are numbers in one folder.
-    """
-    people = np.array([picture_name.rpartition("/")[0] for picture_name in test_set.pairs.names])
-    agree = people[test_set.pairs.first] == people[test_set.pairs.second]
-    return people.tolist() if np.mean(agree == test_set.pairs.same) > 0.95 else []

@@ -36,7 +36,7 @@ from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
 from eval_board import log_evaluation, log_projector
-from eval_sets import TestSet, find_lfw, load_set
+from eval_sets import TestSet, find_pairs, find_set, load_set
 from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory
 from figures import plot_curves
 from lfw_eval import evaluate_lfw
@@ -126,11 +126,11 @@ def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> 
 
 def open_lfw(cfg: Config) -> TestSet | None:
     """The test set for the number after each epoch, or None where it is not prepared."""
-    path = Path(cfg.lfw) if cfg.lfw else find_lfw(cfg.data_dir, cfg.train_set)
+    path = Path(cfg.lfw) if cfg.lfw else find_set("lfw", cfg.data_dir, cfg.train_set)
     if path is None:
         print("LFW is not prepared, so there will be no LFW accuracy after each epoch.")
         return None
-    return load_set(path, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
+    return load_set(path, find_pairs(path, cfg.data_dir, cfg.pairs), cfg.workers)
 
 
 def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:

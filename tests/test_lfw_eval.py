@@ -18,7 +18,7 @@ import lfw_eval
 import verification
 from checkpoints import save_checkpoint
 from config import parse_args
-from eval_sets import find_lfw, load_set
+from eval_sets import find_set, load_set
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from models import build_model
 from recordio import encode_jpeg, write_bin, write_dataset
@@ -168,12 +168,12 @@ def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
     bins[1].parent.mkdir()
     for path in bins:
         path.write_bytes(b"")
-    assert find_lfw(data) == data / "faces_lfw_112x112"
+    assert find_set("lfw", data) == data / "faces_lfw_112x112"
     (data / "faces_lfw_112x112" / "train.rec").unlink()
-    assert find_lfw(data) == bins[1]
-    assert find_lfw(data, tmp_path / "other") == bins[0]
+    assert find_set("lfw", data) == bins[1]
+    assert find_set("lfw", data, tmp_path / "other") == bins[0]
     bins[0].unlink()
-    assert find_lfw(data, tmp_path / "other") is None
+    assert find_set("lfw", data, tmp_path / "other") is None
 
 
 # ---------------------------------------------------------------- numbers
@@ -334,10 +334,62 @@ def test_report_of_others_models_goes_into_a_folder_of_its_own(data, tmp_path, m
     assert json.loads((tmp_path / "out" / "theirs" / "lfw.json").read_text("utf-8"))["pairs"] == 24
 
 
+def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    order = [person for person in range(20) for _ in (0, 1)]
+    jpegs = [encode_jpeg(face_of(person, i % 2 + 1)) for i, person in enumerate(order)]
+    matched, mismatched = jpegs, jpegs[:1] + jpegs[2:] + jpegs[:1]
+    faces = [x for i in range(0, 40, 2) for x in matched[i : i + 2] + mismatched[i : i + 2]]
+    write_bin("data/cfp_fp.bin", faces, [True, False] * 20)
+    flags = ("--checkpoint", "theirs.pth", "--network", "tiny", "--sets", "lfw,cfp_fp")
+    main(*flags)
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.splitlines() if line.startswith(("lfw ", "cfp"))
+            ] == [["lfw", "24"], ["cfp_fp", "40"]]  # fmt: skip
+    report = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
+    assert list(report["sets"]) == ["lfw", "cfp_fp"]
+    assert [r["from_cache"] for r in report["sets"].values()] == [False, False]
+    main(*flags)
+    again = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
+    assert [r["from_cache"] for r in again["sets"].values()] == [True, True]
+    for name, found in report["sets"].items():
+        for key in ("accuracy", "fold_thresholds", "tar_at_far", "auc"):
+            assert again["sets"][name][key] == found[key]
+
+
+def test_the_protocol_is_named_and_those_of_others_are_fixed(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    flags = ("--checkpoint", "theirs.pth", "--network", "tiny")
+    main(*flags, "--as", "insightface")
+    assert "standard deviation of the folds" in capsys.readouterr().out
+    report = json.loads((tmp_path / "runs" / "theirs" / "lfw.json").read_text("utf-8"))
+    assert report["protocol"]["grid"] is True
+    main(*flags, "--no-flip", "--fuse", "concat")
+    assert "Protocol: no mirror image, cosine" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(*flags, "--as", "paper", "--flip")
+    assert "--as paper fixes --flip" in capsys.readouterr().err
+
+
+def test_a_network_of_nans_gets_a_sentence(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = build_model("tiny", emb_size=8).state_dict()
+    state["features.weight"].fill_(1e38)
+    state["features.bias"].fill_(1e38)
+    torch.save(state, "theirs.pth")
+    with pytest.raises(SystemExit):
+        main("--checkpoint", "theirs.pth", "--network", "tiny")
+    assert "finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         ([], "best.pt"),
+        (["--sets", "lfw,cfp_fp"], "no cfp_fp.bin"),
+        (["--sets", "lfw", "--lfw", "data/faces_lfw_112x112"], "--sets several"),
         (["--checkpoint", "nothing.pt"], "nothing.pt"),
         (["--checkpoint", "data/pairs.txt"], "pairs.txt"),
         (["--lfw", "nowhere"], "nowhere"),

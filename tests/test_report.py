@@ -5,7 +5,6 @@ import io
 import re
 import tarfile
 from html.parser import HTMLParser
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -95,14 +94,18 @@ def make_result(tmp_path, names=None, *, folder=True, noise=0.9, name="lfw"):
     points = TEMPLATE + rng.normal(0, 2, (len(names), 5, 2))
     points[[3, 9]] = np.nan
     known = {"faces_status": status, "points": points.astype(np.float32)} if folder else {}
+    if folder:
+        known["identity"] = [name.rpartition("/")[0] for name in names]
     test_set = TestSet(tmp_path, name, images, pairs, 2 if folder else 0, **known)
     scores = verification.pair_scores(embeddings, first, second)
-    return SetResult(test_set, scores, verification.verify(scores, same, folds), embeddings)
+    report = verification.verify(scores, same, folds) | {"protocol_in_words": "cosine"}
+    return SetResult(test_set, scores, report, embeddings)
 
 
-def write(tmp_path, results, about=None, **options):
+def write(tmp_path, results, about=None, training=None, **options):
     path = tmp_path / "new" / "report.html"
-    notices = report.write_report(path, results, about or {"checkpoint": "a.pt"}, **options)
+    about = about or {"checkpoint": "a.pt"}
+    notices = report.write_page(path, results, about, training or {}, **options)
     text = path.read_text("utf-8")
     return text, Page(text), notices
 
@@ -239,11 +242,9 @@ def test_reading_what_a_checkpoint_says_of_its_training(tmp_path):
 
 def test_provenance_holds_checksums(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"abc")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.rec").write_bytes(b"")
-    found = report.provenance({"versions": {"torch": "2"}, "seed": 4}, tmp_path / "m.onnx",
-                              [tmp_path / "set", tmp_path / "m.onnx"])  # fmt: skip
+    (tmp_path / "train.rec").write_bytes(b"")
+    model = {"versions": {"torch": "2"}, "seed": 4, "checkpoint": str(tmp_path / "m.onnx")}
+    found = report.provenance(model, [make_result(tmp_path)])
     assert found["checkpoint, SHA-256"].startswith("ba7816bf8f01cfea414140de5dae2223")
-    assert found["test set set, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
-    assert (found["seed"], found["torch"]) == (4, "2")
-    assert isinstance(found["checkpoint"], Path)
+    assert found["test set lfw, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
+    assert (found["seed"], found["torch"], found["convention"]) == (4, "2", "cosine")
