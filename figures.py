@@ -117,6 +117,19 @@ def draw_robustness(axes: Any, found: dict[str, dict[str, Any]], ink: str) -> No
     axes.set(xlabel="accuracy", ylim=(-0.6, len(names) - 0.4))
 
 
+def plot_corruptions(path: Path, faces: dict[str, np.ndarray]) -> None:
+    """One face under every corruption: robustness.showcase's pictures, named."""
+    columns = 4
+    rows = -(-len(faces) // columns)
+    figure = Figure(figsize=(8, 2.25 * rows), dpi=120, layout="constrained")
+    for place, (name, face) in enumerate(faces.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(face)
+        axes.set_title(name, fontsize=10)
+        axes.axis("off")
+    _save(figure, path)
+
+
 def _figure(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()

@@ -40,7 +40,7 @@ from embedders import Embed, InputSpec, load_embedder
 from embedding_cache import EmbeddingCache, model_checksum
 from eval_sets import SetResult, TestSet, find_pairs, find_set, load_set
 from eval_tables import set_table, summary_table
-from figures import plot_angles, plot_robustness, plot_roc, write_galleries
+from figures import plot_angles, plot_corruptions, plot_robustness, plot_roc, write_galleries
 from protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
 from report import provenance, read_training, write_page
 from utils import (
@@ -226,7 +226,9 @@ def draw(cfg: Config, result: SetResult) -> str:
     plot_roc(images_dir / "roc.png", verification.roc(result.scores, same), report)
     if cfg.robustness:
         plot_robustness(images_dir / "robustness.png", report["robustness"])
-    names = "theta_dist.png, roc.png" + ", robustness.png" * cfg.robustness
+        face = test_set.images[test_set.pairs.second[0]].numpy()
+        plot_corruptions(images_dir / "robustness_grid.jpg", robustness.showcase(face))
+    names = "theta_dist.png, roc.png" + ", robustness.png, robustness_grid.jpg" * cfg.robustness
     return (
         f"into {images_dir}/, {names}, {len(errors['fp'])} false positives and "
         f"{len(errors['fn'])} false negatives"

@@ -50,6 +50,7 @@ def table(
     kinds = ["" if column < words else ' class="number"' for column in range(len(head))]
     columns = zip(kinds, head, strict=True)
     titles = "".join(f'<th scope="col"{kind}>{text(title)}</th>' for kind, title in columns)
+    look = "numbers" if words == 1 else "words"
     body = []
     for row in rows:
         first, *rest = map(text, row)
@@ -60,7 +61,7 @@ def table(
             + "</tr>"
         )
     return (
-        f'<section class="scroll" aria-label="{text(caption)}" tabindex="0"><table>'
+        f'<section class="scroll" aria-label="{text(caption)}" tabindex="0"><table class="{look}">'
         f"<caption>{text(caption)}</caption><thead><tr>{titles}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></section>"
     )

@@ -241,8 +241,7 @@ class SetPages:
             "The second picture of every pair made worse, the first left as it is. “Threshold as "
             "set” keeps the thresholds of the clean pairs, as a system in use would."
         )
-        caption = "Dots: accuracy with its standard error; bars: threshold as set; dashed: clean"
-        yield side_by_side([(plots.robustness_figure(found), caption)])
+        figure = side_by_side([(plots.robustness_figure(found), "Accuracy by corruption")])
         head = ("second picture", "accuracy", "± s.e.", "threshold as set")
         head += (*(f"TAR at FAR {far}" for far in found["clean"]["tar_at_far"]), "EER", "cosine")
         rows = [
@@ -255,7 +254,8 @@ class SetPages:
             )
             for what, row in found.items()
         ]
-        yield table("Accuracy under corruptions; cosine: mean of matched pairs", head, rows)
+        numbers = table("Accuracy under corruptions; cosine: mean of matched pairs", head, rows)
+        yield f'<div class="beside">{figure}{numbers}</div>'
 
 
 def _short(picture_name: str) -> str:

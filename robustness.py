@@ -112,6 +112,12 @@ CORRUPTIONS: dict[str, Callable[[Faces], Faces]] = {
 }
 
 
+def showcase(face: np.ndarray) -> dict[str, np.ndarray]:
+    """A face (112, 112, 3) as it is, "clean", and under every corruption, by name."""
+    worse = {name: corrupt(face[None])[0] for name, corrupt in CORRUPTIONS.items()}
+    return {"clean": face, **worse}
+
+
 # ------------------------------------------------------------------------------ the measurement
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from drawn import face
 
+import figures
 import robustness
 import verification
 from robustness import CORRUPTIONS, EYES, MOUTH
@@ -132,3 +133,11 @@ def test_measure_embeds_second_pictures_only_and_once_each():
     printed = robustness.table(found).splitlines()
     assert len(printed) == 2 + len(CORRUPTIONS)
     assert "eyes covered" in printed[9]
+
+
+def test_the_showcase_is_written_as_a_picture(faces, tmp_path):
+    shown = robustness.showcase(faces[0])
+    assert list(shown) == ["clean", *CORRUPTIONS]
+    assert (shown["clean"] == faces[0]).all()
+    figures.plot_corruptions(tmp_path / "robustness_grid.jpg", shown)
+    assert min(cv2.imread(str(tmp_path / "robustness_grid.jpg")).shape[:2]) > 500
