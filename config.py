@@ -30,7 +30,7 @@ class Config:
     data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval make_bin")
     runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval")
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval")
-    seed: int = knob(0, "seed of everything random", "synthetic train", low=0)
+    seed: int = knob(0, "seed of everything random", "synthetic train lfw_eval", low=0)
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval")
     workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
 
@@ -90,6 +90,7 @@ class Config:
 
     # lfw_eval.py
     checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval")
+    against: str = knob("", "a second checkpoint: is the difference to it more than chance?", "lfw_eval")
     lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval make_bin")
     pairs: str = knob("", "pairs in LFW's format or as lines 'path1 path2 0/1'; default: pairs.txt in the set's folder, <set>_pairs.txt or pairs.txt in data_dir", "train lfw_eval make_bin")
     sets: str = knob("", "several sets, as lfw,cfp_fp,agedb_30: prepared folders or .bin files by name, or paths", "lfw_eval")
