@@ -95,9 +95,8 @@ def test_pairs_are_read_in_blocks_of_any_size(benchmark, changed, monkeypatch, b
     expected = read_pairs(read_ijb(benchmark), np.r_[10:16, 100:106])
     monkeypatch.setattr("ijb_files.BLOCK", block)
     folder = changed("ijbc_template_pair_label.txt", "15 105 1\n", f"15 105 1{newline}")
-    for found, column in zip(
-        read_pairs(read_ijb(folder), np.r_[10:16, 100:106]), expected, strict=True
-    ):
+    found = read_pairs(read_ijb(folder), np.r_[10:16, 100:106])
+    for column, whole in zip(found, expected, strict=True):
         assert (column == whole).all()
 
 
