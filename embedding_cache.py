@@ -97,3 +97,48 @@ def load_embeddings(path: Path, key: str, count: int) -> np.ndarray | None:
         print(f"{path} is damaged ({reason}); embedding again.")
         return None
     return found
+
+
+# ------------------------------------------------------------------------------ memory-mapped
+
+
+def save_features(path: Path, key: str, features: np.ndarray) -> None:
+    """Write features (n, d) float32 too many for memory, and beside them key and checksum."""
+    make_folder(path.parent)
+    beside = path.with_suffix(".key")
+    beside.unlink(missing_ok=True)  # it would call the new file the old one
+    with atomic_write(path) as file:
+        np.lib.format.write_array(file, np.ascontiguousarray(features, np.float32))
+    with atomic_write(beside, "w") as file:
+        file.write(f"{key} {_file_checksum(path)}\n")
+
+
+def open_features(path: Path, key: str, count: int) -> np.ndarray | None:
+    """The features saved under this key as a memory map (count, d) float32, else None.
+
+    Prints a sentence where the file is damaged.
+    """
+    beside = path.with_suffix(".key")
+    if not (path.is_file() and beside.is_file()):
+        return None
+    *known, checksum = beside.read_text("utf-8", errors="replace").split() or [""]
+    if " ".join(known) != key:
+        return None
+    try:
+        if checksum != _file_checksum(path):
+            raise ValueError("its checksum does not match")
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
+            raise ValueError(f"{found.dtype} numbers in the shape {found.shape}")
+    except (OSError, ValueError) as error:
+        print(f"{path} is damaged ({error}); embedding again.")
+        return None
+    return found
+
+
+def _file_checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

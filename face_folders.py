@@ -1,8 +1,10 @@
 """Folders of aligned faces, prepared by pre_process.py or plain pictures, and looking them up.
 
-from face_folders import open_faces
-faces = open_faces("data/faces_lfw_112x112")
-faces.find(["Aaron_Eckhart/Aaron_Eckhart_0001"], "pairs.txt")    # places in faces.reader
+    from face_folders import open_faces
+    faces = open_faces("data/faces_lfw_112x112")
+    faces.find(["Aaron_Eckhart/Aaron_Eckhart_0001"], "pairs.txt")    # numbers of faces.names
+
+Pairs files of all kinds name pictures by the end of their path in the archive, without its suffix.
 """
 
 from __future__ import annotations

@@ -130,6 +130,24 @@ def plot_corruptions(path: Path, faces: dict[str, np.ndarray]) -> None:
     _save(figure, path)
 
 
+def plot_tars(
+    path: Path, far: np.ndarray, tar: np.ndarray, rates: dict[str, float], title: str
+) -> None:
+    """TAR over FAR, (points,) each, on a logarithmic scale, with a mark at each named FAR."""
+    figure, axes = _figure(f"{title}: receiver operating characteristic")
+    axes.plot(far, tar, color=MATCHED, linewidth=1.8)
+    shown = {name: rate for name, rate in rates.items() if float(name) >= far[0]}
+    for name, rate in shown.items():
+        label = f"{rate:.2%} at {name}"
+        axes.plot(float(name), rate, "o", color=MISMATCHED, label=label, clip_on=False, zorder=3)
+    bottom = max(0.0, 1 - 1.2 * (1 - float(tar.min())) - 0.002)
+    axes.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", xscale="log")
+    axes.set(xlim=(far[0], 1), ylim=(bottom, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
 def _figure(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained")
     axes = figure.add_subplot()

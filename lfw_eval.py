@@ -8,13 +8,15 @@
     python lfw_eval.py --lfw data/faces_webface_112x112/cfp_fp.bin
     python lfw_eval.py --sets lfw,cfp_fp,agedb_30           # one table, runs/<run>/eval.json
     python lfw_eval.py --as insightface                     # by the convention of others
+    python lfw_eval.py --against runs/<other>/best.pt       # is the difference more than chance?
 
-It prints a table of ten-fold accuracy with its standard error, the single best threshold, TAR at
-FAR, AUC and EER; the same goes to runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of
-others). Embeddings are kept in runs/<run>/embeddings/. Into images/ go theta_dist.png, roc.png and
-up to ten false positives and false negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg,
-{i}_fn_0.jpg beside {i}_fn_1.jpg. All of it, with more of the pairs and what makes them hard, is on
-one page: runs/<run>/report.html. --robustness adds the same pairs under corruptions.
+It prints a table: ten-fold accuracy with its standard error, the single best threshold, TAR at FAR,
+AUC and EER, 95 % intervals, thresholds to choose from, and last.pt beside best.pt. The same goes to
+runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of others). Embeddings are kept in
+runs/<run>/embeddings/. Into images/ go theta_dist.png, roc.png and up to ten false positives and
+false negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
+All of it, with more of the pairs and what makes them hard, is on one page, runs/<run>/report.html;
+--robustness adds the same pairs under corruptions.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ from config import Config, parse_args
 from embedders import Embed, InputSpec, load_embedder
 from embedding_cache import EmbeddingCache, model_checksum
 from eval_sets import SetResult, TestSet, find_pairs, find_set, load_set
-from eval_tables import set_table, summary_table
+from eval_tables import comparison_table, set_table, summary_table
 from figures import plot_angles, plot_corruptions, plot_robustness, plot_roc, write_galleries
 from protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
 from report import provenance, read_training, write_page
+from set_statistics import compare_results, set_statistics
 from utils import (
     UserError,
     atomic_write,
@@ -204,12 +207,51 @@ def evaluate_sets(
             "cropped centrally"
         )
         results.append(evaluate_set(model, test_set, protocol))
+        results[-1].report.update(set_statistics(results[-1], cfg.seed))
         print(set_table(results[-1].report))
         if cfg.robustness:
             found = measure_robustness(model, results[-1], protocol)
             results[-1].report["robustness"] = found
             print(robustness.table(found))
     return results
+
+
+def other_models(cfg: Config, model: Model) -> list[Model]:
+    """The other end of the run (last.pt beside best.pt), and what --against names."""
+    found = []
+    other = {"best.pt": "last.pt", "last.pt": "best.pt"}.get(model.checkpoint.name, "")
+    beside = model.checkpoint.parent / other
+    if other and model.about["kind"] == "ours" and beside.is_file():
+        try:
+            found.append(open_model(cfg, beside))
+        except UserError as error:
+            print(f"Without {other}: {error}")
+        if found and found[0].about["epoch"] == model.about["epoch"]:
+            print(f"{other} is of the same epoch, {model.about['epoch']}.")
+            found = []
+    return found + ([open_model(cfg, Path(cfg.against))] if cfg.against else [])
+
+
+def compare_models(
+    cfg: Config, model: Model, other: Model, results: Sequence[SetResult], protocol: Protocol
+) -> dict[str, Any]:
+    """Another model on the same sets, and whether it differs; prints the table."""
+    theirs = [evaluate_set(other, result.test_set, protocol) for result in results]
+    compared = [compare_results(*both, cfg.seed) for both in zip(results, theirs, strict=True)]
+    names = [describe_model(entry) for entry in (model, other)]
+    print(comparison_table(names, results, theirs, compared))
+    sets = {
+        mine.test_set.name: their.report | {"comparison": found}
+        for mine, their, found in zip(results, theirs, compared, strict=True)
+    }
+    return other.about | {"sets": sets}
+
+
+def describe_model(model: Model) -> str:
+    """A model's file with its network and epoch."""
+    epoch = model.about.get("epoch")
+    of_epoch = "" if epoch is None else f", epoch {epoch}"
+    return f"{model.checkpoint} ({model.about['network']}{of_epoch})"
 
 
 def draw(cfg: Config, result: SetResult) -> str:
@@ -235,14 +277,17 @@ def draw(cfg: Config, result: SetResult) -> str:
     )
 
 
-def write_report(cfg: Config, model: Model, results: Sequence[SetResult]) -> str:
+def write_report(
+    cfg: Config, model: Model, results: Sequence[SetResult], compared: list[dict[str, Any]]
+) -> str:
     """lfw.json of one set, or eval.json of those that --sets named, and report.html of either."""
     about = model.about | {
+        "compared_with": compared,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "scikit-learn": sklearn.__version__,
-        }
+        },
     }
     report = results[0].report | about
     if cfg.sets:
@@ -252,8 +297,9 @@ def write_report(cfg: Config, model: Model, results: Sequence[SetResult]) -> str
     with atomic_write(path, "w") as file:
         json.dump(report, file, indent=1)
     training = read_training(model.checkpoint) if model.about["kind"] == "ours" else {}
-    page = path.with_name("report.html")
-    write_page(page, results, provenance(about, results), training, source=cfg.lfw_source)
+    page = model.folder / "report.html"
+    origin = provenance(about, results)
+    write_page(page, results, origin, training, compared=compared, source=cfg.lfw_source)
     return f"{path}, {page}"
 
 
@@ -263,14 +309,15 @@ def main(cfg: Config) -> None:
     keep_freed_memory()
     protocol, paths = choose_protocol(cfg), choose_sets(cfg)
     model = open_model(cfg, Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")))
-    about, which = model.about, "" if cfg.checkpoint else "the newest run's "
-    epoch = f", epoch {about['epoch']}" if about.get("epoch") is not None else ""
-    print(f"Model: {which}{model.checkpoint} ({about['network']}{epoch})")
+    which = "" if cfg.checkpoint else "the newest run's "
+    print(f"Model: {which}{describe_model(model)}")
     results = evaluate_sets(cfg, model, paths, protocol)
     if cfg.sets:
         print(summary_table(results))
+    others = other_models(cfg, model)
+    compared = [compare_models(cfg, model, other, results, protocol) for other in others]
     drawn = draw(cfg, results[0])
-    print(f"Wrote {write_report(cfg, model, results)} and, {drawn}.")
+    print(f"Wrote {write_report(cfg, model, results, compared)} and, {drawn}.")
 
 
 if __name__ == "__main__":

@@ -35,24 +35,24 @@ def write_page(
     about: dict[str, Any],
     training: dict[str, Any],
     *,
+    compared: Sequence[dict[str, Any]] = (),
     source: str = "",
-) -> list[str]:
-    """Write the page about one model on one or more sets; returns notices, none where all is well.
+) -> None:
+    """Write the page about one model on one or more sets.
 
-    about is provenance's, training is read_training's; source names the original pictures where
-    the sets' own is not to be had.
+    about is provenance's, training read_training's, compared what lfw.json says of other models;
+    source names the original pictures where the sets' own is not to be had.
     """
     gallery = max(4, min(GALLERY, _OF_ALL_SETS // len(results)))
-    notices, parts = [], []
+    parts = []
     contents = [("summary", "Summary")]
     for number, result in enumerate(results):
         anchor = f"set{number}"
         contents.append((anchor, result.test_set.name))
         pages = SetPages(result, anchor, gallery, source)
         parts.append(section(2, anchor, f"Test set: {result.test_set.name}", *pages.sections()))
-        notices += [pages.notice] * bool(pages.notice)
     contents += [("training", "Training"), ("provenance", "Versions and checksums")]
-    parts.insert(0, section(2, "summary", "Summary", *_summary(results)))
+    parts.insert(0, section(2, "summary", "Summary", *_summary(results, compared)))
     parts.append(section(2, "training", "Training", *_training(training)))
     versions = table("Where these numbers come from", ("what", "value"), about.items(), words=2)
     parts.append(section(2, "provenance", "Versions and checksums", versions))
@@ -62,13 +62,12 @@ def write_page(
     make_folder(Path(path).parent)
     with atomic_write(path, "w") as file:
         file.write(whole)
-    return notices
 
 
 # ------------------------------------------------------------------------------ all sets
 
 
-def _summary(results: Sequence[SetResult]) -> Iterator[str]:
+def _summary(results: Sequence[SetResult], compared: Sequence[dict[str, Any]]) -> Iterator[str]:
     cards = "".join(
         f"<li><span>{text(title)}</span><strong>{value}</strong><span>{text(note)}</span></li>"
         for title, value, note in _cards(results)
@@ -84,12 +83,51 @@ def _summary(results: Sequence[SetResult]) -> Iterator[str]:
         "seen the pairs that it is scored on. A missed face is one that the detector did not find; "
         "it is cropped from the middle of its picture and counts."
     )
+    yield from _intervals(results)
+    yield from _comparisons(results, compared)
+
+
+def _intervals(results: Sequence[SetResult]) -> Iterator[str]:
+    known = [result for result in results if "intervals" in result.report]
+    if not known:
+        return
+    rows = []
+    for test_set, _, report, _ in known:
+        found = report["intervals"]
+        tars = [found["tar_at_far"].get(far) for far in known[0].report["tar_at_far"]]
+        rows.append([test_set.name, *map(_within, [found["accuracy"], *tars, found["eer"]])])
+    fars = [f"TAR at FAR {far}" for far in known[0].report["tar_at_far"]]
+    caption = f"95 % intervals: {known[0].report['resamples']:,} resamples of the people"
+    yield table(caption, ["set", "accuracy", *fars, "EER"], rows)
+
+
+def _within(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{rate(interval[0], 2)} to {rate(interval[1], 2)}"
+
+
+def _comparisons(results: Sequence[SetResult], compared: Sequence[dict[str, Any]]) -> Iterator[str]:
+    rows = [
+        (
+            f"{other['checkpoint']}, {result.test_set.name}",
+            rate(result.report["accuracy"]),
+            rate(theirs["accuracy"]),
+            theirs["comparison"]["verdict"],
+        )
+        for other in compared
+        for result in results
+        if (theirs := other["sets"].get(result.test_set.name)) is not None
+    ]
+    if rows:
+        head = ("other model, set", "this model", "the other", "this one is the first")
+        yield table("Beside other models", head, rows, words=4)
 
 
 def _cards(results: Sequence[SetResult]) -> Iterator[tuple[str, str, str]]:
     """(title, value, note) of what to see first: the accuracies, or more of the only set."""
     for test_set, _, report, _ in results:
         note = f"± {rate(report['standard_error'], 2)} standard error"
+        if "intervals" in report:
+            note += f", 95 %: {_within(report['intervals']['accuracy'])}"
         title = f"{test_set.name}, accuracy over {len(report['fold_accuracies'])} folds"
         yield title, rate(report["accuracy"], 2), note
     if len(results) == 1:

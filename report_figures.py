@@ -223,6 +223,17 @@ def curves_figure(
 
 
 @styled
+def reliability_figure(bins: list[dict[str, Any]]) -> str:
+    """Share of matched pairs over mean probability, calibration.calibrate's bins."""
+    figure, axes = _figure()
+    axes.plot((0, 1), (0, 1), color=INK, linestyle=":", linewidth=0.8)
+    said, seen = ([row[key] for row in bins] for key in ("probability", "matched"))
+    axes.plot(said, seen, "o-", color=MATCHED, linewidth=1.2, clip_on=False)
+    axes.set(xlabel="probability", ylabel="share of matched pairs", xlim=(0, 1), ylim=(0, 1))
+    return _svg(figure, "Reliability: share of matched pairs over probability")
+
+
+@styled
 def robustness_figure(found: dict[str, dict[str, Any]]) -> str:
     """Accuracy by corruption; found is robustness.measure's."""
     figure, axes = _figure(0.27 * len(found) + 1.2)

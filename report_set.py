@@ -14,6 +14,7 @@ from figures import read_originals
 from pictures import PictureError, decode_picture
 from report_html import name, paragraph, picture, section, table, text
 from report_html import plots as side_by_side
+from significance import judged_rightly
 from verification import to_degrees
 
 CONFUSIONS = 12
@@ -67,6 +68,7 @@ class SetPages:
         for anchor, title, make in (
             ("curves", "Curves", self._curves),
             ("folds", "Folds", self._folds),
+            ("points", "Thresholds to choose from", self._points),
             ("fp", "False positives: two people taken for one", lambda: self._wrong("fp")),
             ("fn", "False negatives: one person taken for two", lambda: self._wrong("fn")),
             ("missed", "Faces that the detector missed", self._missed_faces),
@@ -118,6 +120,39 @@ class SetPages:
         figure = side_by_side([(plots.folds_figure(report), caption)])
         yield f'<div class="beside">{figure}{numbers}</div>'
 
+    def _points(self) -> Iterator[str]:
+        points, calibration = self.report.get("operating_points"), self.report.get("calibration")
+        if points:
+            head = ("false accepts asked for", "threshold", "angle", "FAR", "FRR")
+            rows = [
+                (
+                    row["wanted"],
+                    f"{row['threshold']:.4f}",
+                    f"{row['degrees']:.2f}°",
+                    rate(row["far"]),
+                    rate(row["frr"]),
+                )
+                for row in points
+            ]
+            yield table("The lowest threshold that keeps to a rate of false accepts", head, rows)
+        yield from map(paragraph, self.report.get("operating_points_refused", ()))
+        if calibration:
+            slope, intercept = calibration["slope"], calibration["intercept"]
+            yield side_by_side(
+                [
+                    (
+                        plots.reliability_figure(calibration["bins"]),
+                        "Reliability: how often pairs of a probability do match",
+                    )
+                ]
+            )
+            yield paragraph(
+                f"P(same person) = 1 / (1 + exp({-intercept:.3f} - {slope:.3f} × cosine)) where "
+                f"{calibration['share_matched']:.0%} of pairs match. Expected calibration error "
+                f"{rate(calibration['ece'], 2)}, Brier score {calibration['brier']:.5f}, both on "
+                "folds not seen."
+            )
+
     # -------------------------------------------------------------------------- faces
 
     def _face(self, face: int) -> str:
@@ -148,7 +183,7 @@ class SetPages:
         side = "at or above" if kind == "fp" else "below"
         yield paragraph(
             f"Worst first, {which}: scores {side} the best single threshold, {threshold:.4f} "
-            f"({to_degrees(threshold):.2f}°)."
+            f"({to_degrees(threshold):.2f}°). {self.notice}"
         )
         cards = [
             self._card(
@@ -198,7 +233,7 @@ class SetPages:
     def _quality(self) -> Iterator[str]:
         faces = pair_quality.face_qualities(self.test_set.images, self.test_set.points)
         values = pair_quality.pair_values(faces, self.pairs)
-        wrong = verification.wrong_by_fold(
+        wrong = ~judged_rightly(
             self.scores, self.pairs.same, self.pairs.folds, self.report["fold_thresholds"]
         )
         missing = ""

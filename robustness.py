@@ -19,6 +19,7 @@ from torch import Tensor
 
 import verification
 from embedders import Embed
+from significance import judged_rightly
 from verification import Pairs
 
 Faces = np.ndarray  # (n, 112, 112, 3) uint8 RGB
@@ -153,10 +154,10 @@ def _of(
     report = verification.verify(scores, pairs.same, pairs.folds)
     own = np.array(report["fold_thresholds"])
     kept = own if thresholds is None else thresholds
-    wrong = verification.wrong_by_fold(scores, pairs.same, pairs.folds, kept)
+    right = judged_rightly(scores, pairs.same, pairs.folds, kept)
     numbers = {name: report[name] for name in ("accuracy", "standard_error", "eer", "auc")}
     numbers["accuracy_as_set"] = float(
-        np.mean([1 - wrong[pairs.folds == fold].mean() for fold in np.unique(pairs.folds)])
+        np.mean([right[pairs.folds == fold].mean() for fold in np.unique(pairs.folds)])
     )
     numbers["tar_at_far"] = report["tar_at_far"]
     numbers["matched_cosine"] = float(scores[pairs.same].mean())

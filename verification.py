@@ -191,17 +191,6 @@ def cross_validate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     return Folds(np.array(accuracies), np.array(thresholds))
 
 
-def wrong_by_fold(
-    scores: np.ndarray, same: np.ndarray, folds: np.ndarray, thresholds: Sequence[float]
-) -> np.ndarray:
-    """Which pairs are judged wrongly at their fold's threshold, (pairs,) bool.
-
-    thresholds are one a fold, in the order of the folds' numbers, as cross_validate has them.
-    """
-    place = np.unique(folds, return_inverse=True)[1]
-    return (scores >= np.asarray(thresholds)[place]) != same
-
-
 def worst_errors(
     scores: np.ndarray, same: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:

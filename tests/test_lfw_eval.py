@@ -373,6 +373,68 @@ def test_the_protocol_is_named_and_those_of_others_are_fixed(data, tmp_path, mon
     assert "--as paper fixes --flip" in capsys.readouterr().err
 
 
+def save_other(path, epoch, seed):
+    """A checkpoint of another epoch, with weights of its own."""
+    torch.manual_seed(seed)
+    config = {"network": "tiny", "use_se": False, "seed": 4}
+    state = build_model("tiny", emb_size=8).state_dict()
+    save_checkpoint(path, {"config": config, "model": state, "epoch": epoch})
+
+
+def test_last_epoch_stands_beside_best_epoch(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "20250601-000000-tiny-s4"
+    save_tiny(run / "best.pt")
+    save_other(run / "last.pt", epoch=9, seed=1)
+    main()
+    printed = capsys.readouterr().out
+    assert "best.pt (tiny, epoch 2)" in printed
+    assert "last.pt (tiny, epoch 9)" in printed
+    report = json.loads((run / "lfw.json").read_text("utf-8"))
+    (other,) = report["compared_with"]
+    assert (report["epoch"], other["epoch"]) == (2, 9)
+    found = other["sets"]["lfw"]
+    assert found["comparison"]["accuracy_difference"] == pytest.approx(
+        report["accuracy"] - found["accuracy"]
+    )
+    assert found["comparison"]["verdict"] in printed
+    save_other(run / "last.pt", epoch=2, seed=0)
+    main()
+    assert "last.pt is of the same epoch, 2." in capsys.readouterr().out
+    (run / "last.pt").write_bytes(b"cut short")
+    main()
+    assert "Without last.pt: " in capsys.readouterr().out
+
+
+def test_against_compares_with_any_model_on_every_set(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    main("--against", "theirs.pth", "--network", "tiny", "--sets", "lfw")
+    report = json.loads(next((tmp_path / "runs").glob("*-s4/eval.json")).read_text("utf-8"))
+    (other,) = report["compared_with"]
+    assert (other["checkpoint"], list(other["sets"])) == ("theirs.pth", ["lfw"])
+    assert "second: theirs.pth" in capsys.readouterr().out
+    main("--against", "runs/20250601-000000-tiny-s4/best.pt", "--no-flip")
+    assert "within chance (0 pairs" in capsys.readouterr().out
+
+
+def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
+    main()
+    report = json.loads(next((tmp_path / "runs").glob("*-s4/lfw.json")).read_text("utf-8"))
+    low, high = report["intervals"]["accuracy"]
+    assert low <= report["accuracy"] <= high
+    assert report["identities"] == PEOPLE
+    assert report["operating_points"] == []  # 12 mismatched pairs support none
+    assert len(report["operating_points_refused"]) == 4
+    assert {"slope", "intercept", "ece", "bins"} <= report["calibration"].keys()
+    printed = capsys.readouterr().out
+    assert "FAR 1e-1 is not shown: 1.2 of 12 mismatched pairs would decide it" in printed
+    assert f"resamples of {PEOPLE} people, told apart by name" in printed
+
+
 def test_a_network_of_nans_gets_a_sentence(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     state = build_model("tiny", emb_size=8).state_dict()

@@ -22,6 +22,7 @@ from checkpoints import save_checkpoint
 from config import Config
 from eval_sets import SetResult, TestSet
 from recordio import encode_jpeg
+from set_statistics import set_statistics
 from utils import TEMPLATE
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -33,7 +34,16 @@ def undrawn(request, monkeypatch):
     """Plots cost seconds; but for the tests that ask for them, a page has empty ones."""
     if "drawn" not in request.fixturenames:
         empty = '<svg role="img" aria-label="plot"></svg>'
-        for plot in ("roc", "det", "histogram", "folds", "bins", "curves", "robustness"):
+        for plot in (
+            "roc",
+            "det",
+            "histogram",
+            "folds",
+            "bins",
+            "curves",
+            "robustness",
+            "reliability",
+        ):
             monkeypatch.setattr(report_figures, f"{plot}_figure", lambda *_, **__: empty)
 
 
@@ -105,9 +115,9 @@ def make_result(tmp_path, names=None, *, folder=True, noise=0.9, name="lfw"):
 def write(tmp_path, results, about=None, training=None, **options):
     path = tmp_path / "new" / "report.html"
     about = about or {"checkpoint": "a.pt"}
-    notices = report.write_page(path, results, about, training or {}, **options)
+    report.write_page(path, results, about, training or {}, **options)
     text = path.read_text("utf-8")
-    return text, Page(text), notices
+    return text, Page(text)
 
 
 def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
@@ -115,19 +125,26 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
     found = {"accuracy": 0.9, "standard_error": 0.01, "accuracy_as_set": 0.8, "eer": 0.1,
              "tar_at_far": {"1e-3": 0.5, "1e-2": 0.6}, "matched_cosine": 0.25}  # fmt: skip
     result.report["robustness"] = dict.fromkeys(("clean", *robustness.CORRUPTIONS), found)
+    result.report.update(set_statistics(result, seed=0))
+    point = {"wanted": "1e-1", "threshold": 0.4321, "degrees": 64.4, "far": 0.1, "frr": 0.2}
+    result.report["operating_points"] = [point]
+    other = result.report | {"comparison": {"verdict": "The difference is within chance."}}
+    compared = [{"checkpoint": "<last>.pt", "sets": {"lfw": other}}]
     history = {"train": [(0, 4, 9.0, 0.1, 4), (0, 8, 5.0, 0.4, 4)], "valid": [(1, 4.0, 0.5)],
                "lfw": [(1, 0.8, 0.3)]}  # fmt: skip
     training = {"config": vars(Config()), "history": history, "steps": 8, "best": {}}
-    text, page, _ = write(tmp_path, [result], training=training)
+    text, page = write(tmp_path, [result], training=training, compared=compared)
     headings = " ".join(word for word in page.words if word.strip())
     for title in ("Summary", "Curves", "False positives", "False negatives", "missed", "Training",
                   "Nearest confusions", "What makes pairs hard", "Robustness", "checksums",
-                  "Accuracy by fold", "Configuration of the run", "margin_m"):  # fmt: skip
+                  "Accuracy by fold", "Configuration of the run", "margin_m", "Beside other models",
+                  "<last>.pt", "within chance", "0.4321", "FAR 1e-4 is not shown",
+                  "95 % intervals: 1,000", "P(same person)", "show aligned faces"):  # fmt: skip
         assert title in headings
     assert "lfw_identities" not in headings  # no knob of train.py
     assert f"{100 * result.report['accuracy']:.3f} %" in headings
-    # 4 curves, folds, 5 measures, robustness, and 3 of training
-    assert len(page.of("svg")) == 4 + 1 + 5 + 1 + 3
+    # 4 curves, folds, reliability, 5 measures, robustness, and 3 of training
+    assert len(page.of("svg")) == 4 + 1 + 1 + 5 + 1 + 3
     wrong = (result.scores >= result.report["best_threshold"]) != result.test_set.pairs.same
     assert wrong.sum() > 3
     for pair in np.flatnonzero(wrong):
@@ -167,7 +184,7 @@ def check_that_it_needs_nothing(text, page):
 def test_hostile_names_stay_text(tmp_path):
     names = hostile_names(2 * PEOPLE)
     result = make_result(tmp_path, names, noise=3)
-    text, page, _ = write(tmp_path, [result], {"checkpoint": names[0], "<b>": names[1]})
+    text, page = write(tmp_path, [result], {"checkpoint": names[0], "<b>": names[1]})
     tags = {tag for tag, _ in page.seen}
     assert not {"script", "b", "a2", "iframe"} & tags
     assert not any(key.startswith("on") for _, attributes in page.seen for key in attributes)
@@ -186,8 +203,8 @@ def test_originals_stand_beside_the_crops(tmp_path):
             member = tarfile.TarInfo(f"lfw/{name}.jpg")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    _, page, notices = write(tmp_path, [result], source=str(archive))
-    assert notices == []
+    _, page = write(tmp_path, [result], source=str(archive))
+    assert "show aligned faces" not in " ".join(page.words)
     shown = {image["alt"]: image["src"] for image in page.of("img")}
     originals = {alt: src for alt, src in shown.items() if alt.endswith(", original picture")}
     assert len(originals) == len(shown) / 2
@@ -198,7 +215,7 @@ def test_originals_stand_beside_the_crops(tmp_path):
 
 
 def test_a_set_of_a_bin_says_what_is_not_known(tmp_path):
-    _, page, _ = write(tmp_path, [make_result(tmp_path, folder=False, name="cfp_fp")])
+    _, page = write(tmp_path, [make_result(tmp_path, folder=False, name="cfp_fp")])
     words = " ".join(page.words)
     assert "pose and resolution are not known" in words
     assert "does not say who is in its pictures" in words
@@ -208,7 +225,7 @@ def test_a_set_of_a_bin_says_what_is_not_known(tmp_path):
 
 
 def test_a_perfect_model_has_none_to_show(tmp_path):
-    _, page, _ = write(tmp_path, [make_result(tmp_path, noise=0)])
+    _, page = write(tmp_path, [make_result(tmp_path, noise=0)])
     assert " ".join(page.words).count("None.") == 2
 
 
@@ -218,7 +235,7 @@ def test_a_perfect_model_has_none_to_show(tmp_path):
 )  # fmt: skip
 def test_a_history_that_is_none_is_said(tmp_path, history):
     training = {"config": {"<i>": "<u>"}, "history": history, "steps": None}
-    _, page, _ = write(tmp_path, [make_result(tmp_path)], training=training)
+    _, page = write(tmp_path, [make_result(tmp_path)], training=training)
     assert "holds no training curves" in " ".join(page.words)
     assert not page.of("i")
 
@@ -226,7 +243,7 @@ def test_a_history_that_is_none_is_said(tmp_path, history):
 def test_noise_of_many_sets_stays_below_eight_megabytes(tmp_path):
     # Faces of noise are what WebP is worst at.
     results = [make_result(tmp_path, noise=3, name=f"set{i}") for i in range(5)]
-    text, _, _ = write(tmp_path, results)
+    text, _ = write(tmp_path, results)
     assert len(text.encode()) < 8e6
     rng = np.random.default_rng(0)
     largest = report_html.picture(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
