@@ -41,15 +41,22 @@ def name(value: object) -> str:
 
 
 def table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], *, words: int = 1
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    words: int = 1,
+    of: str = "",
 ) -> str:
     """A table with a caption, in a region that scrolls sideways where it is wider than the page.
 
     The first cell of a row is its header. The first `words` columns hold words, the others numbers.
+    `of` tells regions apart whose captions are the same.
     """
     kinds = ["" if column < words else ' class="number"' for column in range(len(head))]
     columns = zip(kinds, head, strict=True)
     titles = "".join(f'<th scope="col"{kind}>{text(title)}</th>' for kind, title in columns)
+    label = text(f"{caption}: {of}" if of else caption)
     look = "numbers" if words == 1 else "words"
     body = []
     for row in rows:
@@ -61,7 +68,7 @@ def table(
             + "</tr>"
         )
     return (
-        f'<section class="scroll" aria-label="{text(caption)}" tabindex="0"><table class="{look}">'
+        f'<section class="scroll" aria-label="{label}" tabindex="0"><table class="{look}">'
         f"<caption>{text(caption)}</caption><thead><tr>{titles}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></section>"
     )
@@ -95,9 +102,10 @@ def plots(figures: Iterable[tuple[str, str]], kind: str = "") -> str:
 
 
 def section(level: int, anchor: str, title: str, *content: str) -> str:
-    """A section with its heading, which links can point at."""
+    """A section with its heading, which links can point at; those of level 2 are landmarks."""
+    named = f' aria-labelledby="{anchor}-title"' if level == 2 else ""
     return (
-        f'<section id="{anchor}" aria-labelledby="{anchor}-title">'
+        f'<section id="{anchor}"{named}>'
         f'<h{level} id="{anchor}-title">{text(title)}</h{level}>{"".join(content)}</section>'
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -80,6 +80,9 @@ class SetPages:
             if content:
                 yield section(3, f"{self.anchor}-{anchor}", title, *content)
 
+    def _table(self, caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+        return table(caption, head, rows, of=self.test_set.name)
+
     def _curves(self) -> Iterator[str]:
         curve, same = verification.roc(self.scores, self.pairs.same), self.pairs.same
         yield side_by_side(
@@ -116,7 +119,7 @@ class SetPages:
                 zip(report["fold_accuracies"], report["fold_thresholds"], strict=True), 1
             )
         ]
-        numbers = table("Accuracy by fold", ("fold", "accuracy", "threshold", "angle"), rows)
+        numbers = self._table("Accuracy by fold", ("fold", "accuracy", "threshold", "angle"), rows)
         figure = side_by_side([(plots.folds_figure(report), caption)])
         yield f'<div class="beside">{figure}{numbers}</div>'
 
@@ -134,7 +137,9 @@ class SetPages:
                 )
                 for row in points
             ]
-            yield table("The lowest threshold that keeps to a rate of false accepts", head, rows)
+            yield self._table(
+                "The lowest threshold that keeps to a rate of false accepts", head, rows
+            )
         yield from map(paragraph, self.report.get("operating_points_refused", ()))
         if calibration:
             slope, intercept = calibration["slope"], calibration["intercept"]
@@ -264,7 +269,7 @@ class SetPages:
                 )
                 for row in rows
             ]
-            tables.append(table(f"{title} ({unit})", (unit, *head[1:]), cells))
+            tables.append(self._table(f"{title} ({unit})", (unit, *head[1:]), cells))
         yield side_by_side(figures)
         yield f"<details><summary>The same as tables</summary>{''.join(tables)}</details>"
 
@@ -289,7 +294,9 @@ class SetPages:
             )
             for what, row in found.items()
         ]
-        numbers = table("Accuracy under corruptions; cosine: mean of matched pairs", head, rows)
+        numbers = self._table(
+            "Accuracy under corruptions; cosine: mean of matched pairs", head, rows
+        )
         yield f'<div class="beside">{figure}{numbers}</div>'
 
 

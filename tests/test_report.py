@@ -224,6 +224,15 @@ def test_a_set_of_a_bin_says_what_is_not_known(tmp_path):
     assert len(page.of("svg")) == 4 + 1 + 2
 
 
+def test_landmarks_of_several_sets_are_told_apart(tmp_path):
+    results = [make_result(tmp_path, name=name) for name in ("one", "two")]
+    _, page = write(tmp_path, results)
+    named = [part.get("aria-label") or part.get("aria-labelledby") for part in page.of("section")]
+    named = [name for name in named if name]
+    assert len(named) == len(set(named)) > 10
+    assert len(page.ids) == len(set(page.ids))
+
+
 def test_a_perfect_model_has_none_to_show(tmp_path):
     _, page = write(tmp_path, [make_result(tmp_path, noise=0)])
     assert " ".join(page.words).count("None.") == 2
