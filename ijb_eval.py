@@ -230,7 +230,7 @@ def main(cfg: Config) -> None:
     print(table(report))
     plot = Path(cfg.images_dir) / f"{ijb.name}_roc.png"
     rates = {name: report["tar_at_far"][name]["tar"] for name in IJB_FARS}
-    plot_tars(plot, far, tar, rates, f"{ijb.name.upper()}, 1:1")
+    plot_tars(plot, far, tar, rates, f"IJB-{ijb.name[-1].upper()}, 1:1")
     make_folder(folder)
     with atomic_write(folder / f"{ijb.name}.json", "w") as file:
         json.dump(report, file, indent=1)

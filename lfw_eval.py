@@ -169,7 +169,7 @@ def choose_sets(cfg: Config) -> list[Path]:
         raise UserError("--lfw names one test set and --sets several; leave one of the two away.")
     if cfg.lfw and not Path(cfg.lfw).exists():
         raise UserError(f"There is no test set at {cfg.lfw}; correct --lfw.")
-    names = [name for name in (cfg.sets or cfg.lfw or "lfw").split(",") if name]
+    names = [name for name in cfg.sets.split(",") if name] or [cfg.lfw or "lfw"]
     found = [
         Path(name) if name == cfg.lfw else find_set(name, cfg.data_dir, cfg.train_set)
         for name in names
@@ -314,10 +314,12 @@ def main(cfg: Config) -> None:
     results = evaluate_sets(cfg, model, paths, protocol)
     if cfg.sets:
         print(summary_table(results))
+    drawn = draw(cfg, results[0])
+    path = write_report(cfg, model, results, [])  # whatever is wrong with the other models
     others = other_models(cfg, model)
     compared = [compare_models(cfg, model, other, results, protocol) for other in others]
-    drawn = draw(cfg, results[0])
-    print(f"Wrote {write_report(cfg, model, results, compared)} and, {drawn}.")
+    write_report(cfg, model, results, compared)
+    print(f"Wrote {path} and, {drawn}.")
 
 
 if __name__ == "__main__":

@@ -419,6 +419,19 @@ def test_against_compares_with_any_model_on_every_set(data, tmp_path, monkeypatc
     assert "within chance (0 pairs" in capsys.readouterr().out
 
 
+def test_a_diverged_other_model_leaves_the_report_of_this_one(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
+    state = build_model("tiny", emb_size=8).state_dict()
+    state["features.weight"].fill_(1e38)
+    torch.save(state, "diverged.pth")
+    with pytest.raises(SystemExit):
+        main("--against", "diverged.pth", "--network", "tiny", "--sets", "lfw,")
+    assert "finite" in capsys.readouterr().err
+    report = json.loads(next((tmp_path / "runs").glob("*-s4/eval.json")).read_text("utf-8"))
+    assert report["compared_with"] == []
+
+
 def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
