@@ -318,7 +318,8 @@ def main(cfg: Config) -> None:
     path = write_report(cfg, model, results, [])  # whatever is wrong with the other models
     others = other_models(cfg, model)
     compared = [compare_models(cfg, model, other, results, protocol) for other in others]
-    write_report(cfg, model, results, compared)
+    if compared:
+        write_report(cfg, model, results, compared)
     print(f"Wrote {path} and, {drawn}.")
 
 
