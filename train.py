@@ -35,9 +35,11 @@ import checks
 from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
+from eval_board import log_evaluation, log_projector
+from eval_sets import TestSet, find_pairs, find_set, load_set
 from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory
 from figures import plot_curves
-from lfw_eval import LfwSet, evaluate_lfw, find_lfw, load_lfw
+from lfw_eval import evaluate_lfw
 from locks import locked
 from recordio import RecordReader
 from resume import cut_events, open_checkpoint, resumed_config, run_folder
@@ -53,7 +55,7 @@ from utils import (
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
 
 
-def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: LfwSet | None) -> None:
+def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: TestSet | None) -> None:
     """Train, validate, evaluate and save, epoch by epoch, from wherever the trainer stands."""
     embed = torch_embedder(trainer.model, trainer.device, batch=trainer.cfg.eval_batch)
     while trainer.epoch < trainer.cfg.epochs:
@@ -68,10 +70,12 @@ def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: LfwS
             writer.add_scalar("valid/accuracy", accuracy, step)
             line += f"  valid loss {loss:.3f}  valid accuracy {accuracy:.2%}"
         if lfw is not None:
-            report = evaluate_lfw(embed, lfw)
+            result = evaluate_lfw(embed, lfw)
+            report = result.report
             points["lfw"] = [(epoch, report["accuracy"], report["threshold"])]
-            writer.add_scalar("lfw/accuracy", report["accuracy"], step)
-            writer.add_scalar("lfw/threshold", report["threshold"], step)
+            log_evaluation(writer, result, step)
+            if epoch == trainer.cfg.epochs:
+                log_projector(writer, result, step)
             line += f"  lfw {report['accuracy']:.2%}"
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
@@ -120,13 +124,13 @@ def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> 
         raise UserError(f"{why} All steps are kept; go on with: {again}") from None
 
 
-def open_lfw(cfg: Config) -> LfwSet | None:
+def open_lfw(cfg: Config) -> TestSet | None:
     """The test set for the number after each epoch, or None where it is not prepared."""
-    path = Path(cfg.lfw) if cfg.lfw else find_lfw(cfg.data_dir, cfg.train_set)
+    path = Path(cfg.lfw) if cfg.lfw else find_set("lfw", cfg.data_dir, cfg.train_set)
     if path is None:
         print("LFW is not prepared, so there will be no LFW accuracy after each epoch.")
         return None
-    return load_lfw(path, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
+    return load_set(path, find_pairs(path, cfg.data_dir, cfg.pairs), cfg.workers)
 
 
 def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
