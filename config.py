@@ -71,7 +71,11 @@ class Config:
 
     # the optimisation
     epochs: int = knob(32, "passes over the training set", "train", low=1)
-    batch_size: int = knob(512, "images a step", "train", low=2)
+    batch_size: int = knob(512, "images a step, over all processes", "train", low=2)
+    accumulate: int = knob(1, "parts that a process computes its share of a batch in, one after the other: less memory", "train", low=1)
+    checkpoint_activations: bool = knob(False, "compute each block's activations again in the backward pass: far less memory, a third more time", "train")
+    sync_bn: bool = knob(False, "many processes: batch normalisation over the whole batch, not over a process's share", "train")
+    sample_rate: float = knob(1.0, "share of the other people's centres that a step compares with (Partial FC); 1: all", "train", low=1e-6, high=1)
     lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
     momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
     weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from recordio import RecordError, RecordReader
 from utils import FACE_SIZE, UserError, core_count
 
@@ -163,7 +164,7 @@ def choose_cache(count: int, device: torch.device) -> str:
     # Half of the GPU stays for the network, the head and its activations.
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 2:
         return "gpu"
-    return "ram" if size < available_memory() * 0.7 else "none"
+    return "ram" if size * parallel.local_world_size() < available_memory() * 0.7 else "none"
 
 
 class ImageStore:
@@ -285,21 +286,35 @@ def train_batches(
     first_step: int = 0,
     flip: bool = True,
 ) -> Iterator[Batch]:
-    """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order."""
+    """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order.
+
+    Of many processes each gets its slice of every batch.
+    """
     order, mirrored = epoch_order(positions, seed, epoch)
     steps = range(first_step, steps_per_epoch(len(order), batch_size))
-    slices = [slice(step * batch_size, (step + 1) * batch_size) for step in steps]
+    slices = [slice_of(step * batch_size, min(batch_size, len(order))) for step in steps]
     parts = [(order[s], mirrored[s] if flip else None) for s in slices]
     for (positions, _), images in zip(parts, _prefetch(store, parts), strict=True):
         yield _batch(store, images, positions)
 
 
 def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
-    """All pictures at `positions` in order, the last batch as small as it comes."""
+    """All pictures at `positions` in order, the last batch as small as it comes.
+
+    Of many processes each gets its slice of every batch.
+    """
     starts = range(0, len(positions), batch_size)
-    parts = [(positions[start : start + batch_size], None) for start in starts]
-    for (part, _), images in zip(parts, _prefetch(store, parts), strict=True):
-        yield _batch(store, images, part)
+    sizes = [min(batch_size, len(positions) - start) for start in starts]
+    slices = [slice_of(start, size) for start, size in zip(starts, sizes, strict=True)]
+    parts = [(positions[part], None) for part in slices]
+    for (positions, _), images in zip(parts, _prefetch(store, parts), strict=True):
+        yield _batch(store, images, positions)
+
+
+def slice_of(start: int, size: int) -> slice:
+    """This process's part of the `size` pictures from `start` on."""
+    mine = parallel.part(size)
+    return slice(start + mine.start, start + mine.stop)
 
 
 def _batch(store: ImageStore, images: Tensor, positions: np.ndarray) -> Batch:

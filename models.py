@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -216,6 +219,39 @@ def build_model(
     if network not in NETWORKS:
         raise ValueError(f"There is no network {network!r}; there are {', '.join(NETWORKS)}.")
     return NETWORKS[network](emb_size=emb_size, dropout=dropout, use_se=use_se)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have the residual blocks keep their inputs only and compute the rest again in backward.
+
+    It saves most of the activations' memory for a third more arithmetic (Chen et al., 1604.06174).
+    The second time, batch normalisation leaves its running statistics alone.
+    """
+    for block in model.modules():
+        if isinstance(block, (IRBlock, Bottleneck)):
+            block.forward = functools.partial(_recomputed, block, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not block.training:
+        return forward(x)
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a block
+    if not torch.compiler.is_compiling():  # which takes in the statistics once by itself
+        options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
+    return checkpoint(forward, x, **options)
+
+
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Batch normalisation uses the batch's statistics, and does not take them in."""
+    layers = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 class ArcMarginModel(nn.Module):

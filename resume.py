@@ -25,7 +25,7 @@ FIXED_ON_RESUME = {
     "seed", "network", "emb_size", "use_se", "dropout", "margin_m", "margin_s", "easy_margin",
     "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
     "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
-    "compile",
+    "compile", "accumulate", "sync_bn", "sample_rate",
 }
 # What it may: where things are (the training set's contents are compared apart), the machine,
 # what is logged, measured and kept, and how long to go on. No weight depends on these, but for
@@ -34,7 +34,7 @@ FIXED_ON_RESUME = {
 FREE_ON_RESUME = {
     "data_dir", "runs_dir", "images_dir", "train_set", "lfw", "pairs", "device", "workers", "cache",
     "eval_batch", "log_every", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints",
-    "resume", "epochs",
+    "resume", "epochs", "checkpoint_activations",
 }
 # fmt: on
 

@@ -73,7 +73,7 @@ def raise_it(error):
 def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monkeypatch):
     def poison(trainer, images):
         # The loss is as it should be, its gradient is not.
-        parameter = trainer.head.weight
+        parameter = trainer.learner.head.weight
         hook = parameter.register_hook(lambda grad: hook.remove() or grad * math.nan)
         return images
 
