@@ -20,7 +20,8 @@ from align import Aligned
 from archives import Entry, Tally
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
 from locks import LOCK
-from recordio import RecordWriter, record_offsets
+from record_writer import RecordWriter
+from recordio import record_offsets
 from utils import UserError, atomic_write, open_to_write, sync, sync_folder, write_errors
 
 NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte

@@ -1,9 +1,13 @@
 """What the processes of tests/processes.py do; each writes what it found into its folder."""
 
+import os
+import signal
+
 import torch
 from torch import nn
 
 import models
+import parallel
 import train
 import trainer
 from checkpoints import save_checkpoint
@@ -67,3 +71,28 @@ def sharded_heads(orders):
             }
         if is_main():
             save_checkpoint("found.pt", found)
+
+
+def train_until(argv, steps):
+    """train.py, in which the last of the processes gets SIGTERM after so many steps."""
+    at_step(steps, lambda: world_size() - 1, signal.SIGTERM)
+    run_train(argv)
+
+
+def train_and_die(argv, steps, rank):
+    """train.py, in which process number `rank` is killed in the step after so many."""
+    at_step(steps + 1, lambda: rank, signal.SIGKILL)
+    run_train(argv)
+
+
+def at_step(count, who, number):
+    """Have a process send itself a signal at the beginning of its step number `count`."""
+    train_step, steps = trainer.Trainer.train_step, []
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == count and parallel.rank() == who():
+            os.kill(os.getpid(), number)
+        return train_step(self, *args)
+
+    trainer.Trainer.train_step = step

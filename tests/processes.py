@@ -16,9 +16,10 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import parallel_cases
 import torch
@@ -59,8 +60,6 @@ def main():
                 except SystemExit as error:
                     code = error.code
                 except BaseException:
-                    import traceback
-
                     traceback.print_exc()
                 finally:
                     with contextlib.suppress(OSError):

@@ -13,7 +13,8 @@ from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, LoadingError, split, train_batches
 from failures import GpuMemory, asked_bytes, batch_that_fits, is_out_of_memory, out_of_memory
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 from trainer import Trainer
 
 CUDA = (

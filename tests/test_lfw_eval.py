@@ -20,7 +20,8 @@ from checkpoints import save_checkpoint
 from config import parse_args
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from models import build_model
-from recordio import encode_jpeg, write_bin, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg, write_bin
 from utils import UserError
 
 PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs

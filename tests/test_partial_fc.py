@@ -1,5 +1,7 @@
 """The sharded head against the dense one, in groups of 1, 2 and 4 processes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -62,11 +64,8 @@ def test_equal_to_the_dense_head(groups, tmp_path, ranks):  # noqa: F811
     worst = {"loss": 0.0, "embedding": 0.0, "weight": 0.0}
     # Labels of every shard, of one shard only (the others have no positive), and a batch that the
     # processes cannot share evenly.
-    orders = []
-    for labels in ([0, 3, 7, 10, 10, 2, 5, 8], [0, 1, 0, 1, 0, 1, 0, 1], [4, 9, 1, 4, 6, 0, 2]):
-        for margin in MARGINS:
-            for gamma in (0.0, 2.0):
-                orders.append([labels, margin, gamma])
+    batches = ([0, 3, 7, 10, 10, 2, 5, 8], [0, 1, 0, 1, 0, 1, 0, 1], [4, 9, 1, 4, 6, 0, 2])
+    orders = list(itertools.product(batches, MARGINS, (0.0, 2.0)))
     groups.run(tmp_path, ranks, "sharded_heads", orders)
     for number, (labels, margin, gamma) in enumerate(orders):
         criterion = FocalLoss(gamma) if gamma else nn.CrossEntropyLoss()
@@ -110,7 +109,7 @@ def test_initial_weights_are_those_of_the_dense_head():
         expected = ArcMarginModel(emb, classes).weight
         after = torch.rand(1)
         bounds = (0, classes // 3, classes // 2, classes)
-        for low, high in zip(bounds, bounds[1:], strict=False):
+        for low, high in itertools.pairwise(bounds):
             torch.manual_seed(3)
             assert torch.equal(_initial_rows(classes, emb, slice(low, high)), expected[low:high])
             assert torch.equal(torch.rand(1), after)  # what comes next is the same, too

@@ -14,7 +14,8 @@ from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, normalise, split, train_batches
 from models import ArcMarginModel, build_model
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 from schedule import learning_rate
 from trainer import Trainer, TrainingError
 
