@@ -27,26 +27,31 @@ class Config:
 
     # fmt: off
     # where things are
-    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval")
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval")
     runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval")
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval")
-    seed: int = knob(0, "seed of everything random", "synthetic train", low=0)
+    seed: int = knob(0, "seed of everything random", "synthetic shards train", low=0)
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval")
     workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
 
     # synthetic.py
-    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process)", "synthetic pre_process")
+    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (others)", "synthetic pre_process shards")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
     images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
 
+    # shards.py
+    shard_images: int = knob(50000, "pictures a file", "shards", low=1)
+
     # pre_process.py
-    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process")
+    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process shards")
     missed: Literal["auto", "skip", "crop"] = knob("auto", "a picture without a face: pass over, or crop centrally; auto: crop for LFW", "pre_process")
     min_face: int = knob(0, "smallest face looked for, in pixels; 0: chosen from the picture's size", "pre_process", low=0)
     detect_batch: int = knob(64, "pictures a detection batch", "pre_process", low=1)
     max_file_mb: int = knob(200, "largest picture file, in MB; larger ones are passed over", "pre_process", low=1)
     max_ratio: int = knob(100, "how many times its size an archive may unpack to before it counts as a bomb", "pre_process", low=1)
+    shard: str = knob("", "prepare one part only, for example 2/8: the second of eight; then --merge", "pre_process")
+    merge: bool = knob(False, "put the parts together that --shard made", "pre_process")
     download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
 
     # the network

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +43,10 @@ class Batch(NamedTuple):
     images: Tensor  # (n, 3, 112, 112) float32 in [-1, 1], channels_last
     labels: Tensor  # (n,) int64
     positions: np.ndarray  # (n,) rows of the store, for naming records
+
+
+# Of each batch the pictures' positions (n,), and which of them are mirrored.
+Parts = Sequence[tuple[np.ndarray, np.ndarray | None]]
 
 
 class Split(NamedTuple):
@@ -242,6 +246,37 @@ class ImageStore:
         deque(self.pool.map(fill, parts), maxlen=0)  # raises what a thread raised
         return out
 
+    def labels_of(self, positions: np.ndarray) -> Tensor:
+        """The classes (n,) of the pictures at `positions`, on the device."""
+        index = torch.from_numpy(positions).to(self.device, non_blocking=True)
+        return self.labels.index_select(0, index)
+
+    def whole_batch(
+        self, positions: np.ndarray, batch_size: int, seed: int, epoch: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A step's pictures, all processes', and which of them are mirrored: (batch_size,) both."""
+        order, mirrored = epoch_order(positions, seed, epoch)
+        whole = slice(step * batch_size, (step + 1) * batch_size)
+        return order[whole], mirrored[whole]
+
+    def parts(
+        self,
+        positions: np.ndarray,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        steps: range,
+        flip: bool,
+    ) -> Parts:
+        """This process's part of each batch of the epoch's steps."""
+        order, mirrored = epoch_order(positions, seed, epoch)
+        slices = [slice_of(step * batch_size, min(batch_size, len(order))) for step in steps]
+        return [(order[s], mirrored[s] if flip else None) for s in slices]
+
+    def width(self, batch_size: int) -> int:
+        """The most pictures of a batch that a process computes."""
+        return -(-batch_size // parallel.world_size())
+
     def good(self, positions: np.ndarray) -> np.ndarray:
         """`positions` without those of pictures known to be bad."""
         return positions[~np.isin(positions, list(self.bad))] if self.bad else positions
@@ -290,10 +325,8 @@ def train_batches(
 
     Of many processes each gets its slice of every batch.
     """
-    order, mirrored = epoch_order(positions, seed, epoch)
-    steps = range(first_step, steps_per_epoch(len(order), batch_size))
-    slices = [slice_of(step * batch_size, min(batch_size, len(order))) for step in steps]
-    parts = [(order[s], mirrored[s] if flip else None) for s in slices]
+    steps = range(first_step, steps_per_epoch(len(positions), batch_size))
+    parts = store.parts(positions, batch_size, seed, epoch, steps, flip)
     for (positions, _), images in zip(parts, _prefetch(store, parts), strict=True):
         yield _batch(store, images, positions)
 
@@ -322,13 +355,10 @@ def _batch(store: ImageStore, images: Tensor, positions: np.ndarray) -> Batch:
         good = ~np.isin(positions, list(store.bad))
         positions = positions[good]
         images = images[torch.from_numpy(good).to(images.device)]
-    index = torch.from_numpy(positions).to(store.device, non_blocking=True)
-    return Batch(normalise(images), store.labels.index_select(0, index), positions)
+    return Batch(normalise(images), store.labels_of(positions), positions)
 
 
-def _prefetch(
-    store: ImageStore, parts: list[tuple[np.ndarray, np.ndarray | None]]
-) -> Iterator[Tensor]:
+def _prefetch(store: ImageStore, parts: Parts) -> Iterator[Tensor]:
     """Fetch one batch ahead in a thread where pictures have to be decoded or moved."""
     if store.images is not None and store.images.device == store.device:
         yield from (store.fetch(*part) for part in parts)

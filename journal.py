@@ -128,7 +128,7 @@ class Journal:
                 return end
             for start, stop in blocks:
                 lines = list(itertools.islice(file, stop - start))
-                rows = _whole_rows(lines, entries[start:stop])
+                rows = whole_rows(lines, entries[start:stop])
                 images -= sum(row.label is not None for row in rows)
                 if len(rows) < stop - start or images < 0:
                     break
@@ -180,7 +180,7 @@ class Journal:
             self.records.__exit__()
 
 
-def _whole_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
+def whole_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
     """The rows of lines, as far as they are whole and belong to the entries."""
     rows: list[IndexRow] = []
     for line, entry in zip(lines, entries, strict=False):

@@ -67,6 +67,7 @@ class Learner:
             fused=device.type in ("cpu", "cuda"),
         )
         self.amp = cfg.amp and has_bfloat16(device)
+        self.width = -(-cfg.batch_size // world_size())  # most pictures of a batch for a process
 
     def _build_head(self) -> ArcMarginModel | PartialFC:
         cfg, classes = self.cfg, 0 if self.sharded else self.num_classes
@@ -108,7 +109,7 @@ class Learner:
         """
         self.optimizer.zero_grad()
         total: Tensor | int = len(labels)
-        width = -(-self.cfg.batch_size // world_size())
+        width = self.width
         if isinstance(self.head, PartialFC):
             label = gather_rows(F.pad(labels, (0, width - len(labels)), value=-1))
             self.head.sample(label, step)

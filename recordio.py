@@ -75,6 +75,18 @@ def _parts(data: Any, offset: int) -> list[tuple[int, int]] | None:
     return None
 
 
+def payload_at(data: Any, offset: int) -> bytes:
+    """The payload of the record at `offset`; empty if no whole record is there."""
+    spans = _parts(data, offset) or []
+    return MAGIC.join([data[start:stop] for start, stop in spans])
+
+
+def record_end(data: Any, offset: int) -> int:
+    """Where the record at `offset` ends, with its padding; -1 if no whole record is there."""
+    spans = _parts(data, offset)
+    return _aligned(spans[-1][1]) if spans else -1
+
+
 def frame(payload: bytes) -> bytes:
     """The record around a payload, in as many parts as dmlc-core writes: it is cut, and the four
     bytes left out, wherever the magic number stands at a multiple of 4.
@@ -100,7 +112,8 @@ def labels_record(key: int, first: float, end: float) -> bytes:
     return frame(HEADER.pack(2, 0.0, key, 0) + struct.pack("<2f", first, end))
 
 
-def _map(path: Path) -> Any:
+def map_file(path: Path) -> Any:
+    """A file's bytes, mapped; RecordError where there is none."""
     if not path.is_file():
         raise RecordError(f"There is no {path}; prepare the data set or correct the path.")
     with path.open("rb") as file:
@@ -114,7 +127,7 @@ def record_offsets(rec_path: str | Path) -> np.ndarray:
     Returns (n + 1,) int64: where each of the n whole records begins, and where the last one ends
     (before the file's end if that is cut short).
     """
-    data = _map(Path(rec_path))
+    data = map_file(Path(rec_path))
     offsets = [0]
     while spans := _parts(data, offsets[-1]):
         offsets.append(_aligned(spans[-1][1]))
@@ -127,7 +140,8 @@ def record_offsets(rec_path: str | Path) -> np.ndarray:
 class RecordReader:
     """Images and labels of a folder with `train.rec`, or of any `.rec`, memory-mapped.
 
-    `keys` (n,) int64: the images' record ids, ascending; `labels` (n,) int64; `num_classes`;
+    `keys` (n,) int64: the images' record ids, ascending; `offsets` (n,) int64: where their records
+    begin; `labels` (n,) int64; `num_classes`;
     `identities` (k, 2) int64: first image and one past the last, None without a record 0;
     `size`: (height, width), None without a property file. Threads may share a reader.
     Raises RecordError where a file is missing, is cut short or disagrees with another.
@@ -137,7 +151,7 @@ class RecordReader:
         path = Path(folder_or_rec)
         self.path = path if path.suffix == ".rec" and not path.is_dir() else path / "train.rec"
         self._idx = self.path.with_suffix(".idx")
-        self._data = _map(self.path)
+        self._data = map_file(self.path)
         self._words = np.frombuffer(self._data, "<u4", len(self._data) // 4)
         if len(self._data) < 8:  # not even the frame of a record
             raise self._damaged(0)
@@ -155,7 +169,7 @@ class RecordReader:
         order = np.argsort(keys)
         keys, offsets = keys[order], offsets[order]
         self.identities, images = self._split(keys, bare[order], vectors[order])
-        self.keys, self._offsets = keys[images], offsets[images]
+        self.keys, self.offsets = keys[images], offsets[images]
         self.num_classes, self.size = self._read_property()
         self.labels = self._check_labels(labels[order][images])
 
@@ -164,7 +178,7 @@ class RecordReader:
 
     def jpeg(self, i: int) -> bytes:
         """The encoded bytes of image i, 0 <= i < len(self)."""
-        payload = self._payload(int(self._offsets[i]))
+        payload = payload_at(self._data, int(self.offsets[i]))
         return payload[HEADER.size + 4 * int.from_bytes(payload[:4], "little") :]
 
     def image(self, i: int) -> np.ndarray:
@@ -180,10 +194,6 @@ class RecordReader:
                 f"{said}; all pictures of a set have one size: correct it or prepare the set again."
             )
         return image
-
-    def _payload(self, offset: int) -> bytes:
-        spans = _parts(self._data, offset) or []
-        return MAGIC.join([self._data[start:stop] for start, stop in spans])
 
     def _damaged(self, key: Any) -> RecordError:
         return RecordError(
@@ -226,7 +236,7 @@ class RecordReader:
         ends = _aligned(offsets + 8 + lengths)
         for i in np.flatnonzero(lrec[:, 0] >> 29):  # in several parts: one in a million
             spans = _parts(self._data, int(offsets[i])) or [(0, len(self._data) + 1)]
-            payload = self._payload(int(offsets[i]))
+            payload = payload_at(self._data, int(offsets[i]))
             lengths[i], ends[i] = len(payload), _aligned(spans[-1][1])
             rows[i] = np.frombuffer(payload[:32].ljust(32, b"\0"), "<u4")
         flags, floats = rows[:, 0].astype(np.int64), rows.view("<f4")

@@ -17,6 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from checkpoints import LAST, load_checkpoint, load_last, tidy
 from config import Config
 from data_gen import ImageStore
+from shard_order import ShardStore
 from utils import UserError, atomic_write, newest_run
 
 # fmt: off
@@ -101,6 +102,8 @@ def fingerprint(store: ImageStore, train: np.ndarray, valid: np.ndarray) -> str:
 
     `train` and `valid` are positions in the store. Hexadecimal SHA-256.
     """
+    if isinstance(store, ShardStore):
+        return store.fingerprint()
     digest = hashlib.sha256(str(store.reader.path.stat().st_size).encode())
     for numbers in (store.reader.keys[store.indices], store.labels.cpu().numpy(), train, valid):
         digest.update(len(numbers).to_bytes(8, "little"))

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -56,6 +57,8 @@ from parallel import (
 )
 from recordio import RecordReader
 from resume import cut_events, open_checkpoint, resumed_config, run_folder
+from shard_order import ShardOrder, ShardStore
+from shards import ShardReader, is_sharded
 from trainer import Trainer
 from utils import (
     UserError,
@@ -171,6 +174,8 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
             f"There is no training set at {folder}; prepare one (python pre_process.py), name one "
             "with --train-set, or try everything on drawn faces (make demo)."
         )
+    if is_sharded(folder):
+        return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
     faces = split(
         reader.labels,
@@ -190,6 +195,18 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if len(store.good(faces.train)) < 2:
         raise UserError(f"{folder} has no pictures left to train on.")
     return store, faces
+
+
+def open_shards(cfg: Config, folder: Path, device: torch.device) -> tuple[ShardStore, Split]:
+    """A training set of many record files, of which nothing is decoded ahead."""
+    if cfg.max_classes:
+        raise UserError("--max-classes needs a set in one train.rec; leave it out for shards.")
+    reader = ShardReader(folder)
+    every = max(2, round(1 / cfg.valid_fraction)) if cfg.valid_fraction else 0
+    order = ShardOrder(reader.starts, cfg.batch_size, cfg.seed, every)
+    store = ShardStore(reader, order, device, cfg.workers)
+    nothing = np.zeros(0, np.int64)
+    return store, Split(nothing, nothing, reader.num_classes, order, order.validation())
 
 
 def choose_compile(cfg: Config, device: torch.device, steps: int) -> str:
@@ -246,7 +263,11 @@ def open_trainer(cfg: Config) -> Trainer:
     trainer = Trainer(cfg, store, faces)
     own_random_numbers(cfg.seed, 0)
     positions, classes = trainer.train_positions, faces.num_classes
-    together(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
+    if isinstance(store, ShardStore):
+        some, _ = store.whole_batch(positions, cfg.batch_size, cfg.seed, 0, 0)
+        together(lambda: checks.check_pictures(store, some[: checks.SAMPLE]))
+    else:
+        together(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
     return trainer
 
 

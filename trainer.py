@@ -27,7 +27,6 @@ from config import Config
 from data_gen import (
     ImageStore,
     Split,
-    epoch_order,
     steps_per_epoch,
     train_batches,
     valid_batches,
@@ -68,6 +67,7 @@ class Trainer:
         self.valid_positions = store.good(faces.valid)
         self.device = store.device
         self.learner = Learner(cfg, faces.num_classes, self.device)
+        self.learner.width = store.width(cfg.batch_size)
         self.steps = steps_per_epoch(len(self.train_positions), cfg.batch_size)
         self.epoch = self.step = 0  # whole epochs done, and steps of the next one
         self.best: dict[str, float] = {}
@@ -205,11 +205,12 @@ class Trainer:
         """Raise TrainingError for a step; its batch goes into `path`."""
         numbers = {"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)}
         numbers |= {"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number}
-        order, flips = epoch_order(self.train_positions, self.cfg.seed, self.epoch)
-        part = slice(step.number * self.cfg.batch_size, (step.number + 1) * self.cfg.batch_size)
-        flipped = flips[part] & self.cfg.flip
+        positions, flips = self.store.whole_batch(
+            self.train_positions, self.cfg.batch_size, self.cfg.seed, self.epoch, step.number
+        )
+        flipped = flips & self.cfg.flip
         more = {**numbers, "random": step.random}
-        records = save_bad_batch(path, self.store, order[part], flipped, more)
+        records = save_bad_batch(path, self.store, positions, flipped, more)
         what = "loss is" if not math.isfinite(loss) else "gradient's norm is"
         raise TrainingError(
             f"The {what} {norm if math.isfinite(loss) else loss} at epoch {self.epoch + 1}, step "

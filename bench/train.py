@@ -80,6 +80,7 @@ def make_trainer(network: str, size: int, device: torch.device, **knobs: Any) ->
     reader = SimpleNamespace(keys=everything, path=Path(__file__))
     store = SimpleNamespace(device=device, reader=reader, indices=everything)
     store.good, store.labels = (lambda positions: positions), torch.from_numpy(faces.labels)
+    store.width = lambda batch_size: batch_size
     return Trainer(Config(network=network, batch_size=size, **knobs), store, faces)
 
 

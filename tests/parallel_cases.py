@@ -8,6 +8,7 @@ from torch import nn
 
 import models
 import parallel
+import pre_process
 import train
 import trainer
 from checkpoints import save_checkpoint
@@ -96,3 +97,9 @@ def at_step(count, who, number):
         return train_step(self, *args)
 
     trainer.Trainer.train_step = step
+
+
+def run_pre_process(argv, block):
+    """pre_process.py with blocks of so many pictures."""
+    pre_process.BLOCK_IMAGES = block
+    pre_process.main(parse_args(argv, "pre_process"))

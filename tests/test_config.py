@@ -10,7 +10,7 @@ from conftest import ROOT
 import models
 from config import Config, parse_args
 
-SCRIPTS = ("synthetic", "pre_process", "train", "lfw_eval")
+SCRIPTS = ("synthetic", "pre_process", "shards", "train", "lfw_eval")
 
 
 def test_defaults_are_the_papers_recipe():
