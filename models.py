@@ -243,15 +243,17 @@ def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch normalisation uses the batch's statistics, and does not take them in."""
+    """Batch normalisation uses the batch's statistics, and takes nothing of them in."""
     layers = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
     for layer in layers:
-        layer.track_running_stats = False
+        layer.momentum = 0.0
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, (momentum, count) in zip(layers, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
 
 
 class ArcMarginModel(nn.Module):

@@ -56,6 +56,7 @@ def summarise(report: dict[str, Any], output: Path) -> None:
         f"{Path(report['source']).name}: {done:,} pictures in {report['seconds']:.1f} s, "
         f"{report['images_per_s']:.0f} images/s on {device}"
         + (f", {before:,} done before" if before else "")
+        + (f"; put together from {report['parts']} parts" if report.get("parts") else "")
         + f"\n  kept {report['kept']:,} of {report['identities']:,} identities in {output} "
         f"({listed(kept)})\n"
         f"  passed over {sum(passed.values()):,}" + (f" ({listed(passed)})" if passed else "")

@@ -324,7 +324,7 @@ def align_source(
     }
     report = begun | count(journal.statuses) | identities
     report |= {"not_pictures": source.passed.as_dict()}
-    report |= {"damage": source.damage, "resumed_at": resumed_at}
+    report |= {"damage": source.damage, "resumed_at": resumed_at, "parts": len(shards)}
     report |= timing(len(entries) - resumed_at, started)
     write_report(part, report)
     return report
