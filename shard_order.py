@@ -15,7 +15,7 @@ from data_gen import ImageStore, Parts, Split
 from shards import ShardReader
 from utils import UserError
 
-LANES = 256  # most places of the data set that a batch is taken from
+LANES = 1024  # most places of the data set that a batch is taken from
 BUFFER = 1 << 16  # pictures within which all lanes together shuffle
 
 
@@ -35,7 +35,9 @@ class ShardOrder:
         counts = np.diff(starts)
         self.held_out = counts // every if every else np.zeros_like(counts)
         self.counts = counts - self.held_out
-        self.lanes = max(n for n in range(1, LANES + 1) if batch_size % n == 0)
+        # Eight pictures a lane keep the files few that are open at a time.
+        most = min(max(batch_size // 8, 16), LANES)
+        self.lanes = max(n for n in range(1, most + 1) if batch_size % n == 0)
         self.each = batch_size // self.lanes
         self._line = functools.lru_cache(2)(self._shuffled_shards)
         self._run = functools.lru_cache(4 * self.lanes)(self._shuffled_run)
@@ -137,7 +139,7 @@ class ShardStore(ImageStore):
         if parallel.world_size() > order.lanes:
             raise UserError(
                 f"{parallel.world_size()} processes share batches of {order.lanes} lanes; take a "
-                f"--batch-size with a divisor from {parallel.world_size()} to {LANES}."
+                "larger --batch-size, best a power of two."
             )
 
     def labels_of(self, positions: np.ndarray) -> Tensor:

@@ -39,7 +39,7 @@ from utils import FACE_SIZE, UserError, atomic_write, exit_with_sentence, make_f
 
 SHARD = "train-*.rec"
 ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes a picture
-OPEN_SHARDS = 128  # mapped at a time; each takes a file descriptor or two
+OPEN_SHARDS = 256  # mapped at a time, at two file descriptors each
 
 
 def is_sharded(folder: Path | str) -> bool:
@@ -80,7 +80,7 @@ class ShardReader:
                 f"{self.path} holds faces of {width}x{height} pixels, not {FACE_SIZE}x{FACE_SIZE}; "
                 "align them with pre_process.py."
             )
-        counts = [len(_entries(file)) for file in self.files]
+        counts = [len(_checked_entries(file)) for file in self.files]
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # of each shard's first picture
         self._open = functools.lru_cache(OPEN_SHARDS)(self._map)
 
@@ -89,7 +89,8 @@ class ShardReader:
 
     def _map(self, number: int) -> Shard:
         path = self.files[number]
-        return Shard(path, map_file(path), _entries(path))
+        entries = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        return Shard(path, map_file(path), entries)
 
     def _find(self, i: int) -> tuple[Shard, int]:
         number = int(np.searchsorted(self.starts, i, "right")) - 1
@@ -148,7 +149,7 @@ class ShardReader:
         return digest.hexdigest()
 
 
-def _entries(path: Path) -> np.ndarray:
+def _checked_entries(path: Path) -> np.ndarray:
     """ENTRY of each picture of a record file, mapped; made first where it is missing."""
     index = path.with_suffix(".npy")
     if not index.is_file():
