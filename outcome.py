@@ -1,4 +1,4 @@
-"""What came of preparing a data set: its numbers, and ten pairs of pictures to look at."""
+"""Whether a data set is prepared, and what came of it: its numbers, and ten pairs to look at."""
 
 from __future__ import annotations
 
@@ -12,14 +12,56 @@ from typing import Any
 
 import numpy as np
 
-from archives import Source, Tally
-from journal import FACE
+from archives import Source, Tally, open_source
+from config import Config
+from jobs import Job
+from journal import FACE, read_report
+from locks import LOCK
 from pictures import decode_picture
 from recordio import RecordReader, encode_jpeg
-from utils import atomic_write, make_folder, write_errors
+from utils import UserError, atomic_write, make_folder, write_errors
 
+FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 KEPT = ("ok", "retried", "central_crop")
 PAIRS = 10  # pictures shown before and after
+
+
+def is_taken(output: Path) -> bool:
+    """Whether something lies where the output should be."""
+    return output.is_dir() and any(output.iterdir())
+
+
+def check_finished(job: Job, cfg: Config) -> None:
+    """Say that the output is finished; UserError unless it was made from this very source."""
+    report = read_report(job.output)
+    missing = [name for name in FINISHED if not (job.output / name).is_file()]
+    if missing or report is None:
+        raise UserError(
+            f"{job.output} is there but has no {missing[0]}, so it is no finished output of this "
+            "script; move it away or give another --output."
+        )
+    settings = {"crop_missed": job.crop_missed, "min_face": cfg.min_face}
+    same_settings = settings.items() <= report.get("settings", {}).items()
+    gone = not job.source.exists()  # whoever deletes the archive afterwards saves space
+    if not gone and report["source_bytes"] != source_bytes(job.source):
+        raise UserError(
+            f"{job.output} was prepared from another {Path(report['source']).name}; move it away "
+            f"or give another --output to prepare {job.source}."
+        )
+    if not same_settings:
+        raise UserError(
+            f"{job.output} was prepared with another --missed or --min-face; move it away or give "
+            "another --output."
+        )
+    (job.output / LOCK).unlink(missing_ok=True)  # of a process killed right after the rename
+    print(f"{job.output} is finished: {report['kept']:,} faces of {report['identities']:,} people.")
+
+
+def source_bytes(path: Path, source: Source | None = None) -> int:
+    """Size of an archive, or of all pictures in a folder: enough to tell whether it changed."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.size for entry in (source or open_source(path)).entries())
 
 
 def count(statuses: Tally) -> dict[str, Any]:

@@ -75,17 +75,18 @@ def local_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[None]:
+def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
     """Join torchrun's group for the block, if it started this process; only rank 0 prints in it.
 
-    `device` is the knob's value: CPU tensors go by gloo, those of GPUs by NCCL.
+    `device` is the knob's value: CPU tensors go by gloo, those of GPUs by NCCL. A process that
+    dies is noticed at once, one that does nothing after `timeout`.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
     on_gpu = get_device(device).type == "cuda"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

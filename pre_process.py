@@ -24,6 +24,7 @@ Killed at any moment and started again, it goes on where it was and ends with th
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib.metadata
 import itertools
@@ -50,11 +51,21 @@ from journal import Journal, begin, complete, read_report, write_report
 from lfw_download import download_lfw
 from locks import LOCK, locked
 from merge import find_shards, merged_blocks, shard_blocks, shard_folder
-from outcome import count, listed, summarise, timing, write_pairs
+from outcome import (
+    check_finished,
+    count,
+    is_taken,
+    listed,
+    source_bytes,
+    summarise,
+    timing,
+    write_pairs,
+)
 from parallel import (
     is_main,
     local_device,
     local_world_size,
+    lost_peer,
     process_group,
     rank,
     together,
@@ -73,7 +84,7 @@ from utils import (
     write_errors,
 )
 
-FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
+PATIENCE = datetime.timedelta(days=7)  # that one process waits for the slowest
 
 
 # ------------------------------------------------------------------------------ one data set
@@ -178,44 +189,6 @@ def align_into(
                 check_there(job.source, there)
             journal.append(block)
             bar.update(len(block))
-
-
-def is_taken(output: Path) -> bool:
-    """Whether something lies where the output should be."""
-    return output.is_dir() and any(output.iterdir())
-
-
-def check_finished(job: Job, cfg: Config) -> None:
-    """Say that the output is finished; UserError unless it was made from this very source."""
-    report = read_report(job.output)
-    missing = [name for name in FINISHED if not (job.output / name).is_file()]
-    if missing or report is None:
-        raise UserError(
-            f"{job.output} is there but has no {missing[0]}, so it is no finished output of this "
-            "script; move it away or give another --output."
-        )
-    settings = {"crop_missed": job.crop_missed, "min_face": cfg.min_face}
-    same_settings = settings.items() <= report.get("settings", {}).items()
-    gone = not job.source.exists()  # whoever deletes the archive afterwards saves space
-    if not gone and report["source_bytes"] != source_bytes(job.source):
-        raise UserError(
-            f"{job.output} was prepared from another {Path(report['source']).name}; move it away "
-            f"or give another --output to prepare {job.source}."
-        )
-    if not same_settings:
-        raise UserError(
-            f"{job.output} was prepared with another --missed or --min-face; move it away or give "
-            "another --output."
-        )
-    (job.output / LOCK).unlink(missing_ok=True)  # of a process killed right after the rename
-    print(f"{job.output} is finished: {report['kept']:,} faces of {report['identities']:,} people.")
-
-
-def source_bytes(path: Path, source: Source | None = None) -> int:
-    """Size of an archive, or of all pictures in a folder: enough to tell whether it changed."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(entry.size for entry in (source or open_source(path)).entries())
 
 
 def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
@@ -337,26 +310,38 @@ def main(cfg: Config) -> None:
     cv2.setNumThreads(1)
     # what it cannot decode is counted by name: no need to print it
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with process_group("cpu"):  # what they do together, they do by files
-        lfw = together(lambda: download_lfw(cfg.data_dir)) if cfg.download_lfw else None
-        threads = cfg.workers or core_count() // local_world_size()
-        get_detector = functools.cache(
-            lambda: FaceDetector(local_device(cfg.device), cfg.min_face, threads=threads)
-        )
-        problems = []
-        for job in find_jobs(cfg, lfw):
-            try:
-                report = prepare_together(job, cfg, get_detector)
-            except UserError as error:
-                problems.append(str(error))
-                continue
-            except OSError as error:
-                problems.append(what_failed(error))
-                continue
-            if report:
-                summarise(report, job.output)
-        if problems:
-            raise UserError("\n".join(problems))
+    with process_group("cpu", PATIENCE):  # what they do together, they do by files
+        try:
+            prepare_all(cfg)
+        except RuntimeError as error:
+            if not lost_peer(error):
+                raise
+            raise UserError(
+                "Another of the processes has ended; what it printed says why, if it was not "
+                "killed. What is done is kept: start again, and all go on where they were."
+            ) from None
+
+
+def prepare_all(cfg: Config) -> None:
+    """Prepare every set there is."""
+    lfw = together(lambda: download_lfw(cfg.data_dir)) if cfg.download_lfw else None
+    threads = cfg.workers or max(1, core_count() // local_world_size())
+    get_detector = functools.cache(
+        lambda: FaceDetector(local_device(cfg.device), cfg.min_face, threads=threads)
+    )
+    problems = []
+    for job in find_jobs(cfg, lfw):
+        try:
+            report = prepare_together(job, cfg, get_detector)
+        except (UserError, OSError) as error:
+            if world_size() > 1:  # the others are not waiting for the next set
+                raise
+            problems.append(what_failed(error) if isinstance(error, OSError) else str(error))
+            continue
+        if report:
+            summarise(report, job.output)
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def prepare_together(
