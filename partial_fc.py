@@ -233,8 +233,8 @@ def _target_cosine(rows: Tensor, centres: Tensor) -> Tensor:
 
 
 def _chunks(weight: Tensor, rows: int, chunk: int) -> list[tuple[int, Tensor]]:
-    """(first class, its centres) of runs of classes with about `chunk` logits each."""
-    size = max(1, chunk // max(rows, 1))
+    """(first class, its centres) of runs of classes of at most `chunk` logits, and numbers."""
+    size = max(1, chunk // max(rows, weight.shape[1]))
     return [(start, weight[start : start + size]) for start in range(0, len(weight), size)]
 
 

@@ -32,7 +32,7 @@ from partial_fc import CHUNK, PartialFC
 from recordio import RecordReader
 from shard_order import ShardOrder, ShardStore
 from shards import ENTRY, ShardReader, write_shards
-from utils import exit_with_sentence
+from utils import exit_with_sentence, keep_freed_memory
 
 PER_FILE = 50_000
 
@@ -45,8 +45,10 @@ def head_memory(people: int, emb_size: int, ranks: int, rate: float, batch: int)
     """
     shard = -(-people // ranks) * emb_size * 4
     sampled = int(3 * rate * shard) if rate < 1 else shard
-    chunk = min(CHUNK, batch * int(-(-people // ranks) * rate)) * 4
-    return {"weight": shard, "momentum": shard, "gradient": sampled, "chunk": 6 * chunk}
+    # Logits and what the margin makes of them, normalised centres and what their gradient takes.
+    classes = min(CHUNK // max(batch, emb_size), int(-(-people // ranks) * rate))
+    chunk = 4 * classes * (6 * batch + 5 * emb_size)
+    return {"weight": shard, "momentum": shard, "gradient": sampled, "chunk": chunk}
 
 
 def print_head_table(emb_size: int, batch: int) -> None:
@@ -65,6 +67,7 @@ def print_head_table(emb_size: int, batch: int) -> None:
 
 def measure_head(people: int, emb_size: int, rate: float, batch: int, steps: int) -> dict:
     """Peak memory above what the process had before, and seconds a step."""
+    keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
     before = peak_memory(torch.device("cpu"))
     margin = ArcMarginModel(emb_size, 0).margin

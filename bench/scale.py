@@ -65,11 +65,11 @@ def step_seconds(
     """Seconds of a step by part; with `cores`, processes beyond them wait for each other."""
     crowd = max(1.0, gpus / cores) if cores else 1.0
     compute = crowd * batch / gpus / device.images_per_s
-    ring = 2 * (gpus - 1) / gpus * 4 * device.parameters / device.bandwidth
+    ring = crowd * 2 * (gpus - 1) / gpus * 4 * device.parameters / device.bandwidth
     ring += 2 * (gpus - 1) * device.latency
     # On shared cores there is nobody free to send while others compute.
     exposed = ring if cores else max(0.0, ring - 2 / 3 * compute)
-    gather = 2 * (gpus - 1) / gpus * 4 * EMB * batch / device.bandwidth
+    gather = crowd * 2 * (gpus - 1) / gpus * 4 * EMB * batch / device.bandwidth
     softmax = crowd * batch * math.ceil(people / gpus) * rate / device.logits_per_s
     rounds = 6 * math.ceil(math.log2(gpus)) if gpus > 1 else 0
     parts = {"compute": compute, "exposed": exposed, "gather": gather, "softmax": softmax}
@@ -170,34 +170,31 @@ def link() -> tuple[float, float]:
     return large.nbytes / max(seconds - 2 * latency, 1e-9), latency
 
 
-def measure_device(network: str, batch: int, people: int, repeats: int) -> Device:
-    """One process of this machine, one core, and gloo between two."""
-    images_per_s, parameters = in_group(1, network_alone, network, batch, repeats)
-    logits_per_s = in_group(1, head_alone, batch, people, repeats)
-    return Device(images_per_s, logits_per_s, parameters, *in_group(2, link))
-
-
 # ------------------------------------------------------------------------------ the tables
 
 
 def hold_against(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Predict and measure 1, 2 and 4 processes of this machine; print both."""
-    device = measure_device(args.network, args.batch, args.people, args.repeats)
+    logits_per_s = in_group(1, head_alone, args.batch, args.people, args.repeats)
+    bandwidth, latency = in_group(2, link)
     print(
-        f"one process, one core: {device.images_per_s:.1f} images/s of {args.network} "
-        f"({device.parameters / 1e6:.2f} M parameters), {device.logits_per_s / 1e6:,.0f} M "
-        f"logits/s; between two: {device.bandwidth / 1e9:.2f} GB/s, {device.latency * 1e6:.0f} us"
+        f"one process, one core: {logits_per_s / 1e6:,.1f} M logits/s; between two: "
+        f"{bandwidth / 1e9:.2f} GB/s, {latency * 1e6:.0f} us"
     )
     print(f"batch {args.batch}, {args.people:,} people, {core_count()} cores")
-    print(f"{'processes':>9} {'predicted ms':>12} {'measured ms':>12} {'error':>7} {'images/s':>9}")
+    names = {"processes": 9, "alone/s": 8, "predicted ms": 12, "measured ms": 12, "error": 7}
+    print(" ".join(f"{name:>{width}}" for name, width in names.items()), " images/s")
     rows = []
     for ranks in (1, 2, 4):
+        # What one process does by itself with a slice of this size: small ones are slower.
+        alone = in_group(1, network_alone, args.network, args.batch // ranks, args.repeats)
+        device = Device(alone[0], logits_per_s, alone[1], bandwidth, latency)
         parts = step_seconds(device, ranks, args.batch, args.people, cores=core_count())
         work = (args.network, args.batch, args.people, args.repeats)
         measured, predicted = in_group(ranks, whole_step, *work), sum(parts.values())
         print(
-            f"{ranks:9} {predicted * 1000:12.1f} {measured * 1000:12.1f} "
-            f"{predicted / measured - 1:7.0%} {args.batch / measured:9.1f}"
+            f"{ranks:9} {device.images_per_s:8.1f} {predicted * 1000:12.1f} "
+            f"{measured * 1000:12.1f} {predicted / measured - 1:7.0%} {args.batch / measured:9.1f}"
         )
         rows.append({"processes": ranks, "predicted": parts, "measured": measured})
     return rows
