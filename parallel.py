@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,7 +100,16 @@ def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterato
         if not is_main():
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not lost_peer(error):
+                raise
+            raise UserError(
+                f"Another of the {world_size()} processes has ended or cannot be reached, so this "
+                f"one (rank {rank()}) ends, too; if it was not killed, what it printed says why. "
+                "What is done is kept: start again and go on."
+            ) from None
     dist.destroy_process_group()  # after an error, NCCL could wait here for who has gone
 
 
@@ -255,7 +265,11 @@ def replicate(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    replica = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    # Otherwise the buckets change after the first step, and with them the order of summing: a run
+    # that is gone on with would not come to the same bits.
+    options = {"find_unused_parameters": True}
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    replica = DistributedDataParallel(model, [device] if device.type == "cuda" else None, **options)
     replica.register_comm_hook(None, _sum)
     return replica
 

@@ -65,7 +65,6 @@ from parallel import (
     is_main,
     local_device,
     local_world_size,
-    lost_peer,
     process_group,
     rank,
     together,
@@ -152,9 +151,10 @@ def prepare_shard(
         source = stack.enter_context(open_source(job.source, part.parent, limits))
         begun = describe(job, source, cfg) | {"shard": f"{number}/{count}"}
         begin(part, begun)
+        there = job.source.stat()
         blocks = shard_blocks(plan(source, cfg), number, count)
         journal = stack.enter_context(contextlib.closing(Journal(part, source.entries(), blocks)))
-        align_into(journal, job, source, blocks, cfg, get_detector())
+        align_into(journal, job, source, blocks, cfg, get_detector(), there)
         images = sum(stop - start for start, stop in blocks)
         write_report(part, begun | {"images": images} | timing(images, started))
         complete(part, shard)
@@ -173,9 +173,9 @@ def align_into(
     blocks: list[tuple[int, int]],
     cfg: Config,
     detector: FaceDetector,
+    there: os.stat_result,
 ) -> None:
-    """Align the blocks that a journal does not have yet."""
-    there = job.source.stat()
+    """Align the blocks that a journal does not have yet; `there` is what the source was before."""
     workers = cfg.workers or max(1, core_count() // local_world_size())
     results = align_blocks(
         *(source, blocks[journal.done :], detector),
@@ -270,7 +270,8 @@ def align_source(
 ) -> dict[str, Any]:
     """Do in `part` what is left to do, down to the report, which it returns."""
     started = time.perf_counter()
-    entries, blocks = source.entries(), plan(source, cfg)
+    entries, there = source.entries(), job.source.stat()
+    blocks = plan(source, cfg)
     with contextlib.closing(Journal(part, entries, blocks)) as journal:
         resumed_at = journal.images
         if resumed_at:
@@ -280,7 +281,7 @@ def align_source(
             for block in itertools.islice(merged, journal.done, None):
                 journal.append(block)
         else:
-            align_into(journal, job, source, blocks, cfg, get_detector())
+            align_into(journal, job, source, blocks, cfg, get_detector(), there)
         if not journal.counts:
             raise UserError(
                 f"not one of the {len(entries):,} pictures in {job.source} gave a face "
@@ -311,15 +312,7 @@ def main(cfg: Config) -> None:
     # what it cannot decode is counted by name: no need to print it
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     with process_group("cpu", PATIENCE):  # what they do together, they do by files
-        try:
-            prepare_all(cfg)
-        except RuntimeError as error:
-            if not lost_peer(error):
-                raise
-            raise UserError(
-                "Another of the processes has ended; what it printed says why, if it was not "
-                "killed. What is done is kept: start again, and all go on where they were."
-            ) from None
+        prepare_all(cfg)
 
 
 def prepare_all(cfg: Config) -> None:

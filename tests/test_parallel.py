@@ -1,6 +1,7 @@
 """train.py in groups of processes, as torchrun starts them, against one process."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,7 +177,10 @@ def test_kills_at_random_moments(groups, folder, tmp_path, ranks):  # noqa: F811
             if codes == [0] * ranks:
                 break
             killed += 1
-            argv = ["--resume"] if list(cwd.glob("runs/*/last.pt")) else flags
+            for run in cwd.glob("runs/*"):
+                if not (run / "last.pt").exists():  # it had done nothing that could be lost
+                    shutil.rmtree(run)
+            argv = ["--resume"] if list(cwd.glob("runs/*")) else flags
         groups.run(cwd, ranks, "run_train", argv)
         straight = newest(tmp_path / "straight")
         assert torch.equal(weights(newest(cwd)), weights(straight))
