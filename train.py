@@ -241,9 +241,9 @@ def stop_on_signals(trainer: Trainer) -> None:
     """Ctrl-C or SIGTERM: finish the step at hand and keep it; a second one stops at once."""
 
     def handle(number: int, frame: object) -> None:
-        if (
-            trainer.stop and world_size() == 1
-        ):  # perhaps in the middle of a step, which nothing could go on from
+        # Perhaps in the middle of a step, which nothing could go on from. torchrun passes on what
+        # the terminal may have sent us as well, so in a group a second signal means nothing.
+        if trainer.stop and world_size() == 1:
             print("\nStopped at once; last.pt is as it was written last.", file=sys.stderr)
             raise SystemExit(130)
         trainer.stop = True

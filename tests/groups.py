@@ -1,13 +1,13 @@
-"""The fixture that starts groups of processes (tests/processes.py)."""
+"""Groups of processes for tests; conftest.py has the fixture."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-import pytest
-from conftest import ROOT
+SERVER = Path(__file__).with_name("processes.py")
 
 
 class Groups:
@@ -15,7 +15,7 @@ class Groups:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "processes.py")],
+            [sys.executable, str(SERVER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -40,11 +40,7 @@ class Groups:
         assert all(code in (0, 2, 130, -signal.SIGKILL) for code in codes), (codes, printed)
         return printed, codes
 
-
-@pytest.fixture(scope="session")
-def groups():
-    """One process that forks them all."""
-    groups = Groups()
-    yield groups
-    groups.process.stdin.close()
-    groups.process.wait()
+    def close(self):
+        """End the server."""
+        self.process.stdin.close()
+        self.process.wait()

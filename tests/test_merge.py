@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 from drawn import nobody, people, write_zip
-from groups import groups  # noqa: F401
 
 import align
 import pre_process
@@ -71,7 +70,7 @@ def test_parts_merged_are_the_single_run(source, whole, tmp_path, count):
     assert not list(tmp_path.glob("*.shard-*"))
 
 
-def test_processes_of_one_group_make_the_same_set(groups, source, whole, tmp_path):  # noqa: F811
+def test_processes_of_one_group_make_the_same_set(groups, source, whole, tmp_path):
     knobs = ["--source", str(source), "--output", str(tmp_path / "set"), "--detect-batch", "4"]
     printed = groups.run(tmp_path, 3, "run_pre_process", knobs, 4)
     assert_same(tmp_path / "set", whole)

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from groups import groups  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -60,7 +59,7 @@ def relative(found, expected):
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 2, 4])
-def test_equal_to_the_dense_head(groups, tmp_path, ranks):  # noqa: F811
+def test_equal_to_the_dense_head(groups, tmp_path, ranks):
     worst = {"loss": 0.0, "embedding": 0.0, "weight": 0.0}
     # Labels of every shard, of one shard only (the others have no positive), and a batch that the
     # processes cannot share evenly.

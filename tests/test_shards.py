@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from groups import groups  # noqa: F401
 from tiny import FLAGS, write_tiny_set
 
 import parallel
@@ -152,9 +151,9 @@ def test_half_of_the_pictures_are_mirrored_and_others_each_epoch():
 # ------------------------------------------------------------------------------ training
 
 
-def test_training_on_shards_resumes_with_another_number_of_processes(groups, folder, tmp_path):  # noqa: F811
+def test_training_on_shards_resumes_with_another_number_of_processes(groups, folder, tmp_path):
     flags = [*FLAGS.split(), "--train-set", str(folder), "--no-amp", "--dropout", "0"]
-    flags += ["--sync-bn", "--lr", "0.000001"]
+    flags += ["--sync-bn", "--lr", "0.000001", "--epochs", "1"]
     groups.run(tmp_path / "one", 0, "run_train", flags)
     cwd = tmp_path / "some"
     groups.run(cwd, 2, "train_until", flags, 3, fails=True)
@@ -168,7 +167,7 @@ def test_training_on_shards_resumes_with_another_number_of_processes(groups, fol
         torch.testing.assert_close(some["model"][key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_damaged_picture_is_passed_over(folder, tmp_path, groups):  # noqa: F811
+def test_a_damaged_picture_is_passed_over(folder, tmp_path, groups):
     data = [file.read_bytes() for file in sorted(folder.glob("*.rec"))]
     reader = ShardReader(folder)
     jpegs = [reader.jpeg(i) for i in range(48)]
