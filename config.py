@@ -27,26 +27,31 @@ class Config:
 
     # fmt: off
     # where things are
-    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval make_bin")
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval make_bin")
     runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval ijb_eval")
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval ijb_eval")
-    seed: int = knob(0, "seed of everything random", "synthetic train lfw_eval", low=0)
+    seed: int = knob(0, "seed of everything random", "synthetic shards train lfw_eval", low=0)
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval ijb_eval")
     workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval ijb_eval", low=0)
 
     # synthetic.py
-    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process), data_dir/<set>.bin (make_bin)", "synthetic pre_process make_bin")
+    output: str = knob("", "where to write; default: demo/data (synthetic), data_dir/<set>.bin (make_bin), a folder in data_dir (others)", "synthetic pre_process shards make_bin")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
     images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
 
+    # shards.py
+    shard_images: int = knob(50000, "pictures a file", "shards", low=1)
+
     # pre_process.py
-    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process")
+    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process shards")
     missed: Literal["auto", "skip", "crop"] = knob("auto", "a picture without a face: pass over, or crop centrally; auto: crop for LFW", "pre_process")
     min_face: int = knob(0, "smallest face looked for, in pixels; 0: chosen from the picture's size", "pre_process", low=0)
     detect_batch: int = knob(64, "pictures a detection batch", "pre_process", low=1)
     max_file_mb: int = knob(200, "largest picture file, in MB; larger ones are passed over", "pre_process", low=1)
     max_ratio: int = knob(100, "how many times its size an archive may unpack to before it counts as a bomb", "pre_process", low=1)
+    shard: str = knob("", "prepare one part only, for example 2/8: the second of eight; then --merge", "pre_process")
+    merge: bool = knob(False, "put the parts together that --shard made", "pre_process")
     download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
 
     # the network
@@ -71,7 +76,11 @@ class Config:
 
     # the optimisation
     epochs: int = knob(32, "passes over the training set", "train", low=1)
-    batch_size: int = knob(512, "images a step", "train", low=2)
+    batch_size: int = knob(512, "images a step, over all processes", "train", low=2)
+    accumulate: int = knob(1, "parts that a process computes its share of a batch in, one after the other: less memory", "train", low=1)
+    checkpoint_activations: bool = knob(False, "compute each block's activations again in the backward pass: far less memory, a third more time", "train")
+    sync_bn: bool = knob(False, "many processes: batch normalisation over the whole batch, not over a process's share", "train")
+    sample_rate: float = knob(1.0, "share of the other people's centres that a step compares with (Partial FC); 1: all", "train", low=1e-6, high=1)
     lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
     momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
     weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -262,6 +265,41 @@ def build_model(
     if network not in NETWORKS:
         raise ValueError(f"There is no network {network!r}; there are {', '.join(NETWORKS)}.")
     return NETWORKS[network](emb_size=emb_size, dropout=dropout, use_se=use_se)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have the residual blocks keep their inputs only and compute the rest again in backward.
+
+    It saves most of the activations' memory for a third more arithmetic (Chen et al., 1604.06174).
+    The second time, batch normalisation leaves its running statistics alone.
+    """
+    for block in model.modules():
+        if isinstance(block, (IRBlock, Bottleneck)):
+            block.forward = functools.partial(_recomputed, block, block.forward)
+
+
+def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not block.training:
+        return forward(x)
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a block
+    if not torch.compiler.is_compiling():  # which takes in the statistics once by itself
+        options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
+    return checkpoint(forward, x, **options)
+
+
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Batch normalisation uses the batch's statistics, and takes nothing of them in."""
+    layers = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(layers, before, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
 
 
 class ArcMarginModel(nn.Module):

@@ -77,7 +77,7 @@ def ours(
     torch.backends.cudnn.benchmark = True
     trainer = make_trainer(network, size, device, compile=compiled)
     images, labels = make_batch(size, device)
-    trainer.model.train()
+    trainer.learner.model.train()
     return timed(lambda: trainer.train_step(images, labels, 0.01), device, steps)
 
 
@@ -89,6 +89,7 @@ def make_trainer(network: str, size: int, device: torch.device, **knobs: Any) ->
     reader = SimpleNamespace(keys=everything, path=Path(__file__))
     store = SimpleNamespace(device=device, reader=reader, indices=everything)
     store.good, store.labels = (lambda positions: positions), torch.from_numpy(faces.labels)
+    store.width = lambda batch_size: batch_size
     return Trainer(Config(network=network, batch_size=size, **knobs), store, faces)
 
 
@@ -108,10 +109,10 @@ def difference(network: str, device: torch.device) -> dict[str, float]:
     results = []
     for amp in (False, True):
         trainer = make_trainer(network, 16, device, amp=amp, compile="off")
-        logits, _ = trainer.logits(images, labels)
-        loss = trainer.criterion(logits, labels)
+        loss = trainer.learner.loss(images, labels, len(labels)).loss
         loss.backward()
-        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.parameters])))
+        gradients = [p.grad.flatten() for p in trainer.learner.parameters]
+        results.append((loss.item(), torch.cat(gradients)))
     (loss, gradient), (loss_16, gradient_16) = results
     return {
         "loss, relative error in bfloat16": abs(loss_16 - loss) / loss,

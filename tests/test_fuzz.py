@@ -35,7 +35,8 @@ from index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
 from models import build_model
 from onnx_file import check_onnx
 from pictures import MAX_PIXELS, PictureError, decode_picture
-from recordio import RecordError, RecordReader, read_bin, record_offsets, write_dataset
+from record_writer import write_dataset
+from recordio import RecordError, RecordReader, read_bin, record_offsets
 from utils import UserError
 from verification import parse_pair_list, parse_pairs
 

@@ -21,7 +21,8 @@ from config import parse_args
 from eval_sets import find_set, load_set
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from models import build_model
-from recordio import encode_jpeg, write_bin, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg, write_bin
 from utils import UserError
 
 PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs

@@ -26,7 +26,8 @@ from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, split
 from locks import locked
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 from resume import FIXED_ON_RESUME, FREE_ON_RESUME, cut_events, fingerprint
 from utils import UserError
 

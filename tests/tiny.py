@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from recordio import encode_jpeg, write_bin, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg, write_bin
 
 # 39 pictures to train on and 9 held out: 4 steps an epoch.
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
