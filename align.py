@@ -21,7 +21,7 @@ from archives import ArchiveError, Entry, Source
 from face_detect import Detection, FaceDetector, central_crop_points, find_face
 from pictures import PictureError, decode_picture
 from recordio import encode_jpeg
-from utils import core_count, similarity_transform, warp_face
+from utils import UserError, core_count, is_out_of_memory, similarity_transform, warp_face
 
 BLOCK_IMAGES = 256
 BLOCK_BYTES = 16 << 20
@@ -76,7 +76,8 @@ def align_blocks(
 ) -> Iterator[list[Aligned]]:
     """What becomes of the entries of each block, in order.
 
-    Reading, decoding, detecting and encoding overlap, each some blocks ahead of the next.
+    Reading, decoding, detecting and encoding overlap, each some blocks ahead of the next. Raises
+    UserError where one of the threads dies.
     """
     workers = workers or core_count()
     wanted = [entry for start, stop in blocks for entry in source.entries()[start:stop]]
@@ -110,6 +111,16 @@ def align_blocks(
         cutting = run_ahead((cut(*block) for block in searching), 1)
         for block in cutting:
             yield [face.result() for face in block]
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"A thread that aligns pictures died ({reason}); the pictures before it are kept. "
+            "Start again to go on there, with fewer --workers if memory is short."
+        ) from error
     finally:  # on Ctrl-C what is queued is dropped, not waited for
         for threads in (reader, searcher, pool):
             threads.shutdown(cancel_futures=True)

@@ -7,29 +7,42 @@ so the zip's comment, which readers pass over, holds the SHA-256 of all bytes be
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import itertools
 import os
 import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, is_out_of_memory, what_failed
+from weights import check_packing, check_weights
 
 LAST = "last.pt"
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})\Z")
 _SEAL_SIZE = len("sha256:") + 64
 
 
-def save_checkpoint(path: Path | str, checkpoint: dict[str, Any]) -> None:
+# What PyTorch raises for states that are none of its own: for `except`.
+STRANGE = (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
+
+
+class DamagedError(UserError):
+    """A file that is no whole checkpoint, whatever is tried; the one before it may be."""
+
+
+def save_checkpoint(
+    path: Path | str,
+    checkpoint: dict[str, Any],
+    before_rename: Callable[[], None] = lambda: None,
+) -> None:
     """Write a dict of state dicts, numbers and strings so that `path` is always a whole file."""
-    with atomic_write(path, "w+b") as file:
+    with atomic_write(path, "w+b", before_rename) as file:
         torch.save(_plain(checkpoint), file)
         # A zip ends with the length of its comment, two bytes, and the comment.
         file.seek(-2, os.SEEK_END)
@@ -57,25 +70,31 @@ def _plain(value: Any) -> Any:
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint; its pickle may hold tensors and plain values only (`weights_only=True`).
 
-    A file with a checksum must match it; those of others have none. Raises UserError if the file
-    is not there, is damaged or is no checkpoint.
+    A file with a checksum must match it; those of others have none. Raises DamagedError if the file
+    is not there, is damaged or is no checkpoint, UserError if it cannot be read here and now.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
+        raise DamagedError(f"There is no checkpoint at {path}.")
     try:
         with path.open("rb") as file:
             _check(file, path)
+            check_packing(path)
             checkpoint = torch.load(file, map_location=device, weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch raises half a dozen kinds for damaged files
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
+        if is_out_of_memory(error):
+            raise UserError(f"{path} does not fit into memory ({reason}); free some.") from None
+        # A disk that is away for a moment is no damage. Torch itself looks beyond the end (EINVAL).
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(f"{path} cannot be read: {what_failed(error)}") from None
+        raise DamagedError(
             f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another one."
         ) from None
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict.")
+        raise DamagedError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict.")
     return checkpoint
 
 
@@ -98,7 +117,7 @@ def _check(file: IO[bytes], path: Path) -> None:
     file.seek(max(0, size - _SEAL_SIZE))
     seal = _SEAL.match(file.read(_SEAL_SIZE))
     if seal and _sha256(file, size - _SEAL_SIZE) != seal[1].decode():
-        raise UserError(f"{path} is damaged (its checksum does not match); give another one.")
+        raise DamagedError(f"{path} is damaged (its checksum does not match); give another one.")
     file.seek(0)
 
 
@@ -111,30 +130,22 @@ def save_last(run_dir: Path, checkpoint: dict[str, Any], keep: int = 2) -> None:
     The new one is on disk under another name before the old ones move up, and there is a whole
     last.pt at every moment.
     """
-    fresh = run_dir / f".{LAST}.tmp"
-    save_checkpoint(fresh, checkpoint)
-    names = [run_dir / LAST, *(run_dir / f"last-{number}.pt" for number in range(1, keep))]
-    for newer, older in reversed(list(itertools.pairwise(names))):
-        if newer.name == LAST and newer.exists():
-            _link(newer, older)
-        elif newer.exists():
-            newer.replace(older)
-    fresh.replace(names[0])
-    for path in _older(run_dir)[max(keep - 1, 0) :]:
+    save_checkpoint(run_dir / LAST, checkpoint, lambda: _move_up(run_dir, keep))
+
+
+def _move_up(run_dir: Path, keep: int) -> None:
+    """Give last.pt and those before it the next names, last.pt its own as well."""
+    for path in _older(run_dir)[max(keep - 2, 0) :]:
         path.unlink()
-    sync_folder(run_dir)
-
-
-def _link(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of whatever has it."""
-    spare = name.with_name(f".{name.name}.tmp")
-    spare.unlink(missing_ok=True)
-    try:
-        os.link(path, spare)
-    except OSError:  # a file system without hard links: for a moment it has the second only
-        path.replace(name)
-    else:
-        spare.replace(name)
+    for number in range(keep - 2, 0, -1):
+        if (path := run_dir / f"last-{number}.pt").exists():
+            path.replace(run_dir / f"last-{number + 1}.pt")
+    last, before = run_dir / LAST, run_dir / "last-1.pt"
+    if keep > 1 and last.exists():
+        try:
+            os.link(last, before)
+        except OSError:  # a file system without hard links: for a moment there is no last.pt
+            last.replace(before)
 
 
 def _older(run_dir: Path) -> list[Path]:
@@ -147,15 +158,16 @@ def _older(run_dir: Path) -> list[Path]:
 def load_last(run_dir: Path) -> tuple[dict[str, Any], Path, dict[Path, str]]:
     """The newest checkpoint of a run that is whole, its path, and {newer one: what is wrong}.
 
-    Raises UserError, on the newest, where none is whole.
+    Raises DamagedError, on the newest, where none is whole, and UserError where one cannot be read
+    here and now: an older one in its place would lose what it holds.
     """
     wrong: dict[Path, str] = {}
     for path in (run_dir / LAST, *_older(run_dir)):
         try:
             return load_checkpoint(path), path, wrong
-        except UserError as error:
+        except DamagedError as error:
             wrong[path] = str(error)
-    raise UserError(next(iter(wrong.values())))
+    raise DamagedError(next(iter(wrong.values())))
 
 
 def tidy(run_dir: Path, damaged: Iterable[Path]) -> None:
@@ -170,16 +182,28 @@ def tidy(run_dir: Path, damaged: Iterable[Path]) -> None:
         unfinished.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, too, where the system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ------------------------------------------------------------------------------ states
 
 
-# ------------------------------------------------------------------------------ random states
+def load_momentum(optimizer: torch.optim.SGD, state: dict[str, Any], path: Path) -> None:
+    """Go back to an optimiser's state of a checkpoint; its settings stay as they are, but for lr.
+
+    Raises one of STRANGE, or UserError, where the state is not this optimiser's: fused SGD takes a
+    momentum for as large as its parameter, and reads and writes beyond it where it is smaller.
+    """
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own | {"lr": float(group["lr"])})
+        states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
+        if all(kept.get("momentum_buffer") is None for kept in states):
+            continue  # before the first step
+        for number, (parameter, kept) in enumerate(zip(group["params"], states, strict=True)):
+            momentum = kept.get("momentum_buffer")
+            check_weights({f"momentum {number}": momentum}, path)
+            if momentum.shape != parameter.shape:
+                raise ValueError(f"momentum {number} is {tuple(momentum.shape)}")
+            kept["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(momentum)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

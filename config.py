@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 
@@ -143,6 +143,34 @@ def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> 
             _add_flag(parser, field, hints[field.name])
     given = vars(parser.parse_args(argv))
     return Config(**given, given=tuple(given))
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """The configuration that dataclasses.asdict gave, which may come in a stranger's file.
+
+    Raises ValueError where a name is no knob, or a value none that its flag would take.
+    """
+    fields, hints = Config.__dataclass_fields__, typing.get_type_hints(Config)
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"{str(name)[:40]!r} is no knob of this version")
+        low, high = (fields[name].metadata.get(end) for end in ("low", "high"))
+        fits = _is_of(hints[name], value) and (low is None or value >= low)
+        if not fits or not (high is None or value <= high):
+            raise ValueError(f"--{name.replace('_', '-')} cannot be {str(value)[:40]}")
+    return Config(**values)
+
+
+def _is_of(hint: Any, value: Any) -> bool:
+    """Whether a value is of a knob's type, down to the parts of a tuple."""
+    if typing.get_origin(hint) is Literal:
+        return type(value) is str and value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        kinds = kinds[:1] * len(value) if ... in kinds and type(value) is tuple else kinds
+        fits = type(value) is tuple and len(value) == len(kinds)
+        return fits and all(map(_is_of, kinds, value))
+    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:

@@ -27,7 +27,7 @@ from data_gen import normalise
 from models import build_model
 from onnx_file import check_onnx
 from utils import UserError
-from weights import check_packing, check_weights
+from weights import check_weights
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -262,12 +262,13 @@ def load_embedder(
     if Path(checkpoint).suffix.lower() == ".onnx":
         embed = onnx_embedder(checkpoint, device, spec=spec, **options)
         return embed, {"kind": "onnx", "network": f"ONNX by {default_backend()}"}
-    check_packing(checkpoint)
     loaded = load_checkpoint(checkpoint)
     config, state = loaded.get("config"), loaded.get("model")
     if isinstance(state, dict) and isinstance(config, dict) and {"network", "use_se"} <= {*config}:
         network, use_se = config["network"], config["use_se"]
-        about = {"kind": "ours", "epoch": loaded.get("epoch"), "seed": config.get("seed")}
+        numbers = {"epoch": loaded.get("epoch"), "seed": config.get("seed")}
+        # a stranger's may be anything; these go into lfw.json
+        about = {"kind": "ours"} | {k: v for k, v in numbers.items() if type(v) is int}
         spec = OURS
     elif loaded and all(isinstance(value, Tensor) for value in loaded.values()):
         state, about = loaded, {"kind": "state dict"}
@@ -294,7 +295,7 @@ def _filled(network: str, use_se: bool, state: dict, path: Path | str) -> nn.Mod
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 200 else reason[:200] + "..."
         raise UserError(
-            f"The weights in {path} are not those of network {network} ({reason}); "
+            f"The weights in {path} are not those of network {str(network)[:40]} ({reason}); "
             "name theirs with --network."
         ) from None
     return model.float()

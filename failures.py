@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +19,44 @@ class TrainingError(UserError):
     """A step went wrong; what it changed is not to be saved, the checkpoint before it stays."""
 
 
-def save_bad_batch(
-    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, more: dict[str, Any]
-) -> list[int]:
-    """Write the pictures at `positions` (n,) as the network saw them, and `more`; the record ids.
+def not_finite(
+    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, step: dict[str, Any]
+) -> TrainingError:
+    """The error of a step whose loss or gradient is not finite; its batch goes into `path`.
 
-    `flipped` (n,) bool are those that were mirrored. The file reads like a checkpoint: images
-    (n, 112, 112, 3) uint8 RGB, labels (n,) int64, records [n].
+    `positions` (n,) are its pictures, `flipped` (n,) bool those that were mirrored; `step` has its
+    loss, gradient_norm, lr, scale, epoch, step, steps, and the random states before it.
     """
-    images = store.fetch(positions).cpu()
-    mirrored = torch.from_numpy(flipped)
-    images[mirrored] = images[mirrored].flip(2)
+    try:
+        save_bad_batch(path, store, positions, flipped, step)
+        where = f"the batch is in {path}"
+    except (UserError, OSError) as error:  # a full disk must not hide why it was to be written
+        where = f"the batch could not be kept ({error})"
+    loss, norm = step["loss"], step["gradient_norm"]
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+    return TrainingError(
+        f"The {what} at epoch {step['epoch'] + 1}, step {step['step'] + 1} of {step['steps']} "
+        f"(loss {loss:g}, lr {step['lr']:g}, scale {step['scale']:g}), on records "
+        f"{store.names(store.good(positions))}; {where}, the last good state in last.pt. From "
+        "there it would come to the same; start a new run with a lower --lr, a longer "
+        "--warmup-epochs or a --clip-norm."
+    )
+
+
+def save_bad_batch(
+    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, step: dict[str, Any]
+) -> None:
+    """Write a batch as the network saw it, and what is known of its step.
+
+    The file reads like a checkpoint: images (n, 112, 112, 3) uint8 RGB, labels (n,) int64,
+    records [n], and the parts of `step`.
+    """
+    images = store.fetch(positions, flipped).cpu()
     good = np.isin(positions, store.good(positions))  # the others were left out of the step, too
     kept = torch.from_numpy(good)
     labels = store.labels_of(positions).cpu()[kept]
     records = store.names(positions[good])
-    save_checkpoint(path, {"images": images[kept], "labels": labels, "records": records} | more)
-    return records
+    save_checkpoint(path, {"images": images[kept], "labels": labels, "records": records} | step)
 
 
 class GpuMemory(NamedTuple):
@@ -56,6 +78,21 @@ def gpu_memory(device: torch.device) -> GpuMemory | None:
     )
 
 
+def fixed_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Bytes on a GPU that no smaller batch saves: cache, weights, gradients, momentum.
+
+    Between two steps only; from here on the peak is measured anew. 0 for other devices.
+    """
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    optimizer.zero_grad()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    missing = weights if optimizer.state else 2 * weights
+    return torch.cuda.memory_allocated(device) + missing
+
+
 def batch_that_fits(batch: int, asked: int, fixed: int, memory: GpuMemory) -> int:
     """The largest power of two under `batch` that should fit, 0 if not even two images do.
 
@@ -69,14 +106,6 @@ def batch_that_fits(batch: int, asked: int, fixed: int, memory: GpuMemory) -> in
 
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU, or main memory, is full."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("allocate memory" in text or "ALLOC_FAILED" in text)
 
 
 def asked_bytes(error: BaseException) -> int:

@@ -25,18 +25,30 @@ from recordio import record_offsets
 from utils import UserError, atomic_write, open_to_write, sync, sync_folder, write_errors
 
 NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte
+# What is read of a report.json again, and its types.
+READ = {"source": str, "source_bytes": int, "settings": dict, "kept": int, "identities": int}
 ASIDE = ".aside"  # a folder inside, while its contents are being set aside
 
 
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The folder's report.json; None if it has none.  Raises UserError if it is damaged."""
+def read_report(folder: Path, finished: bool = True) -> dict[str, Any] | None:
+    """The folder's report.json; None if it has none.
+
+    Raises UserError if it is damaged or another program's; one that is not `finished` needs no
+    counts yet.
+    """
     path = folder / "report.json"
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError:
-        raise UserError(f"{path} is damaged; move {folder} away and prepare it again.") from None
+    needed = ("source", "source_bytes", *("kept", "identities") * finished)
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        read = {name: kind for name, kind in READ.items() if name in needed or name in report}
+        damaged = any(type(report[name]) is not kind for name, kind in read.items())
+    except (ValueError, LookupError, TypeError, RecursionError):
+        damaged = True
+    if damaged:
+        raise UserError(f"{path} is damaged; move {folder} away and prepare it again.")
+    return report
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -48,7 +60,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 def begin(part: Path, begun: dict[str, Any]) -> None:
     """Note what is being made; what was begun differently is set aside with a notice, not lost."""
-    before = read_report(part)
+    before = read_report(part, finished=False)
     differs = [k for k in begun if k != "source" and before and before.get(k) != begun[k]]
     if differs or (part / ASIDE).is_dir() or (before is None and (part / "index.tsv").exists()):
         aside = set_aside(part)

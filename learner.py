@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoints import load_momentum
 from config import Config
 from focal_loss import FocalLoss
 from models import ArcMarginModel, build_model, checkpoint_activations
@@ -79,8 +81,10 @@ class Learner:
 
     @property
     def precision(self) -> str:
-        """What it computes in, and on what: the same bits come of the same only."""
-        return f"{'bfloat16' if self.amp else 'float32'} on {self.device.type}"
+        """What it computes in, on what and by what: the same bits come of the same only."""
+        kind = "bfloat16" if self.amp else "float32"
+        threads = f" by {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{kind} on {self.device.type}{threads}, PyTorch {torch.__version__}"
 
     # -------------------------------------------------------------------------- a step
 
@@ -176,8 +180,11 @@ class Learner:
                 optimizer["state"] = {**optimizer["state"], last: state}
         return {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go back to what `state` returned, in however many processes that was."""
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Go back to what `state` returned, in however many processes that was.
+
+        Raises one of checkpoints.STRANGE, or UserError, where the state is another one's.
+        """
         optimizer, shard = state["optimizer"], slice(None)
         if self.sharded:
             shard, last = self.head.shard, len(self.parameters) - 1
@@ -187,10 +194,11 @@ class Learner:
             optimizer = {**optimizer, "state": kept}
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict({k: v[shard] for k, v in state["head"].items()})
-        self.optimizer.load_state_dict(optimizer)
+        load_momentum(self.optimizer, optimizer, path)
 
     def is_finite(self) -> bool:
-        """Whether all weights, of all processes, are numbers."""
-        finite = all(bool(p.isfinite().all()) for p in self.parameters)
-        bad = reduce_(torch.tensor(float(not finite), device=self.device))
+        """Whether all weights and running statistics, of all processes, are numbers."""
+        tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        bad = reduce_((~finite).float())
         return not bool(bad)

@@ -1,24 +1,22 @@
-"""Going on with a run: from which checkpoint, with which configuration, on what it has logged."""
+"""Going on with a run: from which checkpoint, and with which configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import struct
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
-from tensorboard.compat.proto.event_pb2 import Event
+import torch
 
 from checkpoints import LAST, load_checkpoint, load_last, tidy
-from config import Config
+from config import Config, config_from
 from data_gen import ImageStore
 from shard_order import ShardStore
-from utils import UserError, atomic_write, newest_run
+from utils import UserError, newest_run
+from weights import check_weights
 
 # fmt: off
 # What a resumed run may not change: it would be another run under the old one's name.
@@ -39,10 +37,14 @@ FREE_ON_RESUME = {
 }
 # fmt: on
 
+# The parts of a checkpoint and their types, and how many numbers an entry of the history has.
 PARTS = {
-    *("config", "num_classes", "pictures", "precision", "model", "head", "optimizer", "epoch"),
-    *("step", "steps", "best", "history", "window", "random"),
+    **dict.fromkeys(("config", "model", "head", "optimizer", "best", "history", "random"), dict),
+    **dict.fromkeys(("num_classes", "epoch", "step", "steps"), int),
+    **{"pictures": str, "precision": str, "window": torch.Tensor},
 }
+POINTS = {"train": 5, "valid": 3, "lfw": 3}
+BEST = ("epoch", "accuracy", "loss")
 
 
 def run_folder(cfg: Config) -> Path:
@@ -71,10 +73,42 @@ def open_checkpoint(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
         for why in wrong.values():
             print(f"{why.split(';')[0].rstrip('.')}; taking {path.name}, which is older.")
         tidy(run_dir, wrong)
-    missing = PARTS - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} is no checkpoint of this train.py (it has no {min(missing)}).")
+    wrong_part = _wrong_part(checkpoint)
+    if wrong_part:
+        raise UserError(f"{path} is no checkpoint of this train.py (see its {wrong_part}).")
+    for part in ("model", "head"):
+        check_weights(checkpoint[part], path)
     return checkpoint, path
+
+
+def _wrong_part(checkpoint: dict[str, Any]) -> str:
+    """A part that a run of this train.py has in no such form, empty if all are as they should be.
+
+    A checksum is no signature: a file may be whole and say anything.
+    """
+    for name, kind in PARTS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            return name
+    step, steps, epoch = (checkpoint[name] for name in ("step", "steps", "epoch"))
+    best, window, history = (checkpoint[name] for name in ("best", "window", "history"))
+    for name, numbers in POINTS.items():
+        points = history.get(name)
+        if type(points) is not list or not all(_are_numbers(p, numbers) for p in points):
+            return "history"
+    if not (0 <= step <= steps and epoch >= 0):
+        return "step"
+    if (best or epoch) and not _are_numbers(tuple(map(best.get, BEST)), len(BEST)):
+        return "best"
+    if window.dim() != 2 or window.shape[1] != 3 or not window.is_floating_point():
+        return "window"
+    # Each step of the epoch is in a point of the history or in the window.
+    logged = sum(point[4] for point in history["train"] if point[0] == epoch)
+    return "" if logged + len(window) == step else "history"
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    fits = type(values) is tuple and len(values) == count
+    return fits and all(type(value) in (int, float) for value in values)
 
 
 def resumed_config(cfg: Config, checkpoint: dict[str, Any], path: Path) -> Config:
@@ -82,9 +116,13 @@ def resumed_config(cfg: Config, checkpoint: dict[str, Any], path: Path) -> Confi
 
     Raises UserError where the command line would turn it into another run.
     """
-    known = {field.name for field in dataclasses.fields(Config)}
-    old = Config(**{k: v for k, v in checkpoint["config"].items() if k in known})
+    try:
+        old = config_from(checkpoint["config"])
+    except ValueError as error:
+        raise UserError(f"{path} is no run of this train.py ({error}).") from None
     given = {name: getattr(cfg, name) for name in cfg.given}
+    if given.get("compile") == "auto":  # which the run has decided, and keeps to
+        del given["compile"]
     changed = [k for k in given if k in FIXED_ON_RESUME and given[k] != getattr(old, k)]
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} (it has {getattr(old, k)})" for k in changed)
@@ -109,53 +147,3 @@ def fingerprint(store: ImageStore, train: np.ndarray, valid: np.ndarray) -> str:
         digest.update(len(numbers).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------ TensorBoard
-
-
-def cut_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
-    """Take out of TensorBoard's files what was logged after the checkpoint at global step `step`.
-
-    The run logs it again. At `step` itself, training's points stay, and those of validation and
-    LFW stay unless the epoch is still open. A point that a kill cut in two goes as well.
-    """
-    for path in sorted(run_dir.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        kept = [frame for frame, event in _frames(data) if _is_before(event, step, epoch_is_open)]
-        if sum(map(len, kept)) < len(data):
-            with atomic_write(path) as file:
-                file.writelines(kept)
-
-
-def _is_before(event: Event, step: int, epoch_is_open: bool) -> bool:
-    if event.step != step or not epoch_is_open:
-        return event.step <= step
-    return not any(value.tag.startswith(("valid/", "lfw/")) for value in event.summary.value)
-
-
-def _frames(data: bytes) -> list[tuple[bytes, Event]]:
-    """The whole records of a TFRecord file: (size, its CRC, an Event, its CRC) each."""
-    found, start = [], 0
-    while start + 16 <= len(data):
-        size = struct.unpack_from("<Q", data, start)[0]
-        end = start + 16 + size
-        if not size or end > len(data):  # a power cut can leave zeros
-            break
-        try:
-            found.append((data[start:end], Event.FromString(data[start + 12 : end - 4])))
-        except DecodeError:
-            break
-        start = end
-    return found
-
-
-def sync_events(run_dir: Path) -> None:
-    """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
-    files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
-    for path in files[-1:]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

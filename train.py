@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import checks
 from checkpoints import load_checkpoint
@@ -41,7 +40,8 @@ from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
 from eval_board import log_evaluation, log_projector
 from eval_sets import TestSet, find_pairs, find_set, load_set
-from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory
+from events import EventLog, cut_events
+from failures import TrainingError, gpu_memory, out_of_memory
 from figures import plot_curves
 from lfw_eval import evaluate_lfw
 from locks import locked
@@ -58,21 +58,23 @@ from parallel import (
     world_size,
 )
 from recordio import RecordReader
-from resume import cut_events, open_checkpoint, resumed_config, run_folder
+from resume import open_checkpoint, resumed_config, run_folder
 from shard_order import ShardOrder, ShardStore
 from shards import ShardReader, is_sharded
 from trainer import Trainer
 from utils import (
     UserError,
     exit_with_sentence,
+    is_out_of_memory,
     keep_freed_memory,
     seed_everything,
+    what_failed,
 )
 
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
 
 
-def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: TestSet | None) -> None:
+def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet | None) -> None:
     """Train, validate, evaluate and save, epoch by epoch, from wherever the trainer stands."""
     embed = torch_embedder(trainer.learner.model, trainer.device, batch=trainer.cfg.eval_batch)
     while trainer.epoch < trainer.cfg.epochs:
@@ -96,21 +98,19 @@ def run_epochs(trainer: Trainer, writer: SummaryWriter, run_dir: Path, lfw: Test
             line += f"  lfw {report['accuracy']:.2%}"
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
-        trainer.finish_epoch(points)
-        checks.warn_of_evaluation(accuracy, [point[1] for point in trainer.history["lfw"]])
-        if not trainer.best or (accuracy, -loss) > (
-            trainer.best["accuracy"],
-            -trainer.best["loss"],
-        ):
-            trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
-            trainer.save(run_dir / "best.pt")
+        with trainer.finishing_epoch(points):
+            checks.warn_of_evaluation(accuracy, [point[1] for point in trainer.history["lfw"]])
+            best = trainer.best
+            if not best or (accuracy, -loss) > (best["accuracy"], -best["loss"]):
+                trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
+                trainer.save(run_dir / "best.pt")
         trainer.save_last(run_dir, writer)
         if any_of(trainer.stop)[0]:
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> Iterator[None]:
+def saved_at_the_end(trainer: Trainer, writer: EventLog, run_dir: Path) -> Iterator[None]:
     """Whatever ends the run between two steps, last.pt has them; Ctrl-C ends it with a sentence.
 
     Within a step the state is no step's, and the checkpoint before stays.
@@ -122,7 +122,7 @@ def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> 
         if is_main():
             print(f"\nStopped at {at}; go on with: {again(run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (UserError, RuntimeError, MemoryError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         if lost_peer(error):
             raise UserError(lost_sentence(trainer, run_dir)) from None
         if isinstance(error, TrainingError) or not trainer.whole:
@@ -138,6 +138,8 @@ def saved_at_the_end(trainer: Trainer, writer: SummaryWriter, run_dir: Path) -> 
             memory = gpu_memory(trainer.device)
             why = out_of_memory(error, batch=batch, flag=flag, memory=memory)
             why = f"{'Evaluating' if evaluating else 'Loading a batch'}, {why}."
+        elif isinstance(error, OSError):
+            why = what_failed(error)
         elif not isinstance(error, UserError):
             raise
         kept = "All steps are kept" if world_size() == 1 else "last.pt is as it was written last"
@@ -225,9 +227,12 @@ def choose_compile(cfg: Config, device: torch.device, steps: int) -> str:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         missing = "the triton package"
     if missing and cfg.compile == "on":
-        raise UserError(f"--compile on needs {missing}; install it, or leave the flag out.")
-    if cfg.compile != "auto" or steps < COMPILED_STEPS:
-        return "on" if cfg.compile == "on" else "off"
+        raise UserError(
+            f"--compile on, given now or when the run began, needs {missing}; install it, or start "
+            "a run without."
+        )
+    if cfg.compile == "off" or (cfg.compile == "auto" and steps < COMPILED_STEPS):
+        return "off"
     if missing:
         print(f"Training would be faster with {missing}, which torch.compile needs.")
         return "off"
@@ -242,7 +247,10 @@ def config_table(cfg: Config) -> str:
 
 
 def stop_on_signals(trainer: Trainer) -> None:
-    """Ctrl-C or SIGTERM: finish the step at hand and keep it; a second one stops at once."""
+    """Ctrl-C, SIGTERM or a closed terminal: finish the step at hand and keep it.
+
+    A second one stops at once. What nohup or a background job ignores stays ignored.
+    """
 
     def handle(number: int, frame: object) -> None:
         # Perhaps in the middle of a step, which nothing could go on from. torchrun passes on what
@@ -252,8 +260,9 @@ def stop_on_signals(trainer: Trainer) -> None:
             raise SystemExit(130)
         trainer.stop = True
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 def open_trainer(cfg: Config) -> Trainer:
@@ -320,7 +329,7 @@ def events_of(run_dir: Path, trainer: Trainer) -> contextlib.AbstractContextMana
     if not is_main():
         return contextlib.nullcontext(NoWriter())
     # A TensorBoard that is looking on forgets, too, what was logged after the checkpoint.
-    return SummaryWriter(run_dir, purge_step=trainer.global_step + 1)
+    return EventLog(run_dir, trainer.global_step + 1)
 
 
 @exit_with_sentence

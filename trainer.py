@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoints import (
+    STRANGE,
     random_states,
     save_checkpoint,
     save_last,
@@ -31,7 +32,8 @@ from data_gen import (
     train_batches,
     valid_batches,
 )
-from failures import TrainingError, gpu_memory, is_out_of_memory, out_of_memory, save_bad_batch
+from events import EventLog, sync_events
+from failures import TrainingError, fixed_memory, gpu_memory, not_finite, out_of_memory
 from learner import Learner
 from parallel import (
     any_of,
@@ -43,9 +45,9 @@ from parallel import (
     share_buffers,
     world_size,
 )
-from resume import fingerprint, sync_events
+from resume import fingerprint
 from schedule import learning_rate
-from utils import UserError
+from utils import UserError, is_out_of_memory
 
 
 class Step(NamedTuple):
@@ -88,7 +90,7 @@ class Trainer:
         """One step of SGD; loss, accuracy and the gradient's norm, still on the device."""
         return self.learner.train_step(images, labels, lr, self.global_step)
 
-    def train_one_epoch(self, writer: SummaryWriter, run_dir: Path) -> tuple[float, float]:
+    def train_one_epoch(self, writer: EventLog, run_dir: Path) -> tuple[float, float]:
         """The rest of the current epoch; returns the mean loss and accuracy of all of it.
 
         Losses stay on the device until a point is logged, so that the host does not wait for them.
@@ -107,7 +109,7 @@ class Trainer:
             flip=cfg.flip,
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
-        fixed = self.fixed_memory()
+        fixed = fixed_memory(self.learner.optimizer, self.device)
         shown = {"desc": title, "unit": "step", "leave": False, "disable": not is_main()}
         with tqdm(total=self.steps, initial=self.step, **shown) as bar:
             began, first = time.perf_counter(), self.step
@@ -137,11 +139,21 @@ class Trainer:
         loss, accuracy = np.average(points[:, 2:4], axis=0, weights=points[:, 4])
         return float(loss), float(accuracy)
 
-    def finish_epoch(self, points: dict[str, list[tuple[float, ...]]]) -> None:
-        """Go to the beginning of the next epoch; `points` are what this one adds to the history."""
-        for name, added in points.items():
-            self.history[name] += added
+    @contextlib.contextmanager
+    def finishing_epoch(self, points: dict[str, list[tuple[float, ...]]]) -> Iterator[None]:
+        """Go to the beginning of the next epoch; `points` are what this one adds to the history.
+
+        If the block fails, the epoch is still open at its last step, to be finished again: a best
+        epoch counts as one only once best.pt is written.
+        """
+        before = self.epoch, self.step, self.best, self.history
+        self.history = {name: kept + points.get(name, []) for name, kept in before[-1].items()}
         self.epoch, self.step = self.epoch + 1, 0
+        try:
+            yield
+        except BaseException:
+            self.epoch, self.step, self.best, self.history = before
+            raise
 
     def learning_rate(self, step: int | None = None) -> float:
         """The schedule's value for a step of this epoch, by default for the one at hand."""
@@ -156,7 +168,7 @@ class Trainer:
             warmup_epochs=cfg.warmup_epochs,
         )
 
-    def log(self, rate: float, writer: SummaryWriter, bar: tqdm) -> None:
+    def log(self, rate: float, writer: EventLog, bar: tqdm) -> None:
         """Write one point for the last steps to the history, TensorBoard and the progress bar."""
         loss = float(torch.stack([step.loss for step in self.window]).mean())
         accuracy = float(torch.stack([step.accuracy for step in self.window]).mean())
@@ -203,32 +215,20 @@ class Trainer:
 
     def refuse(self, step: Step, loss: float, norm: float, path: Path) -> None:
         """Raise TrainingError for a step; its batch goes into `path`."""
-        numbers = {"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)}
-        numbers |= {"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number}
         positions, flips = self.store.whole_batch(
             self.train_positions, self.cfg.batch_size, self.cfg.seed, self.epoch, step.number
         )
-        flipped = flips & self.cfg.flip
-        more = {**numbers, "random": step.random}
-        records = save_bad_batch(path, self.store, positions, flipped, more)
-        what = "loss is" if not math.isfinite(loss) else "gradient's norm is"
-        raise TrainingError(
-            f"The {what} {norm if math.isfinite(loss) else loss} at epoch {self.epoch + 1}, step "
-            f"{step.number + 1} of {self.steps} (loss {loss:g}, lr {numbers['lr']:g}, scale "
-            f"{self.cfg.margin_s:g}), on records {records}; the batch is in {path}, the last good "
-            "state in last.pt. From there it would come to the same; start a new run with a lower "
-            "--lr, a longer --warmup-epochs or a --clip-norm."
+        raise not_finite(
+            path,
+            self.store,
+            positions,
+            flips & self.cfg.flip,
+            {
+                **{"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)},
+                **{"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number},
+                **{"steps": self.steps, "random": step.random},
+            },
         )
-
-    def fixed_memory(self) -> int:
-        """Bytes on the GPU that no smaller batch saves: cache, weights, gradients, momentum."""
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.learner.optimizer.zero_grad()
-        weights = sum(p.numel() * p.element_size() for p in self.learner.parameters)
-        missing = weights if self.learner.optimizer.state else 2 * weights
-        return torch.cuda.memory_allocated(self.device) + missing
 
     def memory_error(self, error: BaseException, fixed: int) -> TrainingError:
         """What to say of a step for which memory did not suffice."""
@@ -285,9 +285,11 @@ class Trainer:
                 "trained on (--train-set), with the --cache it had if pictures are damaged."
             )
         try:
-            self.learner.load(checkpoint)
-            self.epoch, self.step = int(checkpoint["epoch"]), int(checkpoint["step"])
+            self.learner.load(checkpoint, path)
+            self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             self.best, self.history = checkpoint["best"], checkpoint["history"]
+            if checkpoint["steps"] != self.steps:
+                raise ValueError(f"{checkpoint['steps']} steps an epoch, not {self.steps}")
             window = checkpoint["window"].to(self.device).unbind()
             first = self.step - len(window)
             self.window = [Step(first + i, *row.unbind(), None) for i, row in enumerate(window)]
@@ -296,21 +298,20 @@ class Trainer:
             own_random_numbers(self.cfg.seed, self.global_step)
             if 0 < rank() <= len(others):
                 set_torch_states(others[rank() - 1], self.device)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except STRANGE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is no state of this run ({reason}); give another.") from None
-        self.check_weights(path)
         processes = checkpoint.get("processes", 1)
         before = f"{checkpoint['precision']}" + f" by {processes} processes" * (processes > 1)
         now = f"{self.learner.precision}" + f" by {world_size()} processes" * (world_size() > 1)
         if before != now:
             print(
-                f"{path} comes from a run in {before}; it goes on in {now}, so its numbers will "
+                f"{path} comes from a run in {before}; it goes on in {now}, so its numbers may "
                 "differ in their last digits."
             )
 
     def check_weights(self, path: Path) -> None:
-        """Raise TrainingError if the weights are no numbers any more."""
+        """Raise TrainingError if the weights, or batch normalisation's means, are no numbers."""
         if not self.learner.is_finite():
             raise TrainingError(
                 f"Weights are not finite at epoch {self.epoch}, step {self.step}; {path} stays "
@@ -323,7 +324,7 @@ class Trainer:
         state = self.state()
         from_main(lambda: save_checkpoint(path, state))
 
-    def save_last(self, run_dir: Path, writer: SummaryWriter) -> None:
+    def save_last(self, run_dir: Path, writer: EventLog) -> None:
         """Write last.pt, with all that it has logged on disk before it; once a step."""
         if self.saved_step == (self.epoch, self.step):
             return

@@ -44,8 +44,8 @@ class UserError(Exception):
 def exit_with_sentence(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a script's main: what a user can cause becomes one sentence and exit status 2.
 
-    That is UserError, OSError and a GPU without memory. A sudden Ctrl-C ends with status 130, as
-    shells expect, and no traceback either.
+    That is UserError, OSError and full memory, a GPU's or the machine's. A sudden Ctrl-C ends with
+    status 130, as shells expect, and no traceback either.
     """
 
     @functools.wraps(main)
@@ -59,10 +59,15 @@ def exit_with_sentence(main: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:
             print(f"{script}: {what_failed(error)}", file=sys.stderr)
             raise SystemExit(2) from None
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError, cv2.error) as error:
+            if not is_out_of_memory(error):
+                raise
+            which = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             print(
-                f"{script}: the GPU's memory is full; take a smaller --batch-size (train), "
-                f"--eval-batch or --detect-batch, or --cache ram. ({str(error).splitlines()[0]})",
+                f"{script}: {which} is full ({reason}); what was written is kept. Free some, or "
+                "take fewer --workers, a smaller --batch-size, --eval-batch or --detect-batch, or "
+                "another --cache, as far as the script has them.",
                 file=sys.stderr,
             )
             raise SystemExit(2) from None
@@ -71,6 +76,14 @@ def exit_with_sentence(main: Callable[..., Any]) -> Callable[..., Any]:
             raise SystemExit(130) from None
 
     return wrapped
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU, or main memory, is full."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    full = ("allocate memory", "ALLOC_FAILED", "Failed to allocate")  # PyTorch's, cuDNN's, OpenCV's
+    return isinstance(error, (RuntimeError, cv2.error)) and any(word in str(error) for word in full)
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -218,7 +231,9 @@ def sync_folder(folder: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(
+    path: Path | str, mode: str = "wb", before_rename: Callable[[], None] = lambda: None
+) -> Iterator[IO[Any]]:
     """Open a file that appears under its name only when it is complete and on disk.
 
     Written under a temporary name in the same folder, flushed, synced and renamed; if the block
@@ -241,6 +256,7 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
+            before_rename()
             temporary.replace(path)
         sync_folder(path.parent)
     except BaseException as error:

@@ -38,7 +38,7 @@ def check_packing(path: Path | str) -> None:
     if unpacked > path.stat().st_size:
         raise UserError(
             f"{path} is compressed, or claims more than it holds, as PyTorch's own files never "
-            "are; give another --checkpoint."
+            "are; give another one."
         )
 
 
@@ -61,5 +61,5 @@ def check_weights(state: Mapping[Any, Any], path: Path | str) -> None:
             continue
         raise UserError(
             f"The weights in {path} cannot be used: {str(name)[:80]} {wrong}; give another "
-            "--checkpoint."
+            "checkpoint."
         )

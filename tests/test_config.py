@@ -5,10 +5,11 @@ import sys
 import typing
 
 import pytest
+import torch
 from conftest import ROOT
 
 import models
-from config import Config, parse_args
+from config import Config, config_from, parse_args
 
 SCRIPTS = ("synthetic", "pre_process", "shards", "train", "lfw_eval", "make_bin", "ijb_eval")
 
@@ -94,3 +95,27 @@ def test_network_choices_are_the_registry():
 def test_importing_config_loads_nothing_heavy():
     code = "import sys, config; assert not {'torch', 'numpy', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_configuration_comes_back_from_its_dict():
+    cfg = parse_args(["--milestones", "--lr", "1", "--resume", "--no-flip"], "train")
+    assert config_from(dataclasses.asdict(cfg)) == cfg
+    assert config_from({}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("lr", value) for value in ("0.1", None, True, -1, float("nan"), torch.tensor(0.1))),
+        *(("batch_size", value) for value in (1, 8.0, "8", torch.zeros(9))),
+        *(("network", value) for value in ("r51", None, ["tiny"], torch.zeros(2))),
+        *(("milestones", value) for value in ([1], (1, "2"), (1.5,), 3, torch.zeros(2))),
+        *(("input_mean", value) for value in ((0.5, 0.5), (0.5, 0.5, "x"))),
+        *(("amp", value) for value in (1, None)),
+        *(("data_dir", value) for value in (1, b"data")),
+        *(("margin_m", 4.0), ("warp", 1), (7, 1)),
+    ],
+)
+def test_values_that_no_flag_would_take_are_named(name, value):
+    with pytest.raises(ValueError, match=str(name).replace("_", "-")):
+        config_from({name: value})

@@ -11,7 +11,7 @@ from tiny import hostile_names
 from torch.utils.tensorboard import SummaryWriter
 
 from eval_board import PROJECTED, SPRITE, log_evaluation, log_projector, pair_grid
-from resume import cut_events
+from events import cut_events
 
 
 def read(folder):

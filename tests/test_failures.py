@@ -1,6 +1,7 @@
 """What a run does and says when a step, memory or a thread fails."""
 
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import train
 from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, LoadingError, split, train_batches
-from failures import GpuMemory, asked_bytes, batch_that_fits, is_out_of_memory, out_of_memory
+from failures import GpuMemory, asked_bytes, batch_that_fits, out_of_memory
 from record_writer import write_dataset
 from recordio import RecordReader, encode_jpeg
 from trainer import Trainer
+from utils import UserError, is_out_of_memory
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of "
@@ -107,6 +109,54 @@ def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, mon
     assert (state["epoch"], state["step"]) == (0, 1)
     assert all(value.isfinite().all() for value in state["model"].values())
     assert load_checkpoint(run / "bad_batch.pt")["step"] == 1
+
+
+def test_a_batch_that_cannot_be_kept_does_not_hide_the_reason(start, capsys, monkeypatch):
+    fail_at(monkeypatch, 1, lambda trainer, images: images * math.inf)
+    full = UserError("bad_batch.pt cannot be written (No space left on device).")
+    monkeypatch.setattr("failures.save_checkpoint", lambda *_: raise_it(full))
+    run, code = start()
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "The loss is nan at epoch 1, step 2 of 4" in error
+    assert "the batch could not be kept (bad_batch.pt cannot be written (No space" in error
+    assert not (run / "bad_batch.pt").exists()
+
+
+def test_means_that_are_no_numbers_are_in_no_checkpoint(start, capsys, monkeypatch):
+    """Of batch normalisation: the loss may look good for long, but not what is evaluated."""
+
+    def spoil(trainer, images):
+        trainer.learner.model.bn1.running_var.fill_(math.inf)
+        return images
+
+    fail_at(monkeypatch, 2, spoil)
+    run, code = start("--checkpoint-steps 1")
+    assert code == 2
+    assert "Weights are not finite at epoch 0, step 3" in capsys.readouterr().err
+    assert load_checkpoint(run / "last.pt")["step"] == 2
+
+
+# ------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_after_its_step_unless_it_is_ignored(start, monkeypatch, number):
+    before = signal.getsignal(number)
+    try:
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        with monkeypatch.context() as patch:
+            fail_at(patch, 1, lambda trainer, images: signal.raise_signal(number) or images)
+            run, code = start("--epochs 1")
+        assert code == 0
+        signal.signal(number, signal.SIG_DFL)
+        with monkeypatch.context() as patch:
+            fail_at(patch, 5, lambda trainer, images: signal.raise_signal(number) or images)
+            assert start("--epochs 2") == (run, 130)
+        state = load_checkpoint(run / "last.pt")
+        assert (state["epoch"], state["step"]) == (1, 2)
+    finally:
+        signal.signal(number, before)
 
 
 # ------------------------------------------------------------------------------ memory

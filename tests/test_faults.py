@@ -256,6 +256,41 @@ def test_a_source_that_goes_away_is_no_set_of_bad_pictures(prepare_in, tmp_path,
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (MemoryError(), "memory is full (MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU's memory is full"),
+        (cv2.error("Failed to allocate 9 bytes"), "memory is full (error: Failed to allocate"),
+        (SystemError("broken"), "thread that aligns pictures died (SystemError: broken); the pict"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("where", "calls"), [("load_picture", 9), ("find_face", 1), ("cut_face", 5)]
+)
+def test_a_thread_that_dies_ends_it_with_a_sentence_and_what_is_done_stays(
+    error, sentence, where, calls, prepare_in, tmp_path, monkeypatch
+):
+    assert prepare_in(tmp_path / "whole") == ""
+    function, left = getattr(align, where), [calls]
+
+    def dying(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align, where, dying)
+        assert sentence in prepare_in(tmp_path / "x")
+    rows = (tmp_path / "x" / "faces.part" / "index.tsv").read_text().splitlines()[1:]
+    assert len(rows) == (0 if where == "load_picture" else 4)  # which is far ahead
+    assert prepare_in(tmp_path / "x") == ""
+    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
+    report = json.loads((tmp_path / "x" / "faces" / "report.json").read_text())
+    assert report["resumed_at"] == len(rows)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A function that mounts a file system in memory of so many bytes, or changes its options."""

@@ -8,16 +8,15 @@ them.
 
 import collections
 import contextlib
+import copy
 import gzip
 import io
 import os
 import pickle
-import re
 import resource
-import struct
-import tarfile
 import zipfile
-import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -26,10 +25,25 @@ import torch
 from bounded import limit_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from mutants import (
+    CHANGES,
+    PIXELS,
+    REPLACEMENTS,
+    change,
+    changed,
+    encoded,
+    replaced,
+    tar_of,
+    with_crcs,
+    with_sums,
+    zip_of,
+)
 from test_onnx_file import external, model
+from tiny import FLAGS, write_tiny_set
 
+import train
 from archives import ArchiveError, open_source
+from config import parse_args
 from embedders import load_embedder
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
 from models import build_model
@@ -37,6 +51,7 @@ from onnx_file import check_onnx
 from pictures import MAX_PIXELS, PictureError, decode_picture
 from record_writer import write_dataset
 from recordio import RecordError, RecordReader, read_bin, record_offsets
+from resume import open_checkpoint, resumed_config
 from utils import UserError
 from verification import parse_pair_list, parse_pairs
 
@@ -50,64 +65,6 @@ tried = settings(
     suppress_health_check=list(HealthCheck),
 )
 outcomes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-
-# ------------------------------------------------------------------------------ changes
-
-EXTREMES = [
-    n + d for n in (0, 1 << 7, 1 << 15, 1 << 16, 1 << 31, 1 << 32, 1 << 63) for d in (-1, 0, 1)
-]
-WORDS = [b"-1", b"nan", b"inf", b"1e400", b"9" * 30, b"9" * 5000, b"0x10", b"", b"1_0", b"\xd9\xa1"]
-PLACE = st.integers(-1 << 12, 1 << 16)  # from the end or the beginning
-CODES = st.sampled_from("BHIQ")
-EDITS = st.one_of(
-    st.tuples(st.just("flip"), PLACE, st.integers(1, 255)),
-    st.tuples(st.just("number"), PLACE, st.sampled_from(EXTREMES), CODES, st.sampled_from("<>")),
-    st.tuples(st.just("word"), PLACE, st.sampled_from(WORDS)),
-    st.tuples(st.just("cut"), PLACE, st.integers(1, 300)),
-    st.tuples(st.just("end"), PLACE),
-    st.tuples(st.just("insert"), PLACE, st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("copy"), PLACE, PLACE, st.integers(1, 600)),
-    st.tuples(st.just("repeat"), PLACE, st.integers(1, 64), st.integers(2, 200)),
-)  # fmt: skip
-
-CHANGES = st.lists(EDITS, min_size=1, max_size=4)
-
-
-def change(data: bytes, edits) -> bytes:
-    """The bytes after each of the edits, whose places go round."""
-    for kind, place, *how in edits:
-        at = place % max(1, len(data))
-        rest = data[at:]
-        if kind == "flip" and rest:
-            rest = bytes([rest[0] ^ how[0]]) + rest[1:]
-        elif kind == "number":
-            number, code, order = how
-            packed = struct.pack(order + code, number % (1 << 8 * struct.calcsize(code)))
-            rest = packed + rest[len(packed) :]
-        elif kind == "word":
-            found = re.compile(rb"-?[0-9][0-9.]*").search(data, at)
-            if found:
-                at, rest = found.start(), how[0] + data[found.end() :]
-        elif kind == "cut":
-            rest = rest[how[0] :]
-        elif kind == "end":
-            rest = b""
-        elif kind == "insert":
-            rest = how[0] + rest
-        elif kind == "copy":
-            source = how[0] % max(1, len(data))
-            part = data[source : source + how[1]]
-            rest = part + rest[len(part) :]
-        elif kind == "repeat":
-            rest = rest[: how[0]] * how[1] + rest[how[0] :]
-        data = data[:at] + rest
-    return data
-
-
-def changed(*seeds: bytes, mend=bytes):
-    """Mostly one of the seeds, changed in a few places and mended; sometimes any bytes."""
-    mutants = st.builds(change, st.sampled_from(seeds), CHANGES).map(mend)
-    return st.integers(0, 9).flatmap(lambda n: st.binary(max_size=200) if n == 9 else mutants)
 
 
 def judge(kind: str, function, *arguments, errors=UserError):
@@ -163,40 +120,12 @@ def folder(tmp_path_factory, request):
 FILES = {"set/b/2.jpg": b"b two" * 40, "set/a/1.jpg": b"", "set/张/3.jpg": bytes(700)}
 
 
-def zip_of(files, how=zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", how) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name), data, how)
-    return buffer.getvalue()
-
-
-def tar_of(files, form) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()[:8192]
-
-
 ZIPS = [zip_of(FILES, how) for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)]
 TARS = [tar_of({**FILES, "set/" + "n" * 120 + "/4.jpg": b"4"}, form) for form in range(3)]
 
 
 def zipped(tar: bytes) -> bytes:
     return gzip.compress(tar, mtime=0)
-
-
-def with_sums(tar: bytes) -> bytes:
-    """Each block that may be a header gets a right check sum, or no change would get far."""
-    blocks = [bytearray(tar[i : i + 512]) for i in range(0, len(tar), 512)]
-    for block in blocks:
-        if block[257:262] == b"ustar":
-            block[148:156] = b" " * 8
-            block[148:156] = b"%06o\0 " % sum(block)
-    return b"".join(blocks)
 
 
 def read_archive(path):
@@ -240,36 +169,6 @@ def test_tgz(folder, data):
 
 
 # ------------------------------------------------------------------------------ pictures
-
-PIXELS = cv2.GaussianBlur(
-    np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8), (0, 0), 3
-)
-
-
-def encoded(kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image, exif = Image.fromarray(PIXELS), Image.Exif()
-    exif[0x0112] = 6
-    if kind in ("GIF", "WEBP", "PNG", "TIFF") and options.pop("animated", False):
-        options |= {"save_all": True, "append_images": [Image.fromarray(255 - PIXELS)]}
-    if kind in ("JPEG", "WEBP", "PNG", "TIFF"):
-        options["exif"] = exif
-    image.convert(options.pop("mode", "RGB")).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def with_crcs(png: bytes) -> bytes:
-    """A PNG whose chunks have right check sums."""
-    if not png.startswith(b"\x89PNG"):
-        return png
-    out, at = png[:8], 8
-    while at + 12 <= len(png):
-        length = int.from_bytes(png[at : at + 4], "big")
-        body = png[at + 4 : at + 8 + length]
-        out += png[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
-        at += 12 + length
-    return out + png[at:]
-
 
 JPEGS = [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("JPEG", mode="CMYK")]
 DEEP = cv2.imencode(".png", PIXELS.astype(np.uint16) * 257)[1].tobytes()
@@ -443,6 +342,47 @@ def test_checkpoint(folder, whole, edits):
     data = repacked(data) if whole is PICKLED else data
     with written(folder, {"x.pt": data}) as (path,):
         judge("checkpoint", read_checkpoint, path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer in the middle of its first epoch, and its state."""
+    where = tmp_path_factory.mktemp("set")
+    flags = f"{FLAGS} --checkpoint-steps 0 --log-every 2 --train-set {where}"
+    cfg = parse_args(flags.split(), "train")
+    write_tiny_set(where)
+    with contextlib.redirect_stdout(None):
+        trainer = train.open_trainer(cfg)
+    trainer.train_one_epoch(SimpleNamespace(add_scalar=lambda *_: None), Path())
+    history = {"train": trainer.history["train"][:1], "valid": [], "lfw": []}
+    best = {"epoch": 0, "accuracy": 0.5, "loss": 1.0}
+    state = {"step": 3, "window": torch.zeros(1, 3), "history": history, "best": best}
+    return trainer, copy.deepcopy(trainer.state() | state)
+
+
+def go_on(path, trainer):
+    """As train.py --resume does, to the end of the epoch."""
+    cfg = parse_args(["--resume", str(path)], "train")
+    checkpoint, path = open_checkpoint(cfg, path.parent)
+    resumed_config(cfg, checkpoint, path)
+    trainer.load(checkpoint, path)
+    trainer.train_one_epoch(SimpleNamespace(add_scalar=lambda *_: None), path.parent)
+    assert f"{trainer.best['epoch']} {trainer.best['accuracy']:.2%}"
+
+
+@tried
+@given(changes=st.lists(REPLACEMENTS, min_size=1, max_size=2))
+def test_resumed_checkpoint(folder, trained, changes):
+    trainer, state = trained
+    for choices, value in changes:
+        state = replaced(state, choices, value)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with written(folder, {"x.pt": buffer.getvalue()}) as (path,):
+        trainer.epoch = trainer.step = 0
+        trainer.window, trainer.whole = [], True
+        judge("resumed", go_on, path, trainer)
+        (folder / "bad_batch.pt").unlink(missing_ok=True)
 
 
 @tried

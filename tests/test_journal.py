@@ -102,27 +102,49 @@ def test_rows_of_another_source_are_not_believed(whole, tmp_path):
 def test_other_settings_begin_anew_and_lose_nothing(tmp_path, capsys):
     part = tmp_path / "faces.part"
     part.mkdir()
-    begin(part, {"source": "a", "settings": 1})
+    begin(part, {"source": "a", "source_bytes": 1, "settings": {"n": 1}})
     (part / "index.tsv").write_text("rows")
-    begin(part, {"source": "moved", "settings": 1})
+    begin(part, {"source": "moved", "source_bytes": 1, "settings": {"n": 1}})
     assert (part / "index.tsv").exists()
     for number in (1, 2):
-        begin(part, {"source": "a", "settings": 1 + number})
+        begin(part, {"source": "a", "source_bytes": 1, "settings": {"n": 1 + number}})
         aside = tmp_path / f"faces.{number}.part"
         assert str(aside) in capsys.readouterr().out
         assert (aside / "index.tsv").read_text() == "rows"
         assert not (part / "index.tsv").exists()
         (part / "index.tsv").write_text("rows")
-    assert read_report(part) == {"source": "a", "settings": 3}
+    assert read_report(part, finished=False)["settings"] == {"n": 3}
 
 
 def test_reports(tmp_path):
     assert read_report(tmp_path) is None
-    write_report(tmp_path, {"names": ["张三"]})
-    assert read_report(tmp_path) == {"names": ["张三"]}
+    begun = {"source": "张三.zip", "source_bytes": 3}
+    write_report(tmp_path, begun)
+    assert read_report(tmp_path, finished=False) == begun
     assert "张三" in (tmp_path / "report.json").read_text("utf-8")
-    (tmp_path / "report.json").write_text('{"names"')
     with pytest.raises(UserError, match="damaged"):
+        read_report(tmp_path)  # which is not finished
+    write_report(tmp_path, begun | {"kept": 1, "identities": 1})
+    assert read_report(tmp_path)["kept"] == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"source"',
+        b"\xff\xfe",
+        b"[]",
+        b'"source source_bytes"',
+        b"[" * 100_000,
+        b'{"source": 1, "source_bytes": 3, "kept": 1, "identities": 1}',
+        b'{"source": "a", "source_bytes": true, "kept": 1, "identities": 1}',
+        b'{"source": "a", "source_bytes": 3, "kept": 1}',
+        b'{"source": "a", "source_bytes": 3, "kept": 1, "identities": 1, "settings": []}',
+    ],
+)
+def test_a_report_that_is_none_is_a_sentence(tmp_path, text):
+    (tmp_path / "report.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"report\.json is damaged; move"):
         read_report(tmp_path)
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -18,8 +17,8 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import FLAGS, assert_same, write_tiny_set
-from torch.utils.tensorboard import SummaryWriter
 
+import events
 import resume
 import train
 from checkpoints import load_checkpoint
@@ -28,7 +27,7 @@ from data_gen import ImageStore, split
 from locks import locked
 from record_writer import write_dataset
 from recordio import RecordReader, encode_jpeg
-from resume import FIXED_ON_RESUME, FREE_ON_RESUME, cut_events, fingerprint
+from resume import FIXED_ON_RESUME, FREE_ON_RESUME, fingerprint
 from utils import UserError
 
 
@@ -90,7 +89,7 @@ def points(cwd):
     found = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
-        for _, event in resume._frames(path.read_bytes()):
+        for _, event in events._frames(path.read_bytes()):
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars" or value.HasField(
                     "simple_value"
@@ -104,7 +103,7 @@ def steps_by_tag(cwd):
     found = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
-        for _, event in resume._frames(path.read_bytes()):
+        for _, event in events._frames(path.read_bytes()):
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append(event.step)
     return found
@@ -143,12 +142,12 @@ def assert_same_run(cwd, unbroken):
 FAULTS = [
     {"at": "trainer:Trainer.train_step", "count": 4},  # a step after a checkpoint
     {"at": "os:fsync", "count": 2},  # a checkpoint is written, not yet on disk under its name
-    {"at": "checkpoints:_link", "count": 1, "after": True},  # the old one has moved up
+    {"at": "checkpoints:_move_up", "count": 1, "after": True},  # the old one has moved up
     {"at": "trainer:Trainer.validate", "count": 1},  # the epoch's last step and its end
     {"at": "lfw_eval:summarise", "count": 1, "after": True},  # valid/ is logged, lfw/ is not
     {"at": "train:log_evaluation", "count": 1, "after": True},  # all of it is logged, not saved
     {"at": "trainer:Trainer.save", "count": 1, "after": True},  # best.pt is new, last.pt is not
-    {"at": "pathlib:Path.replace", "count": 5},
+    {"at": "pathlib:Path.replace", "count": 3},
 ]
 
 
@@ -161,6 +160,22 @@ def test_a_run_killed_at_the_worst_moments_ends_as_the_unbroken_one(killer, unbr
     assert_same_run(tmp_path, unbroken)
     assert not killer.run(tmp_path)  # once more: there is nothing to do
     assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_a_compiled_run_killed_and_compiled_anew_ends_as_the_unbroken_one(
+    killer, tmp_path, monkeypatch
+):
+    compiled = ("--compile", "on", "--checkpoint-steps", "1")
+    assert not killer.run(tmp_path / "unbroken", *compiled)
+    kills = [
+        killer.run(tmp_path / "killed", *more, at="trainer:Trainer.train_step", count=3)
+        for more in (compiled, ("--compile", "auto"))
+    ]
+    assert kills == [True, True]
+    assert not killer.run(tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "unbroken")
 
 
 @pytest.mark.slow
@@ -245,6 +260,33 @@ def test_every_fixed_knob_is_refused_by_name_and_every_free_one_taken():
                 resume.resumed_config(changed, checkpoint, Path("r"))
 
 
+def test_a_run_keeps_to_what_auto_has_decided():
+    checkpoint = {"config": dataclasses.asdict(dataclasses.replace(Config(), compile="on"))}
+    asked = parse_args(["--compile", "auto"], "train")
+    assert resume.resumed_config(asked, checkpoint, Path("r")).compile == "on"
+    with pytest.raises(UserError, match=r"another --compile \(it has on\)"):
+        resume.resumed_config(parse_args(["--compile", "off"], "train"), checkpoint, Path("r"))
+
+
+def test_a_best_epoch_counts_as_one_only_once_it_is_written(start, tmp_path, monkeypatch):
+    def full(self, path):
+        raise UserError(f"{path} cannot be written (No space left on device).")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "save", full)
+        code, printed = start(resumed=False)
+    (run,) = tmp_path.glob("runs/*")
+    assert code == 2
+    assert "best.pt cannot be written (No space left on device). All steps are kept" in printed
+    state = load_checkpoint(run / "last.pt")
+    assert (state["epoch"], state["step"], state["best"]) == (0, 4, {})
+    assert not state["history"]["valid"]
+    assert start("--resume")[0] == 0
+    state, best = load_checkpoint(run / "last.pt"), load_checkpoint(run / "best.pt")
+    assert (state["epoch"], len(state["history"]["valid"])) == (1, 1)
+    assert best["best"] == state["best"] != {}
+
+
 def test_other_pictures_are_refused(start, folder, tmp_path):
     start(resumed=False)
     for change in ("labels", "pictures", "fewer"):
@@ -323,9 +365,17 @@ def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path)
     for change, text in (
         ({"model": {"x": torch.zeros(1)}}, "is no state of this run"),
         ({"optimizer": {}}, "is no state of this run"),
-        ({"window": None}, "is no state of this run"),
+        ({"random": {}}, "is no state of this run"),
+        ({"window": None}, "is no checkpoint of this train.py (see its window)"),
+        ({"epoch": torch.tensor(1)}, "(see its epoch)"),
+        ({"step": 5}, "(see its step)"),
+        ({"step": 2}, "(see its history)"),  # whose two steps are nowhere
+        ({"history": {"train": []}}, "(see its history)"),
+        ({"best": {}}, "(see its best)"),
         ({"head": {"weight": torch.full((4, 16), torch.nan)}}, "not finite"),
         ({"num_classes": 7}, "7 identities"),
+        ({"config": whole["config"] | {"batch_size": "x"}}, "--batch-size cannot be x"),
+        ({"config": whole["config"] | {"warp": 9}}, "'warp' is no knob of this version"),
     ):
         torch.save({**whole, **change}, run / "last.pt")
         code, printed = start("--resume", "--epochs", "2")
@@ -347,59 +397,3 @@ def test_the_clock_asks_for_checkpoints_too(start, tmp_path, monkeypatch):
     saved.clear()
     start("--resume", "--epochs", "2", "--checkpoint-minutes", "0")
     assert saved == [0]
-
-
-# ------------------------------------------------------------------------------ TensorBoard
-
-
-def logged(folder):
-    (path,) = folder.glob("events.*")
-    frames = resume._frames(path.read_bytes())
-    return [(v.tag, event.step) for _, event in frames for v in event.summary.value]
-
-
-def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monkeypatch):
-    saved, waiting = [], []
-    add, flush = SummaryWriter.add_scalar, SummaryWriter.flush
-    monkeypatch.setattr(
-        SummaryWriter, "add_scalar", lambda self, *a: (waiting.append(a), add(self, *a))
-    )
-    monkeypatch.setattr(SummaryWriter, "flush", lambda self: (waiting.clear(), flush(self)))
-
-    def look(run_dir, checkpoint, keep):
-        points = [step for tag, step in logged(run_dir) if tag == "train/loss"]
-        steps = [epoch * 4 + step for epoch, step, *_ in checkpoint["history"]["train"]]
-        saved.append((points, steps, list(waiting)))
-
-    monkeypatch.setattr("trainer.save_last", look)
-    code, _ = start("--epochs", "3", "--checkpoint-steps", "1", "--log-every", "1", resumed=False)
-    assert code == 0
-    assert len(saved) == 1 + 3 * 5  # at the start, after every step and after every epoch
-    for points, steps, unwritten in saved:
-        assert points == steps
-        assert not unwritten
-
-
-@pytest.mark.parametrize("epoch_is_open", [True, False])
-def test_what_was_logged_after_the_checkpoint_is_cut_away(tmp_path, epoch_is_open):
-    with SummaryWriter(tmp_path) as writer:
-        for step in (2, 4, 6):
-            writer.add_scalar("train/loss", step, step)
-            if step % 4 == 0:
-                writer.add_scalar("valid/loss", step, step)
-    (path,) = tmp_path.glob("events.*")
-    with path.open("ab") as file:  # a point that a kill cut in two
-        file.write(struct.pack("<Q", 100) + b"abc")
-    cut_events(tmp_path, 4, epoch_is_open)
-    expected = [("train/loss", 2), ("train/loss", 4)]
-    assert logged(tmp_path) == expected + [("valid/loss", 4)] * (not epoch_is_open)
-    before = path.stat()
-    cut_events(tmp_path, 4, epoch_is_open)  # nothing to do, nothing written
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
-    with path.open("ab") as file:
-        file.write(bytes(64))  # what a power cut leaves
-    cut_events(tmp_path, 4, epoch_is_open)
-    assert path.stat().st_size == before.st_size
-    shown = EventAccumulator(str(tmp_path))
-    shown.Reload()
-    assert [event.step for event in shown.Scalars("train/loss")] == [2, 4]

@@ -124,7 +124,7 @@ def test_bfloat16_step_is_close_to_float32(configure):
     images, labels = torch.randn(16, 3, 112, 112), torch.arange(16) % 4
     for amp in (False, True):
         trainer = make_trainer(configure("--dropout 0"))
-        trainer.amp = amp
+        trainer.learner.amp = amp
         loss, _, norm = trainer.train_step(images, labels, lr=0.0)
         losses.append(loss.item())
         grads.append(torch.cat([p.grad.flatten() for p in trainer.learner.parameters]))

@@ -92,8 +92,8 @@ def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
             raise UserError("There is no data.")
         if kind == "os":
             (tmp_path / "absent").read_text()
-        if kind == "memory":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if isinstance(kind, Exception):
+            raise kind
         raise RuntimeError("a bug")
 
     for kind, text in (("user", "There is no data."), ("os", "No such file")):
@@ -103,10 +103,18 @@ def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
         error = capsys.readouterr().err
         assert text in error
         assert "Traceback" not in error
-    with pytest.raises(SystemExit) as ended:
-        main("memory")
-    assert ended.value.code == 2
-    assert "smaller --batch-size" in capsys.readouterr().err
+    for error, text in (
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU's memory is full (OutOfMemory"),
+        (MemoryError(), "memory is full (MemoryError"),
+        (RuntimeError("can't allocate memory: you tried to allocate 9 bytes"), "9 bytes"),
+        (cv2.error("(-4:Insufficient memory) Failed to allocate 9 bytes"), "9 bytes"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(error)
+        assert ended.value.code == 2
+        printed = capsys.readouterr().err
+        assert text in printed
+        assert "a smaller --batch-size" in printed
     with pytest.raises(RuntimeError):  # bugs keep their traceback
         main("bug")
 

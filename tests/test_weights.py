@@ -76,6 +76,14 @@ def test_a_state_that_is_none(tmp_path):
         refused(tmp_path / "x.pt", "is no tensor")
 
 
+@pytest.mark.parametrize("odd", [torch.zeros(2), torch.tensor(3), "1\n2", [1], float("nan"), None])
+def test_numbers_that_are_none_are_left_out(state, tmp_path, odd):
+    config = {"network": "tiny", "use_se": False, "seed": odd}
+    torch.save({"config": config, "model": dict(state), "epoch": odd}, tmp_path / "x.pt")
+    _, about = load_embedder(tmp_path / "x.pt", device=CPU)
+    assert about == {"kind": "ours", "network": "tiny"}
+
+
 def test_half_precision_is_read(state, tmp_path):
     halves = {n: t.half() if t.is_floating_point() else t for n, t in state.items()}
     torch.save(halves, tmp_path / "x.pt")

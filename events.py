@@ -1,0 +1,98 @@
+"""TensorBoard's events of a run: on disk or a sentence, and cut back when the run is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+from torch.utils.tensorboard import SummaryWriter
+
+from utils import UserError, atomic_write, write_errors
+
+
+class EventLog(SummaryWriter):
+    """A SummaryWriter for which a full disk is a UserError that names its folder.
+
+    Its thread keeps what failed for the next flush, and dies with a traceback as well: that is
+    left out.
+    """
+
+    def __init__(self, run_dir: Path, purge_step: int):
+        self.shown = run_dir / "events.out.tfevents"
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._hide_os_errors
+        with write_errors(self.shown):
+            super().__init__(run_dir, purge_step=purge_step)
+
+    def _hide_os_errors(self, thread: Any) -> None:
+        if not issubclass(thread.exc_type, OSError):
+            self._excepthook(thread)
+
+    def flush(self) -> None:
+        """Hand all points to the system."""
+        with write_errors(self.shown):
+            super().flush()
+
+    def close(self) -> None:
+        """Flush, and end the thread."""
+        threading.excepthook = self._excepthook
+        with write_errors(self.shown):
+            super().close()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        # What ended the run is worth more than that this cannot be written either.
+        with contextlib.suppress(*[UserError] * (kind is not None)):
+            self.close()
+
+
+def cut_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
+    """Take out of TensorBoard's files what was logged after the checkpoint at global step `step`.
+
+    The run logs it again. At `step` itself, training's points stay, and those of validation and
+    LFW stay unless the epoch is still open. A point that a kill cut in two goes as well.
+    """
+    for path in sorted(run_dir.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        kept = [frame for frame, event in _frames(data) if _is_before(event, step, epoch_is_open)]
+        if sum(map(len, kept)) < len(data):
+            with atomic_write(path) as file:
+                file.writelines(kept)
+
+
+def _is_before(event: Event, step: int, epoch_is_open: bool) -> bool:
+    if event.step != step or not epoch_is_open:
+        return event.step <= step
+    return not any(value.tag.startswith(("valid/", "lfw/")) for value in event.summary.value)
+
+
+def _frames(data: bytes) -> list[tuple[bytes, Event]]:
+    """The whole records of a TFRecord file: (size, its CRC, an Event, its CRC) each."""
+    found, start = [], 0
+    while start + 16 <= len(data):
+        size = struct.unpack_from("<Q", data, start)[0]
+        end = start + 16 + size
+        if not size or end > len(data):  # a power cut can leave zeros
+            break
+        try:
+            found.append((data[start:end], Event.FromString(data[start + 12 : end - 4])))
+        except DecodeError:
+            break
+        start = end
+    return found
+
+
+def sync_events(run_dir: Path) -> None:
+    """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
+    files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    for path in files[-1:]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
