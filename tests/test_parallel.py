@@ -175,14 +175,15 @@ def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
             how = {"kill": int(rng.integers(ranks)), "seconds": float(rng.uniform(0.5, 4))}
             printed, codes = groups.run(cwd, ranks, "run_train", argv, fails=True, **how)
             assert not any("Traceback" in text for text in printed), printed
-            if codes == [0] * ranks:
-                break
-            killed += 1
+            killed += codes != [0] * ranks
             for run in cwd.glob("runs/*"):
                 if not (run / "last.pt").exists():  # it had done nothing that could be lost
                     shutil.rmtree(run)
             argv = ["--resume"] if list(cwd.glob("runs/*")) else flags
+            if codes == [0] * ranks:
+                break
         groups.run(cwd, ranks, "run_train", argv)
+        print(f"{ranks} processes, {killed} kills")
         straight = newest(tmp_path / "straight")
         assert torch.equal(weights(newest(cwd)), weights(straight))
 
