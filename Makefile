@@ -31,7 +31,7 @@ demo: $(INSTALLED)
 	$(RUN) lfw_eval.py $(DEMO) --robustness
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -q -m slow
