@@ -72,7 +72,7 @@ def merged_blocks(
     something else, lacks a picture or has one too many.
     """
     for number, shard in enumerate(shards, 1):
-        report = read_report(shard) or {}
+        report = read_report(shard, finished=False) or {}
         differs = [k for k in begun if k != "source" and report.get(k) != begun[k]]
         if differs:
             raise UserError(
