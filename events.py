@@ -51,6 +51,19 @@ class EventLog(SummaryWriter):
             self.close()
 
 
+class NoWriter:
+    """TensorBoard's writer in the processes that do not write."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write nothing."""
+
+    def add_text(self, tag: str, text: str) -> None:
+        """Write nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
 def cut_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
     """Take out of TensorBoard's files what was logged after the checkpoint at global step `step`.
 
@@ -91,8 +104,5 @@ def sync_events(run_dir: Path) -> None:
     """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
     files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
     for path in files[-1:]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with write_errors(path), path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from utils import UserError
+from utils import UserError, write_errors
 
 LOCK = ".lock"
 _held: set[IO[str]] = set()
@@ -24,11 +24,14 @@ _held: set[IO[str]] = set()
 def locked(folder: Path | str, what: str) -> Iterator[None]:
     """Hold `folder` (which exists) for this process; `what` says in a word who holds it.
 
-    Raises UserError naming the process that has it. The kernel drops the lock when its owner ends,
-    by SIGKILL too, so there is nothing to clean up: the file stays, and says who came last.
+    Raises UserError naming the process that has it, or where the folder cannot be written. The
+    kernel drops the lock when its owner ends, by SIGKILL too, so there is nothing to clean up: the
+    file stays, and says who came last.
     """
     path = Path(folder) / LOCK
-    with path.open("a+", encoding="utf-8", errors="replace") as file:
+    with write_errors(folder):
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -43,12 +46,13 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
             raise UserError(
                 f"{folder} is in use by {owner}; wait until it has ended, or stop it."
             ) from None
-        file.truncate(0)
         command = " ".join(shlex.join(sys.argv).split())
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         host = socket.gethostname()
-        file.write(f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n")
-        file.flush()
+        with write_errors(folder):
+            file.truncate(0)
+            file.write(f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n")
+            file.flush()
         _held.add(file)
         try:
             yield

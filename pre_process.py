@@ -80,7 +80,6 @@ from utils import (
     make_folder,
     sync_folder,
     what_failed,
-    write_errors,
 )
 
 PATIENCE = datetime.timedelta(days=7)  # that one process waits for the slowest
@@ -116,8 +115,7 @@ def prepare(
             )
         with contextlib.ExitStack() as stack:
             make_folder(part)
-            with write_errors(part):
-                stack.enter_context(locked(part, "pre_process.py"))
+            stack.enter_context(locked(part, "pre_process.py"))
             sync_folder(part.parent)
             if is_taken(job.output):  # another process has finished it since we looked
                 (part / LOCK).unlink()
@@ -212,8 +210,7 @@ def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         make_folder(job.output)
-        with write_errors(job.output):
-            stack.enter_context(locked(job.output, "pre_process.py"))
+        stack.enter_context(locked(job.output, "pre_process.py"))
         stack.callback((job.output / LOCK).unlink)
         statuses, facts = index_pack(job.source, job.output, cfg.workers)
         report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}

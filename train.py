@@ -26,7 +26,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
 from eval_board import log_evaluation, log_projector
 from eval_sets import TestSet, find_pairs, find_set, load_set
-from events import EventLog, cut_events
+from events import EventLog, NoWriter, cut_events
 from failures import TrainingError, gpu_memory, out_of_memory
 from figures import plot_curves
 from lfw_eval import evaluate_lfw
@@ -69,6 +69,7 @@ from utils import (
     keep_freed_memory,
     seed_everything,
     what_failed,
+    write_errors,
 )
 
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
@@ -311,19 +312,6 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
             run_epochs(trainer, writer, run_dir, lfw)
 
 
-class NoWriter:
-    """TensorBoard's writer in the processes that do not write."""
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Write nothing."""
-
-    def add_text(self, tag: str, text: str) -> None:
-        """Write nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-
 def events_of(run_dir: Path, trainer: Trainer) -> contextlib.AbstractContextManager:
     """TensorBoard's writer for a run, in rank 0."""
     if not is_main():
@@ -353,6 +341,13 @@ def open_for_all(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
     return (opened or [load_checkpoint(path)])[0], path
 
 
+def begin_run(run_dir: Path, own: Callable[[Path], None]) -> None:
+    """Make the folder of a new run this process's own."""
+    with write_errors(run_dir):
+        run_dir.mkdir(parents=True)
+    own(run_dir)
+
+
 def run(cfg: Config) -> None:
     """Open or make the run, train it to its end and draw its curves, as one of the processes."""
     with contextlib.ExitStack() as stack:
@@ -372,7 +367,7 @@ def run(cfg: Config) -> None:
                 together(lambda: trainer.load(checkpoint, path))
                 del checkpoint
             else:
-                from_main(lambda: (run_dir.mkdir(parents=True), own(run_dir))[1])
+                from_main(lambda: begin_run(run_dir, own))
             train(trainer, run_dir, resumed=bool(cfg.resume))
             history, best, steps = trainer.history, trainer.best, trainer.steps
         else:

@@ -29,6 +29,7 @@ class FailingDisk:
 
     def __init__(self, monkeypatch, fail_at: int, stays: bool = False, calls=CALLS):
         self.calls, self.fail_at, self.stays = 0, fail_at, stays
+        self.names: list[str] = []  # of the calls so far
         self.trouble = TROUBLES[fail_at % len(TROUBLES)]
         for owner, name in calls:
             monkeypatch.setattr(owner, name, self._failing(getattr(owner, name), name))
@@ -40,6 +41,7 @@ class FailingDisk:
     def _failing(self, real, name):
         def call(*args, **kwargs):
             self.calls += 1
+            self.names.append(name)
             if self.calls == self.fail_at or (self.stays and self.failed):
                 if name == "write":
                     real(args[0], bytes(args[1])[: len(args[1]) // 2])

@@ -284,7 +284,7 @@ def test_a_thread_that_dies_ends_it_with_a_sentence_and_what_is_done_stays(
         patch.setattr(align, where, dying)
         assert sentence in prepare_in(tmp_path / "x")
     rows = (tmp_path / "x" / "faces.part" / "index.tsv").read_text().splitlines()[1:]
-    assert len(rows) == (0 if where == "load_picture" else 4)  # which is far ahead
+    assert len(rows) in ((4,) if where == "cut_face" else (0, 4))  # the others are far ahead
     assert prepare_in(tmp_path / "x") == ""
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
     report = json.loads((tmp_path / "x" / "faces" / "report.json").read_text())

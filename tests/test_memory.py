@@ -1,7 +1,8 @@
-"""Memory of pre_process.py: it must not grow with the number of pictures, but by their names.
+"""Memory of pre_process.py, which must not grow with the number of pictures but by their names,
+and of train.py without a cache, which must not grow but by their labels and places.
 
-The detector is a stub; all else is real. What counts is memory of the process's own: the pages of
-train.rec that it has mapped are the kernel's to take back.
+The detector, and the network, are stubs; all else is real. What counts is memory of the process's
+own: the pages of train.rec that it has mapped are the kernel's to take back.
 """
 
 import io
@@ -17,20 +18,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from recordio import encode_jpeg
+from recordio import encode_jpeg, write_dataset
 
-PREPARE = """
-import os, sys, threading, time
-import numpy as np
-import align, pre_process
-from config import parse_args
-from face_detect import Detection
-
-points = np.array([[8.0, 9], [16, 9], [12, 13], [9, 17], [15, 17]])
-found = Detection("ok", 0.9, np.array([2.0, 2, 22, 22]), points)
-align.find_face = lambda detector, images: [found] * len(images)
-pre_process.FaceDetector = lambda *_, **__: None
-os.fsync = lambda handle: None  # disks are slow, and this is about memory
+WATCH = """
+import sys, threading, time
 
 def megabytes():
     with open("/proc/self/status") as file:
@@ -46,12 +37,43 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-source, output = sys.argv[1:]
-pre_process.main(parse_args(["--source", source, "--output", output, "--images-dir",
-                             output + "-images", "--workers", "2"], "pre_process"))
+run(*sys.argv[1:])
 done.set()
 watcher.join()
 print("megabytes", peak - before)
+"""
+
+PREPARE = """
+import os
+import numpy as np
+import align, pre_process
+from config import parse_args
+from face_detect import Detection
+
+points = np.array([[8.0, 9], [16, 9], [12, 13], [9, 17], [15, 17]])
+found = Detection("ok", 0.9, np.array([2.0, 2, 22, 22]), points)
+align.find_face = lambda detector, images: [found] * len(images)
+pre_process.FaceDetector = lambda *_, **__: None
+os.fsync = lambda handle: None  # disks are slow, and this is about memory
+
+def run(source, output):
+    pre_process.main(parse_args(["--source", source, "--output", output, "--images-dir",
+                                 output + "-images", "--workers", "2"], "pre_process"))
+"""
+
+TRAIN = """
+import train, trainer
+from config import parse_args
+from torch import nn
+
+trainer.build_model = lambda *_: nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 8))
+
+def run(source, output):
+    flags = "--emb-size 8 --batch-size 100 --valid-fraction 0.02 --epochs 2 --cache none"
+    flags += " --workers 2"
+    flags += f" --device cpu --checkpoint-minutes 0.02 --train-set {source} --data-dir {output}"
+    flags += f" --runs-dir {output}/runs --images-dir {output}/images --margin-s 1 --lr 0.01"
+    train.main(parse_args(flags.split(), "train"))
 """
 
 
@@ -73,19 +95,32 @@ def write_many(path: Path, count: int) -> Path:
     return path
 
 
+def write_set(folder: Path, count: int) -> None:
+    """A training set of `count` pictures of 100 people."""
+    noise = np.random.default_rng(0).integers(0, 256, (50, 7, 7, 3), np.uint8)
+    jpegs = [encode_jpeg(cv2.resize(image, (112, 112))) for image in noise]
+    labels = [i * 100 // count for i in range(count)]
+    write_dataset(folder, (jpegs[i % 50] for i in range(count)), labels)
+
+
 def peak_memory(folder: Path, kind: str, count: int) -> float:
-    """Megabytes of its own that preparing so many pictures takes at the most, imports aside."""
-    source = write_many(folder / f"{count}.{kind}", count)
-    output = folder / f"{count}-{kind}"
+    """Megabytes of its own that so many pictures take at the most, imports aside."""
+    if kind == "rec":
+        script, source, output = TRAIN, folder / f"{count}.rec", folder / f"{count}-trained"
+        write_set(source, count)
+    else:
+        script, output = PREPARE, folder / f"{count}-{kind}"
+        source = write_many(folder / f"{count}.{kind}", count)
     done = subprocess.run(
-        [sys.executable, "-c", PREPARE, str(source), str(output)],
+        [sys.executable, "-c", script + WATCH, str(source), str(output)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((output / "report.json").read_text())["kept"] == count
+    if kind != "rec":
+        assert json.loads((output / "report.json").read_text())["kept"] == count
     return float(done.stdout.split()[-1])
 
 
@@ -110,6 +145,6 @@ def test_memory_is_flat(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), [("tgz", 1_000), ("zip", 1_500)])
+@pytest.mark.parametrize(("kind", "most"), [("tgz", 1_000), ("zip", 1_500), ("rec", 300)])
 def test_memory_is_flat_over_100_000_pictures(kind, most, tmp_path):
     assert growth(tmp_path, kind, 10_000, 100_000) < most
