@@ -28,10 +28,10 @@ demo: $(INSTALLED)
 	$(RUN) train.py $(DEMO) --network tiny --epochs 6 --batch-size 128 --margin-s 32 \
 		--margin-m 0.3 --schedule poly --poly-power 1 --warmup-epochs 1 --clip-norm 5 --dropout 0 \
 		--log-every 4
-	$(RUN) lfw_eval.py $(DEMO)
+	$(RUN) lfw_eval.py $(DEMO) --robustness
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(RUN) -m pytest -q -m slow

@@ -227,6 +227,11 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
     name, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    set_torch_states(states, device)
+
+
+def set_torch_states(states: dict[str, Any], device: torch.device) -> None:
+    """Go back to what torch_states returned."""
     torch.set_rng_state(states["cpu"].cpu())
     if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)

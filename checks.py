@@ -28,14 +28,23 @@ def check_training_set(
     """
     check_labels(store.labels, num_classes)
     check_order(store.labels[torch.from_numpy(positions).to(store.device)].cpu().numpy(), seed)
-    chosen = np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE]
+    warning = classes_warning(store.reader.num_classes, num_classes, len(store.reader.labels))
+    if warning:
+        print(f"Warning: {warning}")
+    check_pictures(store, np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE])
+
+
+def check_pictures(store: ImageStore, chosen: np.ndarray) -> None:
+    """Look at the pictures at the positions `chosen`; print warnings.
+
+    Raises UserError where training could not work.
+    """
     chosen = store.good(np.sort(chosen))
     images = store.fetch(chosen).cpu().numpy()
     images = images[np.isin(chosen, store.good(chosen))]  # without a cache, bad ones show only now
     if not len(images):
         raise UserError(f"None of {len(chosen)} sampled pictures can be decoded; see --train-set.")
-    warnings = [classes_warning(store.reader.num_classes, num_classes, len(store.reader.labels))]
-    warnings += [check_constant(images), colour_warning(images), eyes_warning(images)]
+    warnings = [check_constant(images), colour_warning(images), eyes_warning(images)]
     for warning in filter(None, warnings):
         print(f"Warning: {warning}")
 

@@ -27,32 +27,37 @@ class Config:
 
     # fmt: off
     # where things are
-    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process train lfw_eval")
-    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval")
-    images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval")
-    seed: int = knob(0, "seed of everything random", "synthetic train", low=0)
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval")
-    workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval", low=0)
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval make_bin")
+    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval ijb_eval")
+    images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval ijb_eval")
+    seed: int = knob(0, "seed of everything random", "synthetic shards train lfw_eval", low=0)
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval ijb_eval")
+    workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval ijb_eval", low=0)
 
     # synthetic.py
-    output: str = knob("", "where to write; default: demo/data (synthetic), a folder in data_dir (pre_process)", "synthetic pre_process")
+    output: str = knob("", "where to write; default: demo/data (synthetic), data_dir/<set>.bin (make_bin), a folder in data_dir (others)", "synthetic pre_process shards make_bin")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
     images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
 
+    # shards.py
+    shard_images: int = knob(50000, "pictures a file", "shards", low=1)
+
     # pre_process.py
-    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process")
+    source: str = knob("", "archive, folder or .rec to prepare; default: whatever is in data_dir", "pre_process shards")
     missed: Literal["auto", "skip", "crop"] = knob("auto", "a picture without a face: pass over, or crop centrally; auto: crop for LFW", "pre_process")
     min_face: int = knob(0, "smallest face looked for, in pixels; 0: chosen from the picture's size", "pre_process", low=0)
     detect_batch: int = knob(64, "pictures a detection batch", "pre_process", low=1)
     max_file_mb: int = knob(200, "largest picture file, in MB; larger ones are passed over", "pre_process", low=1)
     max_ratio: int = knob(100, "how many times its size an archive may unpack to before it counts as a bomb", "pre_process", low=1)
+    shard: str = knob("", "prepare one part only, for example 2/8: the second of eight; then --merge", "pre_process")
+    merge: bool = knob(False, "put the parts together that --shard made", "pre_process")
     download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
 
     # the network
-    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval")
+    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval ijb_eval")
     emb_size: int = knob(512, "numbers in an embedding", "train", low=1)
-    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval")
+    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval")
     dropout: float = knob(0.4, "dropout before the embedding layer", "train", low=0, high=0.9)
 
     # the margin and the loss
@@ -67,11 +72,15 @@ class Config:
     max_classes: int = knob(0, "train on the identities with most images only; 0: all", "train", low=0)
     valid_fraction: float = knob(0.02, "share of each identity's images held out for validation", "train", low=0, high=0.9)
     cache: Literal["auto", "gpu", "ram", "none"] = knob("auto", "where decoded images are kept; auto: the first that they fit", "train")
-    flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval")
+    flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval ijb_eval")
 
     # the optimisation
     epochs: int = knob(32, "passes over the training set", "train", low=1)
-    batch_size: int = knob(512, "images a step", "train", low=2)
+    batch_size: int = knob(512, "images a step, over all processes", "train", low=2)
+    accumulate: int = knob(1, "parts that a process computes its share of a batch in, one after the other: less memory", "train", low=1)
+    checkpoint_activations: bool = knob(False, "compute each block's activations again in the backward pass: far less memory, a third more time", "train")
+    sync_bn: bool = knob(False, "many processes: batch normalisation over the whole batch, not over a process's share", "train")
+    sample_rate: float = knob(1.0, "share of the other people's centres that a step compares with (Partial FC); 1: all", "train", low=1e-6, high=1)
     lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
     momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
     weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)
@@ -89,14 +98,27 @@ class Config:
     resume: str = knob("", "go on with a run: newest (the flag alone), or a run's folder or last.pt", "train")
 
     # lfw_eval.py
-    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval")
-    lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval")
-    pairs: str = knob("", "LFW's pairs file; default: data_dir/pairs.txt", "train lfw_eval")
+    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval ijb_eval")
+    against: str = knob("", "a second checkpoint: is the difference to it more than chance?", "lfw_eval")
+    lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval make_bin")
+    pairs: str = knob("", "pairs in LFW's format or as lines 'path1 path2 0/1'; default: pairs.txt in the set's folder, <set>_pairs.txt or pairs.txt in data_dir", "train lfw_eval make_bin")
+    sets: str = knob("", "several sets, as lfw,cfp_fp,agedb_30: prepared folders or .bin files by name, or paths", "lfw_eval")
+    as_: Literal["", "insightface", "paper"] = knob("", "a convention as others quote it; fixes the next four and flip", "lfw_eval")
+    fuse: Literal["sum", "concat"] = knob("sum", "how the embeddings of a face and its mirror image become one", "lfw_eval")
+    subtract_mean: bool = knob(False, "take the mean embedding of the other folds off first", "lfw_eval")
+    metric: Literal["cosine", "euclidean"] = knob("cosine", "how two embeddings are compared", "lfw_eval")
+    threshold: Literal["folds", "best"] = knob("folds", "the best threshold of the other folds, or the best on the very pairs", "lfw_eval")
     lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
-    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval", low=1)
-    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval")
-    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval")
-    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval")
+    robustness: bool = knob(False, "also the same pairs with JPEG, blur, covers ... on their second pictures: six times the time", "lfw_eval")
+    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval ijb_eval", low=1)
+    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval ijb_eval")
+    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval ijb_eval")
+    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval ijb_eval")
+
+    # ijb_eval.py
+    ijb: str = knob("", "folder of IJB-B or IJB-C, with meta/ and loose_crop/", "ijb_eval")
+    detector_score: bool = knob(True, "weight a picture in its template by the detector's score, as InsightFace does", "ijb_eval")
+    norm_weight: bool = knob(True, "weight it by the length of its embedding, likewise", "ijb_eval")
     # fmt: on
 
     # The names of the knobs that the command line gave, so that a resumed run can tell a wish from
@@ -153,13 +175,14 @@ def _is_of(hint: Any, value: Any) -> bool:
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, hint: Any) -> None:
     """One knob as a flag: its type gives the parser, its metadata the help."""
-    flag = "--" + field.name.replace("_", "-")
+    flag = "--" + field.name.rstrip("_").replace("_", "-")  # as_: "as" is a word of Python's
     meaning = field.metadata["help"]
     hint_is_tuple = typing.get_origin(hint) is tuple
     if field.default != "":
         shown = " ".join(map(str, field.default)) if hint_is_tuple else field.default
         meaning += f" (default: {shown})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": meaning.replace("%", "%%")}
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
+    options["help"] = meaning.replace("%", "%%")
     if hint_is_tuple:
         kinds = typing.get_args(hint)
         options |= {"type": kinds[0], "nargs": "*" if kinds[-1] is Ellipsis else len(kinds)}

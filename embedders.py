@@ -63,12 +63,14 @@ def embed_in_batches(
     spec: InputSpec,
     device: torch.device,
     progress: str = "",
+    raw: bool = False,
 ) -> Tensor:
     """Embed each face once, and its mirror image: (n, 112, 112, 3) uint8 to (n, d) of length 1.
 
     forward takes inputs (b, 3, 112, 112) to embeddings (b, d); those of a face and of its mirror
-    image are summed before the length is divided out. progress is the title of a bar, none if
-    empty. Raises UserError where the model gives numbers that are not finite.
+    image are summed before the length is divided out, which raw leaves as it is. progress is the
+    title of a bar, none if empty. Raises UserError where the model gives numbers that are not
+    finite.
     """
     parts = []
     with tqdm(total=len(faces), desc=progress, unit="img", disable=not progress) as bar:
@@ -77,7 +79,7 @@ def embed_in_batches(
             embedding = forward(images).float()
             if flip:
                 embedding = embedding + forward(images.flip(3)).float()
-            parts.append(F.normalize(embedding))
+            parts.append(embedding if raw else F.normalize(embedding))
             bar.update(len(chunk))
     embeddings = torch.cat(parts).cpu()
     broken = int((~embeddings.isfinite().all(1)).sum())
@@ -97,6 +99,7 @@ def torch_embedder(
     *,
     spec: InputSpec = OURS,
     progress: str = "",
+    raw: bool = False,
 ) -> Embed:
     """The embedding function of a network, which train.py may go on training in between.
 
@@ -113,7 +116,7 @@ def torch_embedder(
             with torch.inference_mode(), torch.autocast(device.type, enabled=False):
                 return embed_in_batches(
                     forward, faces, flip=flip, batch=batch, spec=spec, device=device,
-                    progress=progress,
+                    progress=progress, raw=raw,
                 )  # fmt: skip
         finally:
             torch.backends.cudnn.allow_tf32 = had_tf32
@@ -127,7 +130,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     Same embeddings but for rounding; the model itself stays as it was, in whichever mode.
     """
     was_training = model.training
-    folded = fuse(model.eval())
+    with torch.no_grad():
+        folded = fuse(model.eval())
     model.train(was_training)
     return folded.to(memory_format=torch.channels_last)
 
@@ -143,6 +147,7 @@ def onnx_embedder(
     *,
     spec: InputSpec = OURS,
     progress: str = "",
+    raw: bool = False,
     backend: str = "",
 ) -> Embed:
     """The embedding function of an ONNX model; its first output is the embedding.
@@ -173,7 +178,7 @@ def onnx_embedder(
         return embed_in_batches(
             lambda images: torch.from_numpy(run(images.contiguous().numpy())),
             faces, flip=flip, batch=batch, spec=spec, device=torch.device("cpu"),
-            progress=progress,
+            progress=progress, raw=raw,
         )  # fmt: skip
 
     return embed
@@ -246,15 +251,16 @@ def load_embedder(
     batch: int = 256,
     spec: InputSpec = OURS,
     progress: str = "",
+    raw: bool = False,
 ) -> tuple[Embed, dict[str, Any]]:
     """The embedding function of a file, and what the file is (kind, network, epoch, seed ...).
 
-    The network of a checkpoint of ours comes from the config in it; network and use_se are for
-    state dicts of others. Raises UserError where the file is none of the three kinds.
+    The network of a checkpoint of ours comes from the config in it; network, use_se and spec are
+    for models of others. Raises UserError where the file is none of the three kinds.
     """
-    options: dict[str, Any] = {"flip": flip, "batch": batch, "spec": spec, "progress": progress}
+    options: dict[str, Any] = {"flip": flip, "batch": batch, "progress": progress, "raw": raw}
     if Path(checkpoint).suffix.lower() == ".onnx":
-        embed = onnx_embedder(checkpoint, device, **options)
+        embed = onnx_embedder(checkpoint, device, spec=spec, **options)
         return embed, {"kind": "onnx", "network": f"ONNX by {default_backend()}"}
     loaded = load_checkpoint(checkpoint)
     config, state = loaded.get("config"), loaded.get("model")
@@ -263,6 +269,7 @@ def load_embedder(
         numbers = {"epoch": loaded.get("epoch"), "seed": config.get("seed")}
         # a stranger's may be anything; these go into lfw.json
         about = {"kind": "ours"} | {k: v for k, v in numbers.items() if type(v) is int}
+        spec = OURS
     elif loaded and all(isinstance(value, Tensor) for value in loaded.values()):
         state, about = loaded, {"kind": "state dict"}
     else:
@@ -271,7 +278,8 @@ def load_embedder(
             "give another --checkpoint."
         )
     model = _filled(network, use_se, state, checkpoint)
-    embed = torch_embedder(model.to(device, memory_format=torch.channels_last), device, **options)
+    model = model.to(device, memory_format=torch.channels_last)
+    embed = torch_embedder(model, device, spec=spec, **options)
     return embed, about | {"network": network}
 
 

@@ -51,6 +51,19 @@ class EventLog(SummaryWriter):
             self.close()
 
 
+class NoWriter:
+    """TensorBoard's writer in the processes that do not write."""
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write nothing."""
+
+    def add_text(self, tag: str, text: str) -> None:
+        """Write nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+
 def cut_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
     """Take out of TensorBoard's files what was logged after the checkpoint at global step `step`.
 

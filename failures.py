@@ -54,7 +54,7 @@ def save_bad_batch(
     images = store.fetch(positions, flipped).cpu()
     good = np.isin(positions, store.good(positions))  # the others were left out of the step, too
     kept = torch.from_numpy(good)
-    labels = store.labels.cpu()[torch.from_numpy(positions)][kept]
+    labels = store.labels_of(positions).cpu()[kept]
     records = store.names(positions[good])
     save_checkpoint(path, {"images": images[kept], "labels": labels, "records": records} | step)
 

@@ -14,7 +14,7 @@ from archives import ArchiveError, open_source
 from pictures import PictureError, decode_picture
 from recordio import encode_jpeg
 from utils import atomic_write, make_folder
-from verification import Pairs, Roc, to_degrees
+from verification import Pairs, Roc, picture_name, to_degrees
 
 MATCHED, MISMATCHED = "#0072b2", "#d55e00"  # told apart by the colour-blind, too (Okabe and Ito)
 
@@ -62,6 +62,11 @@ def plot_angles(path: Path, scores: np.ndarray, same: np.ndarray, report: dict[s
 
 
 def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
+    """Write roc_picture to a file."""
+    _save(roc_picture(curve, report), path)
+
+
+def roc_picture(curve: Roc, report: dict[str, Any]) -> Figure:
     """TAR over FAR, on a logarithmic scale, with the equal error rate and the reported TARs."""
     mismatched = report["pairs"] - report["matched_pairs"]
     # A FAR of 0 has no place on the scale; it is drawn at the left end, below all other rates.
@@ -83,6 +88,62 @@ def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
     axes.set(xlim=(left, 1), ylim=(bottom, 1))
     decimals = 1 if 1 - bottom < 0.05 else 0
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def plot_robustness(path: Path, found: dict[str, dict[str, Any]]) -> None:
+    """Accuracy by corruption; found is robustness.measure's."""
+    figure, axes = _figure("Accuracy with the second picture of each pair made worse")
+    draw_robustness(axes, found, "black")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+def draw_robustness(axes: Any, found: dict[str, dict[str, Any]], ink: str) -> None:
+    """A row a corruption: accuracy with its standard error, and that at the clean thresholds."""
+    names = [name for name in found if name != "clean"][::-1]
+    rows, places = [found[name] for name in names], range(len(names))
+    own = [row["accuracy"] for row in rows]
+    errors = [row["standard_error"] for row in rows]
+    label = "own threshold, with standard error"
+    axes.errorbar(own, places, xerr=errors, fmt="o", color=MATCHED, capsize=3, label=label)
+    kept = [row["accuracy_as_set"] for row in rows]
+    axes.plot(kept, places, "x", color=MISMATCHED, mew=2, label="threshold as set on clean pairs")
+    clean = found["clean"]["accuracy"]
+    axes.axvline(clean, color=ink, linestyle="--", linewidth=1, label="clean pairs")
+    axes.set_yticks(places, names)
+    axes.set(xlabel="accuracy", ylim=(-0.6, len(names) - 0.4))
+
+
+def plot_corruptions(path: Path, faces: dict[str, np.ndarray]) -> None:
+    """One face under every corruption: robustness.showcase's pictures, named."""
+    columns = 4
+    rows = -(-len(faces) // columns)
+    figure = Figure(figsize=(8, 2.25 * rows), dpi=120, layout="constrained")
+    for place, (name, face) in enumerate(faces.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(face)
+        axes.set_title(name, fontsize=10)
+        axes.axis("off")
+    _save(figure, path)
+
+
+def plot_tars(
+    path: Path, far: np.ndarray, tar: np.ndarray, rates: dict[str, float], title: str
+) -> None:
+    """TAR over FAR, (points,) each, on a logarithmic scale, with a mark at each named FAR."""
+    figure, axes = _figure(f"{title}: receiver operating characteristic")
+    axes.plot(far, tar, color=MATCHED, linewidth=1.8)
+    shown = {name: rate for name, rate in rates.items() if float(name) >= far[0]}
+    for name, rate in shown.items():
+        label = f"{rate:.2%} at {name}"
+        axes.plot(float(name), rate, "o", color=MISMATCHED, label=label, clip_on=False, zorder=3)
+    bottom = max(0.0, 1 - 1.2 * (1 - float(tar.min())) - 0.002)
+    axes.set(xlabel="false accept rate (FAR)", ylabel="true accept rate (TAR)", xscale="log")
+    axes.set(xlim=(far[0], 1), ylim=(bottom, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower right")
     _save(figure, path)
 
@@ -131,7 +192,7 @@ def write_galleries(
         for side, ends in enumerate((pairs.first, pairs.second))
     }
     names = {pairs.names[face] for face in shown.values()}
-    originals, notice = _read_originals(source, names) if names else ({}, "")
+    originals, notice = read_originals(source, names) if names else ({}, "")
     for name, face in shown.items():
         jpeg = originals.get(pairs.names[face]) or encode_jpeg(faces[face].numpy())
         with atomic_write(images_dir / name) as file:
@@ -139,14 +200,12 @@ def write_galleries(
     return notice
 
 
-def picture_name(source: str) -> str:
-    """What pairs.txt calls a picture: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
-    folder, _, file = source.rpartition("/")
-    return f"{folder.rpartition('/')[2]}/{file.rpartition('.')[0] or file}"
+def read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
+    """JPEG bytes of pictures by name, and a sentence where not all of them are there.
 
-
-def _read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
-    """JPEG bytes of pictures by name, and a sentence where not all of them are there."""
+    source is an archive or a folder; a picture's name is what verification.picture_name makes of
+    its path.
+    """
     found: dict[str, bytes] = {}
     if not source:
         return found, "The galleries show aligned faces; --lfw-source can name the originals."

@@ -20,7 +20,8 @@ from align import Aligned
 from archives import Entry, Tally
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
 from locks import LOCK
-from recordio import RecordWriter, record_offsets
+from record_writer import RecordWriter
+from recordio import record_offsets
 from utils import UserError, atomic_write, open_to_write, sync, sync_folder, write_errors
 
 NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte
@@ -139,7 +140,7 @@ class Journal:
                 return end
             for start, stop in blocks:
                 lines = list(itertools.islice(file, stop - start))
-                rows = _whole_rows(lines, entries[start:stop])
+                rows = whole_rows(lines, entries[start:stop])
                 images -= sum(row.label is not None for row in rows)
                 if len(rows) < stop - start or images < 0:
                     break
@@ -191,7 +192,7 @@ class Journal:
             self.records.__exit__()
 
 
-def _whole_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
+def whole_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
     """The rows of lines, as far as they are whole and belong to the entries."""
     rows: list[IndexRow] = []
     for line, entry in zip(lines, entries, strict=False):

@@ -6,35 +6,46 @@
     python lfw_eval.py --checkpoint model.onnx --input-mean 0.485 0.456 0.406 \\
         --input-std 0.229 0.224 0.225                       # any ONNX model of 112x112 faces
     python lfw_eval.py --lfw data/faces_webface_112x112/cfp_fp.bin
+    python lfw_eval.py --sets lfw,cfp_fp,agedb_30           # one table, runs/<run>/eval.json
+    python lfw_eval.py --as insightface                     # by the convention of others
+    python lfw_eval.py --against runs/<other>/best.pt       # is the difference more than chance?
 
-It prints a table of ten-fold accuracy with its standard error, the single best threshold, TAR at
-FAR, AUC and EER; the same goes to runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of
-others). Into images/ go theta_dist.png, roc.png and up to ten false positives and false negatives,
-worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
+It prints a table: ten-fold accuracy with its standard error, the single best threshold, TAR at FAR,
+AUC and EER, 95 % intervals, thresholds to choose from, and last.pt beside best.pt. The same goes to
+runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of others). Embeddings are kept in
+runs/<run>/embeddings/. Into images/ go theta_dist.png, roc.png and up to ten false positives and
+false negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
+All of it, with more of the pairs and what makes them hard, is on one page, runs/<run>/report.html;
+--robustness adds the same pairs under corruptions.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sklearn
 import torch
 from torch import Tensor
 
+import robustness
 import verification
 from config import Config, parse_args
-from data_gen import load_images
 from embedders import Embed, InputSpec, load_embedder
-from figures import picture_name, plot_angles, plot_roc, write_galleries
-from index_tsv import read_index
-from recordio import RecordError, RecordReader, decode_jpeg, read_bin
+from embedding_cache import EmbeddingCache, model_checksum
+from eval_sets import SetResult, TestSet, find_pairs, find_set, load_set
+from eval_tables import comparison_table, set_table, summary_table
+from figures import plot_angles, plot_corruptions, plot_robustness, plot_roc, write_galleries
+from protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
+from report import provenance, read_training, write_page
+from set_statistics import compare_results, set_statistics
 from utils import (
     UserError,
     atomic_write,
@@ -44,262 +55,272 @@ from utils import (
     make_folder,
     newest_run,
 )
+from verification import worst_errors
 
 GALLERY = 10  # false positives, and false negatives, that are shown
-
-
-@dataclass(frozen=True)
-class LfwSet:
-    """A test set in memory: the aligned faces that its pairs use, each once, and the pairs."""
-
-    path: Path
-    images: Tensor  # (n, 112, 112, 3) uint8 RGB, in the order of pairs.names
-    pairs: verification.Pairs
-    missed: int  # faces among them that the detector did not find: cropped centrally
-    source: str = ""  # the archive or folder that the pictures came from, where known
-
-
-# ------------------------------------------------------------------------------ the test set
-
-
-def find_lfw(data_dir: Path | str, train_set: Path | str = "") -> Path | None:
-    """The prepared LFW, else an lfw.bin in the training set's folder or in data_dir, else None."""
-    data_dir = Path(data_dir)
-    train_set = Path(train_set) if train_set else data_dir / "faces_webface_112x112"
-    prepared = data_dir / "faces_lfw_112x112"
-    found = [prepared] if (prepared / "train.rec").is_file() else []
-    found += [p for p in (train_set / "lfw.bin", data_dir / "lfw.bin") if p.is_file()]
-    return found[0] if found else None
-
-
-def load_lfw(path: Path | str, pairs_path: Path | str, workers: int = 0) -> LfwSet:
-    """Decode the faces of a prepared folder that pairs.txt names, or all of a .bin set.
-
-    A .bin carries its pairs, and its folds are contiguous tenths. Raises UserError where files are
-    missing or damaged, or where pairs.txt names pictures that the folder has not.
-    """
-    path = Path(path)
-    lfw = _load_bin(path) if path.suffix == ".bin" else _load_folder(path, pairs_path, workers)
-    if lfw.pairs.same.all() or not lfw.pairs.same.any():
-        raise UserError(f"{path}: the pairs are all of one kind; both kinds are needed.")
-    if len(np.unique(lfw.pairs.folds)) < 2:
-        raise UserError(f"{pairs_path} has one fold only; cross-validation needs two or more.")
-    return lfw
-
-
-def _load_folder(folder: Path, pairs_path: Path | str, workers: int) -> LfwSet:
-    pairs_path = Path(pairs_path)
-    reader = RecordReader(folder)
-    table = read_index(folder, reader)
-    if not pairs_path.is_file():
-        raise UserError(
-            f"There is no {pairs_path}; get LFW's pairs.txt (python pre_process.py --download-lfw "
-            "fetches it too) or name one with --pairs."
-        )
-    try:
-        pairs = verification.parse_pairs(pairs_path.read_text("utf-8"))
-    except ValueError as error:  # UnicodeDecodeError is one, too
-        raise UserError(f"{pairs_path} is not in the form of LFW's pairs.txt: {error}.") from None
-    # Whatever the archive's root is called, a picture is Name/Name_0001 and its suffix.
-    rows = {
-        picture_name(source): row
-        for row, source in enumerate(table.source)
-        if table.record[row] >= 0
-    }
-    missing = [name for name in pairs.names if name not in rows]
-    if missing:
-        raise UserError(
-            f"{pairs_path} names {len(missing)} of {len(pairs.names)} pictures that {folder} does "
-            f"not have ({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}); prepare the LFW "
-            "archive that belongs to it with pre_process.py."
-        )
-    used = np.array([rows[name] for name in pairs.names])
-    places = np.searchsorted(reader.keys, table.record[used])
-    images, errors = load_images(reader, places, workers=workers)
-    if errors:
-        raise UserError(f"{next(iter(errors.values()))} Prepare {folder} again.")
-    missed = sum(table.status[row] == "central_crop" for row in used)
-    return LfwSet(folder, images, pairs, missed, _source_of(folder / "report.json"))
-
-
-def _source_of(report: Path) -> str:
-    """What pre_process.py read the pictures from, empty where no report tells."""
-    if not report.is_file():
-        return ""
-    try:
-        return str(json.loads(report.read_text("utf-8"))["source"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{report} is damaged; delete it or run pre_process.py again.") from None
-
-
-def _load_bin(path: Path) -> LfwSet:
-    jpegs, same = read_bin(path)
-    # A face that stands in several pairs is stored once for each: embed it once.
-    places: dict[bytes, int] = {}
-    where = np.array([places.setdefault(jpeg, len(places)) for jpeg in jpegs])
-    images = np.empty((len(places), 112, 112, 3), np.uint8)
-    numbers = np.unique(where, return_index=True)[1]  # where each face stands first
-    for jpeg, place in places.items():
-        try:
-            image = decode_jpeg(jpeg)
-        except RecordError as error:
-            raise UserError(f"Picture {numbers[place]} of {path}: {error}") from None
-        if image.shape != images.shape[1:]:
-            height, width = image.shape[:2]
-            raise UserError(f"{path} holds a picture of {width}x{height}; faces must be 112x112.")
-        images[place] = image
-    names = [f"{path.stem}/{number}" for number in numbers]
-    folds = verification.contiguous_folds(len(same))
-    pairs = verification.Pairs(names, where[0::2], where[1::2], np.asarray(same, bool), folds)
-    return LfwSet(path, torch.from_numpy(images), pairs, missed=0)
 
 
 # ------------------------------------------------------------------------------ the numbers
 
 
-def score_pairs(embed: Embed, lfw: LfwSet) -> np.ndarray:
-    """Cosine of every pair, (pairs,) float64; embed takes all faces (n, 112, 112, 3) at once."""
-    embeddings = embed(lfw.images).float().cpu().numpy()
-    return verification.pair_scores(embeddings, lfw.pairs.first, lfw.pairs.second)
-
-
-def summarise(scores: np.ndarray, lfw: LfwSet) -> dict[str, Any]:
+def summarise(scores: np.ndarray, test_set: TestSet) -> dict[str, Any]:
     """All numbers of lfw.json that the scores of the pairs give; see verification.verify."""
-    return verification.verify(scores, lfw.pairs.same, lfw.pairs.folds) | {
-        "faces": len(lfw.images),
-        "missed_faces": lfw.missed,
+    return verification.verify(scores, test_set.pairs.same, test_set.pairs.folds) | {
+        "faces": len(test_set.images),
+        "missed_faces": test_set.missed,
     }
 
 
-def evaluate_lfw(embed: Embed, lfw: LfwSet) -> dict[str, Any]:
+def evaluate_lfw(embed: Embed, test_set: TestSet) -> SetResult:
     """Embed every face once and report on the pairs: accuracy, threshold, tar_at_far, auc, ...
 
-    For the loop of train.py: load_lfw once, then call this each epoch with torch_embedder(model).
+    For the loop of train.py: load_set once, then call this each epoch with torch_embedder(model).
     """
-    return summarise(score_pairs(embed, lfw), lfw)
+    embeddings = embed(test_set.images).float().cpu().numpy()
+    scores = verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
+    return SetResult(test_set, scores, summarise(scores, test_set), embeddings)
 
 
-def worst_errors(
-    scores: np.ndarray, same: np.ndarray, threshold: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs accepted and refused wrongly at a threshold, worst first: indices (fp,), (fn,)."""
-    order = np.argsort(scores, kind="stable")
-    refused = scores[order] < threshold
-    false_negatives = order[refused & same[order]]
-    false_positives = order[~refused & ~same[order]][::-1]
-    return false_positives, false_negatives
+class Model(NamedTuple):
+    """A checkpoint that is being evaluated."""
+
+    checkpoint: Path
+    embed: Embed  # to the length that the network gives, without mirror images
+    about: dict[str, Any]  # kind, network, epoch, seed ...
+    cache: EmbeddingCache
+    folder: Path  # for what is found out about it
 
 
-# ------------------------------------------------------------------------------ the script
-
-
-def table(report: dict[str, Any]) -> str:
-    """What the script prints of a report, one line a number."""
-
-    def percent(value: float) -> str:
-        return f"{100 * value:8.3f} %"
-
-    folds = len(report["fold_accuracies"])
-    mismatched = report["pairs"] - report["matched_pairs"]
-    lines = [
-        (
-            f"accuracy, {folds} folds",
-            percent(report["accuracy"]),
-            f"+- {100 * report['standard_error']:.3f} standard error; thresholds of "
-            f"{report['threshold']:.4f} on average, {report['threshold_degrees']:.2f} degrees",
-        ),
-        (
-            "best single threshold",
-            percent(report["best_accuracy"]),
-            f"at {report['best_threshold']:.4f}, {report['best_threshold_degrees']:.2f} degrees; "
-            f"{report['false_positives']} false positives, {report['false_negatives']} negatives",
-        ),
-    ]
-    for far, tar in report["tar_at_far"].items():
-        note = f"rests on {round(float(far) * mismatched)} mismatched pairs"
-        lines.append((f"TAR at FAR {far}", percent(tar), note))
-    lines += [("AUC", f"{report['auc']:10.6f}", ""), ("EER", percent(report["eer"]), "")]
-    return "\n".join(f"{name:<22}{value:>12}  {note}".rstrip() for name, value, note in lines)
-
-
-def choose_lfw(cfg: Config) -> Path:
-    """The set that the flags ask for, or that is there; raises UserError where none is."""
-    found = Path(cfg.lfw) if cfg.lfw else find_lfw(cfg.data_dir, cfg.train_set)
-    if found is None:
-        raise UserError(
-            f"There is no prepared LFW at {Path(cfg.data_dir, 'faces_lfw_112x112')} and no lfw.bin "
-            "beside the training set; get LFW and prepare it (python pre_process.py "
-            "--download-lfw), or try everything on drawn faces (make demo)."
-        )
-    if not found.exists():
-        raise UserError(f"There is no test set at {found}; correct --lfw.")
-    if found.suffix == ".bin" and not cfg.lfw:
-        print(f"LFW's pictures are not prepared; using {found} instead.")
-    return found
-
-
-@exit_with_sentence
-def main(cfg: Config) -> None:
-    """Evaluate one checkpoint; write the report, the figures and the galleries."""
-    keep_freed_memory()
-    test_set = choose_lfw(cfg)
-    checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
+def open_model(cfg: Config, checkpoint: Path) -> Model:
+    """The model of a checkpoint of any kind, with the embeddings that are kept of it."""
+    spec = InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr)
     embed, about = load_embedder(
         checkpoint,
         device=get_device(cfg.device),
         network=cfg.network,
         use_se=cfg.use_se,
-        flip=cfg.flip,
+        flip=False,
         batch=cfg.eval_batch,
-        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
+        spec=spec,
         progress="embedding",
+        raw=True,
     )
-    epoch = f", epoch {about['epoch']}" if about.get("epoch") is not None else ""
-    which = "" if cfg.checkpoint else "the newest run's "
-    print(f"Model: {which}{checkpoint} ({about['network']}{epoch})")
-    lfw = load_lfw(test_set, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
-    print(
-        f"Test set: {lfw.path}, {len(lfw.pairs.same):,} pairs of {len(lfw.images):,} faces, "
-        f"{lfw.missed} of them missed by the detector and cropped centrally"
-    )
+    ours = about["kind"] == "ours"
+    folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
+    checksum = model_checksum(checkpoint, spec, about["network"])
+    about |= {"checkpoint": str(checkpoint), "checksum": checksum}
+    cache = EmbeddingCache(folder / "embeddings", checkpoint.stem, checksum)
+    return Model(checkpoint, embed, about, cache, folder)
+
+
+def evaluate_set(model: Model, test_set: TestSet, protocol: Protocol) -> SetResult:
+    """Embed the faces of a set, where that has not been done, and report on its pairs."""
     start = time.perf_counter()
-    scores = score_pairs(embed, lfw)
-    report = summarise(scores, lfw)
-    positives, negatives = worst_errors(scores, lfw.pairs.same, report["best_threshold"])
+    computed = model.cache.computed
+    views = model.cache.views(model.embed, test_set.name, test_set.images, protocol.flip)
+    try:
+        scores, report, pairs = evaluate_views(views, test_set.pairs, protocol)
+    except ValueError as error:
+        raise UserError(f"{test_set.path} with {model.checkpoint}: {error}.") from None
+    positives, negatives = worst_errors(scores, pairs.same, report["best_threshold"])
     report |= {
+        "faces": len(test_set.images),
+        "missed_faces": test_set.missed,
         "false_positives": len(positives),
         "false_negatives": len(negatives),
-        "checkpoint": str(checkpoint),
-        **about,
-        "flip": cfg.flip,
-        "test_set": str(lfw.path),
+        "flip": protocol.flip,
+        "test_set": str(test_set.path),
+        "from_cache": model.cache.computed == computed,
         "seconds": round(time.perf_counter() - start, 2),
+    }
+    test_set = dataclasses.replace(test_set, pairs=pairs)
+    return SetResult(test_set, scores, report, fuse_views(views, protocol).astype(np.float32))
+
+
+def measure_robustness(model: Model, result: SetResult, protocol: Protocol) -> dict[str, Any]:
+    """robustness.measure with the protocol's embeddings; always on cosines, without a mean."""
+
+    def embed(faces: Tensor) -> Tensor:
+        views = [model.embed(side) for side in (faces, faces.flip(2))[: 1 + protocol.flip]]
+        return torch.from_numpy(fuse_views(torch.stack(views).numpy(), protocol))
+
+    test_set = result.test_set
+    return robustness.measure(embed, test_set.images, test_set.pairs, result.embeddings)
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def choose_protocol(cfg: Config) -> Protocol:
+    """The convention that the flags ask for; UserError where --as and others disagree."""
+    own = cfg.flip, cfg.fuse, cfg.subtract_mean, cfg.metric, cfg.threshold
+    flags = ("flip", "fuse", "subtract_mean", "metric", "threshold")
+    if not cfg.as_:
+        return Protocol(*own)
+    clash = [flag.replace("_", "-") for flag in flags if flag in cfg.given]
+    if clash:
+        raise UserError(f"--as {cfg.as_} fixes --{clash[0]}; leave one of the two away.")
+    return PROTOCOLS[cfg.as_]
+
+
+def choose_sets(cfg: Config) -> list[Path]:
+    """The sets that the flags ask for, or LFW where it is; raises UserError where one is not."""
+    if cfg.sets and cfg.lfw:
+        raise UserError("--lfw names one test set and --sets several; leave one of the two away.")
+    if cfg.lfw and not Path(cfg.lfw).exists():
+        raise UserError(f"There is no test set at {cfg.lfw}; correct --lfw.")
+    names = [name for name in cfg.sets.split(",") if name] or [cfg.lfw or "lfw"]
+    found = [
+        Path(name) if name == cfg.lfw else find_set(name, cfg.data_dir, cfg.train_set)
+        for name in names
+    ]
+    if None in found:
+        name = names[found.index(None)]
+        looked = f"{Path(cfg.data_dir, f'faces_{name}_112x112')} and no {name}.bin"
+        if name == "lfw":
+            raise UserError(
+                f"There is no prepared LFW at {looked} beside the training set; get LFW and "
+                "prepare it (python pre_process.py --download-lfw), or try everything on drawn "
+                "faces (make demo)."
+            )
+        raise UserError(
+            f"There is no prepared set at {looked} in {cfg.data_dir} or beside the training set, "
+            "nor a file or folder of that name; correct --sets."
+        )
+    if not (cfg.lfw or cfg.sets) and found[0].suffix == ".bin":
+        print(f"LFW's pictures are not prepared; using {found[0]} instead.")
+    return found
+
+
+def evaluate_sets(
+    cfg: Config, model: Model, paths: Sequence[Path], protocol: Protocol
+) -> list[SetResult]:
+    """Every set in turn, with its table printed as soon as it is done."""
+    results: list[SetResult] = []
+    for path in paths:
+        test_set = load_set(path, find_pairs(path, cfg.data_dir, cfg.pairs), cfg.workers)
+        if test_set.name in [result.test_set.name for result in results]:
+            test_set = dataclasses.replace(test_set, name=str(path).replace("/", "_"))
+        print(
+            f"Test set: {test_set.path}, {len(test_set.pairs.same):,} pairs of "
+            f"{len(test_set.images):,} faces, {test_set.missed} of them missed by the detector and "
+            "cropped centrally"
+        )
+        results.append(evaluate_set(model, test_set, protocol))
+        results[-1].report.update(set_statistics(results[-1], cfg.seed))
+        print(set_table(results[-1].report))
+        if cfg.robustness:
+            found = measure_robustness(model, results[-1], protocol)
+            results[-1].report["robustness"] = found
+            print(robustness.table(found))
+    return results
+
+
+def other_models(cfg: Config, model: Model) -> list[Model]:
+    """The other end of the run (last.pt beside best.pt), and what --against names."""
+    found = []
+    other = {"best.pt": "last.pt", "last.pt": "best.pt"}.get(model.checkpoint.name, "")
+    beside = model.checkpoint.parent / other
+    if other and model.about["kind"] == "ours" and beside.is_file():
+        try:
+            found.append(open_model(cfg, beside))
+        except UserError as error:
+            print(f"Without {other}: {error}")
+        if found and found[0].about["epoch"] == model.about["epoch"]:
+            print(f"{other} is of the same epoch, {model.about['epoch']}.")
+            found = []
+    return found + ([open_model(cfg, Path(cfg.against))] if cfg.against else [])
+
+
+def compare_models(
+    cfg: Config, model: Model, other: Model, results: Sequence[SetResult], protocol: Protocol
+) -> dict[str, Any]:
+    """Another model on the same sets, and whether it differs; prints the table."""
+    theirs = [evaluate_set(other, result.test_set, protocol) for result in results]
+    compared = [compare_results(*both, cfg.seed) for both in zip(results, theirs, strict=True)]
+    names = [describe_model(entry) for entry in (model, other)]
+    print(comparison_table(names, results, theirs, compared))
+    sets = {
+        mine.test_set.name: their.report | {"comparison": found}
+        for mine, their, found in zip(results, theirs, compared, strict=True)
+    }
+    return other.about | {"sets": sets}
+
+
+def describe_model(model: Model) -> str:
+    """A model's file with its network and epoch."""
+    epoch = model.about.get("epoch")
+    of_epoch = "" if epoch is None else f", epoch {epoch}"
+    return f"{model.checkpoint} ({model.about['network']}{of_epoch})"
+
+
+def draw(cfg: Config, result: SetResult) -> str:
+    """Write the figures and the galleries of a set into images_dir; returns what was written."""
+    images_dir, report = Path(cfg.images_dir), result.report
+    test_set, same = result.test_set, result.test_set.pairs.same
+    wrong = worst_errors(result.scores, same, report["best_threshold"])
+    errors = {kind: found[:GALLERY] for kind, found in zip(("fp", "fn"), wrong, strict=True)}
+    source = cfg.lfw_source or test_set.source
+    notice = write_galleries(images_dir, test_set.pairs, test_set.images, errors, source)
+    if notice:
+        print(notice)
+    plot_angles(images_dir / "theta_dist.png", result.scores, same, report)
+    plot_roc(images_dir / "roc.png", verification.roc(result.scores, same), report)
+    if cfg.robustness:
+        plot_robustness(images_dir / "robustness.png", report["robustness"])
+        face = test_set.images[test_set.pairs.second[0]].numpy()
+        plot_corruptions(images_dir / "robustness_grid.jpg", robustness.showcase(face))
+    names = "theta_dist.png, roc.png" + ", robustness.png, robustness_grid.jpg" * cfg.robustness
+    return (
+        f"into {images_dir}/, {names}, {len(errors['fp'])} false positives and "
+        f"{len(errors['fn'])} false negatives"
+    )
+
+
+def write_report(
+    cfg: Config, model: Model, results: Sequence[SetResult], compared: list[dict[str, Any]]
+) -> str:
+    """lfw.json of one set, or eval.json of those that --sets named, and report.html of either."""
+    about = model.about | {
+        "compared_with": compared,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "scikit-learn": sklearn.__version__,
         },
     }
-    print(table(report))
-
-    images_dir = Path(cfg.images_dir)
-    errors = {"fp": positives[:GALLERY], "fn": negatives[:GALLERY]}
-    notice = write_galleries(
-        images_dir, lfw.pairs, lfw.images, errors, cfg.lfw_source or lfw.source
-    )
-    if notice:
-        print(notice)
-    plot_angles(images_dir / "theta_dist.png", scores, lfw.pairs.same, report)
-    plot_roc(images_dir / "roc.png", verification.roc(scores, lfw.pairs.same), report)
-    ours = about["kind"] == "ours"
-    folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    make_folder(folder)
-    with atomic_write(folder / "lfw.json", "w") as file:
+    report = results[0].report | about
+    if cfg.sets:
+        report = about | {"sets": {result.test_set.name: result.report for result in results}}
+    make_folder(model.folder)
+    path = model.folder / ("eval.json" if cfg.sets else "lfw.json")
+    with atomic_write(path, "w") as file:
         json.dump(report, file, indent=1)
-    print(
-        f"Wrote {folder / 'lfw.json'} and, into {images_dir}/, theta_dist.png, roc.png, "
-        f"{len(errors['fp'])} false positives and {len(errors['fn'])} false negatives."
-    )
+    training = read_training(model.checkpoint) if model.about["kind"] == "ours" else {}
+    page = model.folder / "report.html"
+    origin = provenance(about, results)
+    write_page(page, results, origin, training, compared=compared, source=cfg.lfw_source)
+    return f"{path}, {page}"
+
+
+@exit_with_sentence
+def main(cfg: Config) -> None:
+    """Evaluate one checkpoint; write the report, the figures and the galleries."""
+    keep_freed_memory()
+    protocol, paths = choose_protocol(cfg), choose_sets(cfg)
+    model = open_model(cfg, Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")))
+    which = "" if cfg.checkpoint else "the newest run's "
+    print(f"Model: {which}{describe_model(model)}")
+    results = evaluate_sets(cfg, model, paths, protocol)
+    if cfg.sets:
+        print(summary_table(results))
+    drawn = draw(cfg, results[0])
+    path = write_report(cfg, model, results, [])  # whatever is wrong with the other models
+    others = other_models(cfg, model)
+    compared = [compare_models(cfg, model, other, results, protocol) for other in others]
+    if compared:
+        write_report(cfg, model, results, compared)
+    print(f"Wrote {path} and, {drawn}.")
 
 
 if __name__ == "__main__":

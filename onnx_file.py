@@ -33,15 +33,17 @@ MAX_DEPTH = 100  # messages in messages; protobuf's own limit
 MAX_NAME = 5000  # bytes: no file system opens a longer name
 
 
-def check_onnx(path: Path | str) -> None:
-    """Raise UserError unless every file that an ONNX file names is there and in the same folder.
+def check_onnx(path: Path | str) -> list[Path]:
+    """The files of weights that an ONNX file names, which must be there and in the same folder.
 
+    Raises UserError where they are not, or where the file is no ONNX model.
     Reads the file's structure, not its tensors: memory does not grow with its size.
     """
     path = Path(path)
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty, no ONNX model; give another --checkpoint.")
     folder = path.parent.resolve()
+    targets = set()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             for name in _locations(data, "model", 0, len(data)):
@@ -52,10 +54,12 @@ def check_onnx(path: Path | str) -> None:
                         f"{path} keeps weights in {name[:100]!r}, which is no file in its own "
                         "folder; put all of a model's files into one, or give another --checkpoint."
                     )
+                targets.add(target)
         except (ValueError, OSError) as error:
             raise UserError(
                 f"{path} is damaged or not an ONNX model ({error}); give another --checkpoint."
             ) from None
+    return sorted(targets)
 
 
 def _locations(data: Any, kind: str, start: int, stop: int, depth: int = 0) -> Iterator[str]:

@@ -3,6 +3,9 @@
     python pre_process.py                      # whatever of the two lies in data/
     python pre_process.py --download-lfw       # fetch LFW first
     python pre_process.py --source my.zip --output data/my_faces
+    torchrun --nproc-per-node=4 pre_process.py        # by four processes, on four GPUs if there are
+    python pre_process.py --shard 1/4                  # a quarter; the others anywhere, anytime
+    python pre_process.py --merge                      # and the quarters put together
 
 takes data/CASIA-WebFace.zip (.tar, .tar.gz, .tgz, or a folder) to data/faces_webface_112x112/, and
 data/lfw-funneled.tgz (or lfw-deepfunneled, or lfw; the same kinds) to data/faces_lfw_112x112/:
@@ -21,57 +24,76 @@ Killed at any moment and started again, it goes on where it was and ends with th
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import datetime
 import functools
 import importlib.metadata
+import itertools
 import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from align import BLOCK_IMAGES, align_blocks, plan_blocks
-from archives import ArchiveError, Limits, Source, Tally, open_source
+from archives import ArchiveError, Limits, Source, open_source
 from config import Config, parse_args
 from face_detect import FaceDetector
 from index_tsv import check_index
 from jobs import Job, find_jobs
-from journal import FACE, Journal, begin, complete, read_report, write_report
+from journal import Journal, begin, complete, read_report, write_report
 from lfw_download import download_lfw
 from locks import LOCK, locked
-from pictures import decode_picture
+from merge import find_shards, merged_blocks, shard_blocks, shard_folder
+from outcome import (
+    check_finished,
+    count,
+    is_taken,
+    listed,
+    source_bytes,
+    summarise,
+    timing,
+    write_pairs,
+)
+from parallel import (
+    is_main,
+    local_device,
+    local_world_size,
+    process_group,
+    rank,
+    together,
+    world_size,
+)
 from ready_pack import index_pack
-from recordio import RecordReader, encode_jpeg
+from recordio import RecordReader
 from utils import (
     UserError,
-    atomic_write,
+    core_count,
     exit_with_sentence,
     get_device,
     make_folder,
     sync_folder,
     what_failed,
-    write_errors,
 )
 
-FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
-KEPT = ("ok", "retried", "central_crop")
-PAIRS = 10  # pictures shown before and after
+PATIENCE = datetime.timedelta(days=7)  # that one process waits for the slowest
 
 
 # ------------------------------------------------------------------------------ one data set
 
 
 def prepare(
-    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector]
+    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector], shards: list[Path] = ()
 ) -> dict[str, Any] | None:
     """Prepare one data set; returns its report, or None if it was finished before.
 
+    With `shards`, other processes have aligned the pictures and only putting together is left.
     Raises UserError if the output is taken by another source or another process.
     """
     if job.source.suffix == ".rec":
@@ -102,47 +124,69 @@ def prepare(
                 return None
             begun = describe(job, source, cfg)
             begin(part, begun)
-            report = align_source(job, part, source, begun, cfg, get_detector())
+            report = align_source(job, part, source, begun, cfg, get_detector, shards)
             complete(part, job.output)
     return report
 
 
-def is_taken(output: Path) -> bool:
-    """Whether something lies where the output should be."""
-    return output.is_dir() and any(output.iterdir())
+def prepare_shard(
+    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector], number: int, count: int
+) -> None:
+    """Align part `number` (from 1) of `count` of a data set's pictures, for others to merge."""
+    shard = shard_folder(job.output, number, count)
+    if is_taken(job.output):
+        check_finished(job, cfg)
+        return
+    if is_taken(shard):
+        print(f"{shard} is finished.")
+        return
+    started = time.perf_counter()
+    part = shard.with_name(shard.name + ".part")
+    make_folder(part)
+    limits = Limits(cfg.max_file_mb << 20, cfg.max_ratio)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(part, "pre_process.py"))
+        source = stack.enter_context(open_source(job.source, part.parent, limits))
+        begun = describe(job, source, cfg) | {"shard": f"{number}/{count}"}
+        begin(part, begun)
+        there = job.source.stat()
+        blocks = shard_blocks(plan(source, cfg), number, count)
+        journal = stack.enter_context(contextlib.closing(Journal(part, source.entries(), blocks)))
+        align_into(journal, job, source, blocks, cfg, get_detector(), there)
+        images = sum(stop - start for start, stop in blocks)
+        write_report(part, begun | {"images": images} | timing(images, started))
+        complete(part, shard)
+    print(f"{shard}: {images:,} pictures.")
 
 
-def check_finished(job: Job, cfg: Config) -> None:
-    """Say that the output is finished; UserError unless it was made from this very source."""
-    report = read_report(job.output)
-    missing = [name for name in FINISHED if not (job.output / name).is_file()]
-    if missing or report is None:
-        raise UserError(
-            f"{job.output} is there but has no {missing[0]}, so it is no finished output of this "
-            "script; move it away or give another --output."
-        )
-    settings = {"crop_missed": job.crop_missed, "min_face": cfg.min_face}
-    same_settings = settings.items() <= report.get("settings", {}).items()
-    gone = not job.source.exists()  # whoever deletes the archive afterwards saves space
-    if not gone and report["source_bytes"] != source_bytes(job.source):
-        raise UserError(
-            f"{job.output} was prepared from another {Path(report['source']).name}; move it away "
-            f"or give another --output to prepare {job.source}."
-        )
-    if not same_settings:
-        raise UserError(
-            f"{job.output} was prepared with another --missed or --min-face; move it away or give "
-            "another --output."
-        )
-    (job.output / LOCK).unlink(missing_ok=True)  # of a process killed right after the rename
-    print(f"{job.output} is finished: {report['kept']:,} faces of {report['identities']:,} people.")
+def plan(source: Source, cfg: Config) -> list[tuple[int, int]]:
+    """The blocks of a source's pictures, the same for every process."""
+    return plan_blocks(source.entries(), max(BLOCK_IMAGES, cfg.detect_batch))
 
 
-def source_bytes(path: Path, source: Source | None = None) -> int:
-    """Size of an archive, or of all pictures in a folder: enough to tell whether it changed."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(entry.size for entry in (source or open_source(path)).entries())
+def align_into(
+    journal: Journal,
+    job: Job,
+    source: Source,
+    blocks: list[tuple[int, int]],
+    cfg: Config,
+    detector: FaceDetector,
+    there: os.stat_result,
+) -> None:
+    """Align the blocks that a journal does not have yet; `there` is what the source was before."""
+    workers = cfg.workers or max(1, core_count() // local_world_size())
+    results = align_blocks(
+        *(source, blocks[journal.done :], detector),
+        *(job.crop_missed, cfg.detect_batch, workers),
+    )
+    total, done = (sum(b - a for a, b in some) for some in (blocks, blocks[: journal.done]))
+    shown = {"unit": " images", "desc": job.source.name, "disable": not is_main()}
+    with tqdm(total=total, initial=done, **shown) as bar:
+        for block in results:
+            if any(face.status == "unreadable" for face in block):
+                check_there(job.source, there)
+            journal.append(block)
+            bar.update(len(block))
 
 
 def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
@@ -218,27 +262,23 @@ def align_source(
     source: Source,
     begun: dict[str, Any],
     cfg: Config,
-    detector: FaceDetector,
+    get_detector: Callable[[], FaceDetector],
+    shards: list[Path],
 ) -> dict[str, Any]:
     """Do in `part` what is left to do, down to the report, which it returns."""
     started = time.perf_counter()
     entries, there = source.entries(), job.source.stat()
-    blocks = plan_blocks(entries, max(BLOCK_IMAGES, cfg.detect_batch))
+    blocks = plan(source, cfg)
     with contextlib.closing(Journal(part, entries, blocks)) as journal:
         resumed_at = journal.images
         if resumed_at:
             print(f"{job.source.name}: going on after {resumed_at:,} of {len(entries):,} pictures.")
-        results = align_blocks(
-            *(source, blocks[journal.done :], detector),
-            *(job.crop_missed, cfg.detect_batch, cfg.workers),
-        )
-        bar = tqdm(total=len(entries), initial=resumed_at, unit=" images", desc=job.source.name)
-        with bar:
-            for block in results:
-                if any(face.status == "unreadable" for face in block):
-                    check_there(job.source, there)
+        if shards:
+            merged = merged_blocks(shards, entries, blocks, begun)
+            for block in itertools.islice(merged, journal.done, None):
                 journal.append(block)
-                bar.update(len(block))
+        else:
+            align_into(journal, job, source, blocks, cfg, get_detector(), there)
         if not journal.counts:
             raise UserError(
                 f"not one of the {len(entries):,} pictures in {job.source} gave a face "
@@ -255,98 +295,10 @@ def align_source(
     }
     report = begun | count(journal.statuses) | identities
     report |= {"not_pictures": source.passed.as_dict()}
-    report |= {"damage": source.damage, "resumed_at": resumed_at}
+    report |= {"damage": source.damage, "resumed_at": resumed_at, "parts": len(shards)}
     report |= timing(len(entries) - resumed_at, started)
     write_report(part, report)
     return report
-
-
-# ------------------------------------------------------------------------------ what came of it
-
-
-def count(statuses: Tally) -> dict[str, Any]:
-    """Pictures by status; those not found or passed over by name too."""
-    found = {s: n for s, n in sorted(statuses.counts.items()) if s in KEPT}
-    return {
-        "images": sum(statuses.counts.values()),
-        "kept": sum(found.values()),
-        "status": dict(sorted(statuses.counts.items())),
-        "missed": {s: m for s, m in statuses.as_dict().items() if s not in ("ok", "retried")},
-    }
-
-
-def timing(images: int, started: float) -> dict[str, float]:
-    """Seconds since `started`, and images/s."""
-    seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 2), "images_per_s": round(images / seconds, 1)}
-
-
-def listed(counts: dict[str, int]) -> str:
-    """`ok 630, retried 8`."""
-    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
-
-
-def summarise(report: dict[str, Any], output: Path) -> None:
-    """Print a report's numbers."""
-    kept = {s: n for s, n in report["status"].items() if s in KEPT}
-    passed = {s: n for s, n in report["status"].items() if s not in KEPT}
-    others = {s: n["count"] for s, n in report.get("not_pictures", {}).items()}
-    device = report.get("settings", {}).get("device", "cpu")
-    before = report.get("resumed_at", 0)
-    done = report["images"] - before
-    print(
-        f"{Path(report['source']).name}: {done:,} pictures in {report['seconds']:.1f} s, "
-        f"{report['images_per_s']:.0f} images/s on {device}"
-        + (f", {before:,} done before" if before else "")
-        + f"\n  kept {report['kept']:,} of {report['identities']:,} identities in {output} "
-        f"({listed(kept)})\n"
-        f"  passed over {sum(passed.values()):,}" + (f" ({listed(passed)})" if passed else "")
-    )
-    if others:
-        print(f"  no pictures: {listed(others)}")
-    if passed or others:
-        print(f"  {output / 'report.json'} names them")
-    if report.get("damage"):
-        print(f"  WARNING: {report['damage']} Fetch it again to have the rest.")
-
-
-def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: Path) -> None:
-    """Ten pictures as they were and aligned, evenly spread over those with a face.
-
-    found: of each entry NO_FACE, CROP or FACE.
-    """
-    kept = np.frombuffer(found, np.uint8)
-    faces = np.flatnonzero(kept == FACE)
-    faces = faces if len(faces) else np.flatnonzero(kept)
-    rows = faces[np.unique(np.linspace(0, len(faces) - 1, PAIRS).round().astype(int))]
-    originals = dict(source.read(source.entries()[row] for row in rows))
-    with write_errors(images_dir), one_at_a_time(images_dir):
-        for i in range(PAIRS):
-            raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
-            if i >= len(rows):  # fewer pictures than last time
-                raw.unlink(missing_ok=True)
-                img.unlink(missing_ok=True)
-                continue
-            data = originals[source.entries()[rows[i]]]
-            if not data.startswith(b"\xff\xd8"):
-                data = encode_jpeg(decode_picture(data))
-            aligned = reader.jpeg(int(np.count_nonzero(kept[: rows[i]])))
-            for path, content in ((raw, data), (img, aligned)):
-                with atomic_write(path) as file:
-                    file.write(content)
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Make a folder and hold it, after whoever holds it: so that all pairs are of one set."""
-    make_folder(folder)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 @exit_with_sentence
@@ -356,24 +308,60 @@ def main(cfg: Config) -> None:
     cv2.setNumThreads(1)
     # what it cannot decode is counted by name: no need to print it
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    lfw = download_lfw(cfg.data_dir) if cfg.download_lfw else None
+    with process_group("cpu", PATIENCE):  # what they do together, they do by files
+        prepare_all(cfg)
+
+
+def prepare_all(cfg: Config) -> None:
+    """Prepare every set there is."""
+    lfw = together(lambda: download_lfw(cfg.data_dir)) if cfg.download_lfw else None
+    threads = cfg.workers or max(1, core_count() // local_world_size())
     get_detector = functools.cache(
-        lambda: FaceDetector(get_device(cfg.device), cfg.min_face, threads=cfg.workers)
+        lambda: FaceDetector(local_device(cfg.device), cfg.min_face, threads=threads)
     )
     problems = []
     for job in find_jobs(cfg, lfw):
         try:
-            report = prepare(job, cfg, get_detector)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        except OSError as error:
-            problems.append(what_failed(error))
+            report = prepare_together(job, cfg, get_detector)
+        except (UserError, OSError) as error:
+            if world_size() > 1:  # the others are not waiting for the next set
+                raise
+            problems.append(what_failed(error) if isinstance(error, OSError) else str(error))
             continue
         if report:
             summarise(report, job.output)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def prepare_together(
+    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector]
+) -> dict[str, Any] | None:
+    """Prepare one data set by this process alone, or its part of it, or put the parts together."""
+    number, count = shard_of(cfg)
+    if job.source.suffix == ".rec" or (count == 1 and not cfg.merge):
+        return prepare(job, cfg, get_detector) if is_main() else None
+    if not cfg.merge:
+        together(lambda: prepare_shard(job, cfg, get_detector, number, count))
+    if not is_main() or (world_size() == 1 and not cfg.merge):
+        return None
+    shards = [] if is_taken(job.output) else find_shards(job.output)
+    report = prepare(job, cfg, get_detector, shards)
+    for shard in shards:
+        shutil.rmtree(shard)
+    return report
+
+
+def shard_of(cfg: Config) -> tuple[int, int]:
+    """Which part of the pictures is this process's, from 1, and of how many."""
+    if not cfg.shard:
+        return rank() + 1, world_size()
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", cfg.shard)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"--shard {cfg.shard} should be like 1/4, 2/4, 3/4 or 4/4.")
+    if world_size() > 1 or cfg.merge:
+        raise UserError("--shard is for one process alone: leave out torchrun and --merge.")
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ import os
 import pickle
 import re
 import struct
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 
 from pictures import PictureError, decode_picture
 from safe_pickle import load_two_lists
-from utils import FACE_SIZE, UserError, atomic_write, open_to_write, sync, write_errors
+from utils import UserError, atomic_write
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 LENGTH_MASK = (1 << 29) - 1
@@ -76,7 +75,19 @@ def _parts(data: Any, offset: int) -> list[tuple[int, int]] | None:
     return None
 
 
-def _frame(payload: bytes) -> bytes:
+def payload_at(data: Any, offset: int) -> bytes:
+    """The payload of the record at `offset`; empty if no whole record is there."""
+    spans = _parts(data, offset) or []
+    return MAGIC.join([data[start:stop] for start, stop in spans])
+
+
+def record_end(data: Any, offset: int) -> int:
+    """Where the record at `offset` ends, with its padding; -1 if no whole record is there."""
+    spans = _parts(data, offset)
+    return _aligned(spans[-1][1]) if spans else -1
+
+
+def frame(payload: bytes) -> bytes:
     """The record around a payload, in as many parts as dmlc-core writes: it is cut, and the four
     bytes left out, wherever the magic number stands at a multiple of 4.
     """
@@ -95,12 +106,14 @@ def _frame(payload: bytes) -> bytes:
     return b"".join([*framed, payload[begin:], bytes(-len(payload) % 4)])
 
 
-def _labels_record(key: int, first: float, end: float) -> bytes:
+def labels_record(key: int, first: float, end: float) -> bytes:
+    """A record without a picture: the range of records, `first` to one before `end`."""
     # mxnet's pack() puts 0 into the header's own label where there is a vector of labels.
-    return _frame(HEADER.pack(2, 0.0, key, 0) + struct.pack("<2f", first, end))
+    return frame(HEADER.pack(2, 0.0, key, 0) + struct.pack("<2f", first, end))
 
 
-def _map(path: Path) -> Any:
+def map_file(path: Path) -> Any:
+    """A file's bytes, mapped; RecordError where there is none."""
     if not path.is_file():
         raise RecordError(f"There is no {path}; prepare the data set or correct the path.")
     with path.open("rb") as file:
@@ -114,7 +127,7 @@ def record_offsets(rec_path: str | Path) -> np.ndarray:
     Returns (n + 1,) int64: where each of the n whole records begins, and where the last one ends
     (before the file's end if that is cut short).
     """
-    data = _map(Path(rec_path))
+    data = map_file(Path(rec_path))
     offsets = [0]
     while spans := _parts(data, offsets[-1]):
         offsets.append(_aligned(spans[-1][1]))
@@ -127,7 +140,8 @@ def record_offsets(rec_path: str | Path) -> np.ndarray:
 class RecordReader:
     """Images and labels of a folder with `train.rec`, or of any `.rec`, memory-mapped.
 
-    `keys` (n,) int64: the images' record ids, ascending; `labels` (n,) int64; `num_classes`;
+    `keys` (n,) int64: the images' record ids, ascending; `offsets` (n,) int64: where their records
+    begin; `labels` (n,) int64; `num_classes`;
     `identities` (k, 2) int64: first image and one past the last, None without a record 0;
     `size`: (height, width), None without a property file. Threads may share a reader.
     Raises RecordError where a file is missing, is cut short or disagrees with another.
@@ -137,7 +151,7 @@ class RecordReader:
         path = Path(folder_or_rec)
         self.path = path if path.suffix == ".rec" and not path.is_dir() else path / "train.rec"
         self._idx = self.path.with_suffix(".idx")
-        self._data = _map(self.path)
+        self._data = map_file(self.path)
         self._words = np.frombuffer(self._data, "<u4", len(self._data) // 4)
         if len(self._data) < 8:  # not even the frame of a record
             raise self._damaged(0)
@@ -155,7 +169,7 @@ class RecordReader:
         order = np.argsort(keys)
         keys, offsets = keys[order], offsets[order]
         self.identities, images = self._split(keys, bare[order], vectors[order])
-        self.keys, self._offsets = keys[images], offsets[images]
+        self.keys, self.offsets = keys[images], offsets[images]
         self.num_classes, self.size = self._read_property()
         self.labels = self._check_labels(labels[order][images])
 
@@ -164,7 +178,7 @@ class RecordReader:
 
     def jpeg(self, i: int) -> bytes:
         """The encoded bytes of image i, 0 <= i < len(self)."""
-        payload = self._payload(int(self._offsets[i]))
+        payload = payload_at(self._data, int(self.offsets[i]))
         return payload[HEADER.size + 4 * int.from_bytes(payload[:4], "little") :]
 
     def image(self, i: int) -> np.ndarray:
@@ -180,10 +194,6 @@ class RecordReader:
                 f"{said}; all pictures of a set have one size: correct it or prepare the set again."
             )
         return image
-
-    def _payload(self, offset: int) -> bytes:
-        spans = _parts(self._data, offset) or []
-        return MAGIC.join([self._data[start:stop] for start, stop in spans])
 
     def _damaged(self, key: Any) -> RecordError:
         return RecordError(
@@ -226,7 +236,7 @@ class RecordReader:
         ends = _aligned(offsets + 8 + lengths)
         for i in np.flatnonzero(lrec[:, 0] >> 29):  # in several parts: one in a million
             spans = _parts(self._data, int(offsets[i])) or [(0, len(self._data) + 1)]
-            payload = self._payload(int(offsets[i]))
+            payload = payload_at(self._data, int(offsets[i]))
             lengths[i], ends[i] = len(payload), _aligned(spans[-1][1])
             rows[i] = np.frombuffer(payload[:32].ljust(32, b"\0"), "<u4")
         flags, floats = rows[:, 0].astype(np.int64), rows.view("<f4")
@@ -294,104 +304,6 @@ class RecordReader:
         if self.num_classes is None:
             self.num_classes = int(labels.max()) + 1
         return labels.astype(np.int64)
-
-
-# ------------------------------------------------------------------------------ writing a set
-
-
-class RecordWriter:
-    """Appends images to a `.rec`; `finish` makes it, `.idx` and `property` a data set.
-
-    `resume_at` (bytes, one of `record_offsets`' places) cuts the file there and goes on; the
-    outcome has the same bytes as an unbroken run. Until `finish`, record 0 says "unfinished".
-    """
-
-    def __init__(self, rec_path: str | Path, resume_at: int | None = None):
-        self.path = Path(rec_path)
-        unfinished = _labels_record(0, 0, 0)
-        offsets = np.array([0, len(unfinished)])
-        if resume_at:
-            offsets = record_offsets(self.path)
-            offsets = offsets[offsets <= resume_at]
-            if offsets[-1] != resume_at:
-                raise RecordError(
-                    f"No record of {self.path} begins at byte {resume_at}; delete it to start anew."
-                )
-        self._offsets, self._end = array("q", offsets[:-1].tolist()), int(offsets[-1])
-        with write_errors(self.path):
-            for name in (self.path.with_suffix(".idx"), self.path.parent / "property"):
-                name.unlink(missing_ok=True)  # they would call an unfinished file finished
-        self._file = open_to_write(self.path, "r+b" if resume_at else "wb")
-        self._file.write(unfinished)
-        with write_errors(self.path):
-            self._file.truncate(self._end)
-        self._file.seek(self._end)
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def append(self, jpeg: bytes, label: int) -> tuple[int, int]:
-        """Add an image of class `label`; returns its record id (from 1) and byte offset."""
-        if not 0 <= label < LABEL_LIMIT:
-            raise RecordError(f"{label} cannot be a label in {self.path}: 0 to 2^24 - 1 can.")
-        return self._append(_frame(HEADER.pack(0, label, len(self._offsets), 0) + jpeg))
-
-    def _append(self, record: bytes) -> tuple[int, int]:
-        offset = self._end
-        self._file.write(record)
-        self._offsets.append(offset)
-        self._end += len(record)
-        return len(self._offsets) - 1, offset
-
-    def tell(self) -> int:
-        """The byte at which the next record will begin."""
-        return self._end
-
-    def flush(self) -> None:
-        """Bring what was appended to the disk."""
-        sync(self._file, self.path)
-
-    def finish(
-        self, num_images_per_identity: Sequence[int], size: tuple[int, int] = (FACE_SIZE, FACE_SIZE)
-    ) -> None:
-        """Append identity records, then write record 0, property and .idx; closes the file.
-
-        Identities are in the order of the labels; `size` is (height, width). RecordError if the
-        numbers do not add up to the images written.
-        """
-        first, images = len(self._offsets), 1
-        if sum(num_images_per_identity) != first - 1:
-            raise RecordError(
-                f"{self.path} has {first - 1} images, but its identities should have "
-                f"{sum(num_images_per_identity)}; start anew."
-            )
-        for count in num_images_per_identity:
-            self._append(_labels_record(len(self._offsets), images, images + int(count)))
-            images += int(count)
-        self.flush()
-        self._file.seek(0)
-        self._file.write(_labels_record(0, first, len(self._offsets)))
-        self.flush()
-        self._file.close()
-        with atomic_write(self.path.parent / "property") as file:
-            file.write(b"%d,%d,%d" % (len(num_images_per_identity), *size))
-        with atomic_write(self.path.with_suffix(".idx")) as file:
-            file.writelines(b"%d\t%d\n" % pair for pair in enumerate(self._offsets))
-
-
-def write_dataset(folder: str | Path, jpegs: Iterable[bytes], labels: Sequence[int]) -> None:
-    """Write train.rec, train.idx and property of 112x112 pictures; labels ascend from 0."""
-    labels = np.asarray(labels, np.int64)
-    if np.any(np.diff(labels) < 0):
-        raise RecordError(f"The labels for {folder} are not in ascending order; sort the pictures.")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with RecordWriter(Path(folder) / "train.rec") as writer:
-        for jpeg, label in zip(jpegs, labels.tolist(), strict=True):
-            writer.append(jpeg, label)
-        writer.finish(np.bincount(labels).tolist())
 
 
 # ------------------------------------------------------------------------------ .bin test sets

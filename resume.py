@@ -14,6 +14,7 @@ import torch
 from checkpoints import LAST, load_checkpoint, load_last, tidy
 from config import Config, config_from
 from data_gen import ImageStore
+from shard_order import ShardStore
 from utils import UserError, newest_run
 from weights import check_weights
 
@@ -23,7 +24,7 @@ FIXED_ON_RESUME = {
     "seed", "network", "emb_size", "use_se", "dropout", "margin_m", "margin_s", "easy_margin",
     "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
     "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
-    "compile",
+    "compile", "accumulate", "sync_bn", "sample_rate",
 }
 # What it may: where things are (the training set's contents are compared apart), the machine,
 # what is logged, measured and kept, and how long to go on. No weight depends on these, but for
@@ -32,7 +33,7 @@ FIXED_ON_RESUME = {
 FREE_ON_RESUME = {
     "data_dir", "runs_dir", "images_dir", "train_set", "lfw", "pairs", "device", "workers", "cache",
     "eval_batch", "log_every", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints",
-    "resume", "epochs",
+    "resume", "epochs", "checkpoint_activations",
 }
 # fmt: on
 
@@ -139,6 +140,8 @@ def fingerprint(store: ImageStore, train: np.ndarray, valid: np.ndarray) -> str:
 
     `train` and `valid` are positions in the store. Hexadecimal SHA-256.
     """
+    if isinstance(store, ShardStore):
+        return store.fingerprint()
     digest = hashlib.sha256(str(store.reader.path.stat().st_size).encode())
     for numbers in (store.reader.keys[store.indices], store.labels.cpu().numpy(), train, valid):
         digest.update(len(numbers).to_bytes(8, "little"))

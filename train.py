@@ -3,6 +3,7 @@
     python train.py                                    # r50 on data/faces_webface_112x112
     python train.py --network mobilefacenet --batch-size 128 --lr 0.025        # on a laptop
     python train.py --resume                           # go on with the newest run
+    torchrun --nproc-per-node=4 train.py               # on the four GPUs of a machine
     tensorboard --logdir=runs                          # watch
 
 It prints what it trains on, a progress bar an epoch and then one line an epoch:
@@ -25,27 +26,45 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 import checks
+from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
 from embedders import torch_embedder
-from events import EventLog, cut_events
+from eval_board import log_evaluation, log_projector
+from eval_sets import TestSet, find_pairs, find_set, load_set
+from events import EventLog, NoWriter, cut_events
 from failures import TrainingError, gpu_memory, out_of_memory
 from figures import plot_curves
-from lfw_eval import LfwSet, evaluate_lfw, find_lfw, load_lfw
+from lfw_eval import evaluate_lfw
 from locks import locked
+from parallel import (
+    any_of,
+    from_main,
+    is_main,
+    local_device,
+    lost_peer,
+    own_random_numbers,
+    process_group,
+    rank,
+    together,
+    world_size,
+)
 from recordio import RecordReader
 from resume import open_checkpoint, resumed_config, run_folder
+from shard_order import ShardOrder, ShardStore
+from shards import ShardReader, is_sharded
 from trainer import Trainer
 from utils import (
     UserError,
     exit_with_sentence,
-    get_device,
     is_out_of_memory,
     keep_freed_memory,
     seed_everything,
@@ -56,9 +75,9 @@ from utils import (
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
 
 
-def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: LfwSet | None) -> None:
+def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet | None) -> None:
     """Train, validate, evaluate and save, epoch by epoch, from wherever the trainer stands."""
-    embed = torch_embedder(trainer.model, trainer.device, batch=trainer.cfg.eval_batch)
+    embed = torch_embedder(trainer.learner.model, trainer.device, batch=trainer.cfg.eval_batch)
     while trainer.epoch < trainer.cfg.epochs:
         loss, accuracy = trainer.train_one_epoch(writer, run_dir)
         epoch, step = trainer.epoch + 1, trainer.global_step
@@ -71,10 +90,12 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: LfwSet | 
             writer.add_scalar("valid/accuracy", accuracy, step)
             line += f"  valid loss {loss:.3f}  valid accuracy {accuracy:.2%}"
         if lfw is not None:
-            report = evaluate_lfw(embed, lfw)
+            result = evaluate_lfw(embed, lfw)
+            report = result.report
             points["lfw"] = [(epoch, report["accuracy"], report["threshold"])]
-            writer.add_scalar("lfw/accuracy", report["accuracy"], step)
-            writer.add_scalar("lfw/threshold", report["threshold"], step)
+            log_evaluation(writer, result, step)
+            if epoch == trainer.cfg.epochs:
+                log_projector(writer, result, step)
             line += f"  lfw {report['accuracy']:.2%}"
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
@@ -85,7 +106,7 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: LfwSet | 
                 trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
                 trainer.save(run_dir / "best.pt")
         trainer.save_last(run_dir, writer)
-        if trainer.stop:
+        if any_of(trainer.stop)[0]:
             raise KeyboardInterrupt
 
 
@@ -99,13 +120,16 @@ def saved_at_the_end(trainer: Trainer, writer: EventLog, run_dir: Path) -> Itera
         yield
     except KeyboardInterrupt:
         at = f"epoch {trainer.epoch + 1}, step {trainer.step}"
-        again = f"go on with: python train.py --resume {run_dir}"
-        print(f"\nStopped at {at}; {again}", file=sys.stderr)
+        if is_main():
+            print(f"\nStopped at {at}; go on with: {again(run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if lost_peer(error):
+            raise UserError(lost_sentence(trainer, run_dir)) from None
         if isinstance(error, TrainingError) or not trainer.whole:
             raise
-        trainer.save_last(run_dir, writer)
+        if world_size() == 1:  # the others would have to take part
+            trainer.save_last(run_dir, writer)
         why = str(error)
         if is_out_of_memory(error):
             evaluating, cfg = trainer.step == trainer.steps, trainer.cfg
@@ -119,17 +143,34 @@ def saved_at_the_end(trainer: Trainer, writer: EventLog, run_dir: Path) -> Itera
             why = what_failed(error)
         elif not isinstance(error, UserError):
             raise
-        again = f"python train.py --resume {run_dir}"
-        raise UserError(f"{why} All steps are kept; go on with: {again}") from None
+        kept = "All steps are kept" if world_size() == 1 else "last.pt is as it was written last"
+        raise UserError(f"{why} {kept}; go on with: {again(run_dir)}") from None
 
 
-def open_lfw(cfg: Config) -> LfwSet | None:
+def again(run_dir: Path) -> str:
+    """The command that goes on with a run."""
+    start = "python" if world_size() == 1 else f"torchrun --nproc-per-node={world_size()}"
+    return f"{start} train.py --resume {run_dir}"
+
+
+def lost_sentence(trainer: Trainer, run_dir: Path) -> str:
+    """What to say where another process of the group has gone."""
+    at = f"epoch {trainer.epoch + 1}, step {trainer.step + 1} of {trainer.steps}"
+    return (
+        f"Another of the {world_size()} processes has ended or cannot be reached, so this one "
+        f"(rank {rank()}) ends, too, at {at}; if it was not killed, what it printed says why. "
+        f"last.pt is as it was written last; go on, with any number of processes, with: "
+        f"{again(run_dir)}"
+    )
+
+
+def open_lfw(cfg: Config) -> TestSet | None:
     """The test set for the number after each epoch, or None where it is not prepared."""
-    path = Path(cfg.lfw) if cfg.lfw else find_lfw(cfg.data_dir, cfg.train_set)
+    path = Path(cfg.lfw) if cfg.lfw else find_set("lfw", cfg.data_dir, cfg.train_set)
     if path is None:
         print("LFW is not prepared, so there will be no LFW accuracy after each epoch.")
         return None
-    return load_lfw(path, cfg.pairs or Path(cfg.data_dir, "pairs.txt"), cfg.workers)
+    return load_set(path, find_pairs(path, cfg.data_dir, cfg.pairs), cfg.workers)
 
 
 def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
@@ -140,6 +181,8 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
             f"There is no training set at {folder}; prepare one (python pre_process.py), name one "
             "with --train-set, or try everything on drawn faces (make demo)."
         )
+    if is_sharded(folder):
+        return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
     faces = split(
         reader.labels,
@@ -150,7 +193,7 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if faces.num_classes < 2:
         raise UserError(f"{folder} has one identity only; a classifier needs two or more.")
     store = ImageStore(
-        reader, faces, device, cache=cfg.cache, workers=cfg.workers, progress="decoding"
+        reader, faces, device, cache=cfg.cache, workers=cfg.workers, progress="decoding" * is_main()
     )
     for why in list(store.bad.values())[:5]:
         print(f"Left out: {why}")
@@ -159,6 +202,18 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if len(store.good(faces.train)) < 2:
         raise UserError(f"{folder} has no pictures left to train on.")
     return store, faces
+
+
+def open_shards(cfg: Config, folder: Path, device: torch.device) -> tuple[ShardStore, Split]:
+    """A training set of many record files, of which nothing is decoded ahead."""
+    if cfg.max_classes:
+        raise UserError("--max-classes needs a set in one train.rec; leave it out for shards.")
+    reader = ShardReader(folder)
+    every = max(2, round(1 / cfg.valid_fraction)) if cfg.valid_fraction else 0
+    order = ShardOrder(reader.starts, cfg.batch_size, cfg.seed, every)
+    store = ShardStore(reader, order, device, cfg.workers)
+    nothing = np.zeros(0, np.int64)
+    return store, Split(nothing, nothing, reader.num_classes, order, order.validation())
 
 
 def choose_compile(cfg: Config, device: torch.device, steps: int) -> str:
@@ -199,7 +254,9 @@ def stop_on_signals(trainer: Trainer) -> None:
     """
 
     def handle(number: int, frame: object) -> None:
-        if trainer.stop:  # perhaps in the middle of a step, which nothing could go on from
+        # Perhaps in the middle of a step, which nothing could go on from. torchrun passes on what
+        # the terminal may have sent us as well, so in a group a second signal means nothing.
+        if trainer.stop and world_size() == 1:
             print("\nStopped at once; last.pt is as it was written last.", file=sys.stderr)
             raise SystemExit(130)
         trainer.stop = True
@@ -211,36 +268,43 @@ def stop_on_signals(trainer: Trainer) -> None:
 
 def open_trainer(cfg: Config) -> Trainer:
     """The training set, checked, and a trainer on it that has not trained yet."""
-    device = get_device(cfg.device)
+    device = together(lambda: local_device(cfg.device))
     seed_everything(cfg.seed)
     torch.backends.cudnn.benchmark = True  # every training step has the same shapes
-    store, faces = open_training_set(cfg, device)
+    store, faces = together(lambda: open_training_set(cfg, device))
     steps = steps_per_epoch(len(store.good(faces.train)), cfg.batch_size) * cfg.epochs
     cfg = dataclasses.replace(cfg, compile=choose_compile(cfg, device, steps))
     trainer = Trainer(cfg, store, faces)
-    classes = trainer.head.weight.shape[0]
-    checks.check_training_set(store, trainer.train_positions, classes, cfg.seed)
+    own_random_numbers(cfg.seed, 0)
+    positions, classes = trainer.train_positions, faces.num_classes
+    if isinstance(store, ShardStore):
+        some, _ = store.whole_batch(positions, cfg.batch_size, cfg.seed, 0, 0)
+        together(lambda: checks.check_pictures(store, some[: checks.SAMPLE]))
+    else:
+        together(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
     return trainer
 
 
 def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
     """Train to the end in a run folder that is this process's own."""
     cfg = trainer.cfg
-    lfw = open_lfw(cfg)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    opened: list[TestSet | None] = []
+    from_main(lambda: opened.append(open_lfw(cfg)))  # who writes evaluates
+    lfw = opened[0] if opened else None
+    parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     print(
         f"Run: {run_dir}\n"
         f"Training set: {len(trainer.train_positions):,} images of "
-        f"{trainer.head.weight.shape[0]:,} identities, {len(trainer.valid_positions):,} held out; "
+        f"{trainer.learner.num_classes:,} identities, {len(trainer.valid_positions):,} held out; "
         f"cache: {trainer.store.cache}\n"
         f"Network: {cfg.network}, {parameters / 1e6:.2f} M parameters, on {trainer.device}, "
-        f"{'bfloat16' if trainer.amp else 'float32'}; {trainer.steps:,} steps an epoch"
+        f"{'bfloat16' if trainer.learner.amp else 'float32'}; {trainer.steps:,} steps an epoch"
+        + (f"; {world_size()} processes" if world_size() > 1 else "")
     )
     stop_on_signals(trainer)
-    if resumed:
+    if resumed and is_main():
         cut_events(run_dir, trainer.global_step, epoch_is_open=trainer.step > 0)
-    # A TensorBoard that is looking on forgets, too, what was logged after the checkpoint.
-    with EventLog(run_dir, trainer.global_step + 1) as writer:
+    with events_of(run_dir, trainer) as writer:
         if not resumed:
             writer.add_text("config", config_table(cfg))
             trainer.save_last(run_dir, writer)  # from here on, the run can be gone on with
@@ -248,32 +312,70 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
             run_epochs(trainer, writer, run_dir, lfw)
 
 
+def events_of(run_dir: Path, trainer: Trainer) -> contextlib.AbstractContextManager:
+    """TensorBoard's writer for a run, in rank 0."""
+    if not is_main():
+        return contextlib.nullcontext(NoWriter())
+    # A TensorBoard that is looking on forgets, too, what was logged after the checkpoint.
+    return EventLog(run_dir, trainer.global_step + 1)
+
+
 @exit_with_sentence
 def main(cfg: Config) -> None:
     """Train one run from its beginning or from where it stopped."""
     keep_freed_memory()
-    run_dir = run_folder(cfg)
+    with process_group(cfg.device):
+        run(cfg)
+
+
+def open_for_all(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
+    """The checkpoint to go on from and its path: rank 0 chooses, every process reads it."""
+    opened: list[dict[str, Any]] = []
+
+    def choose() -> Path:
+        checkpoint, path = open_checkpoint(cfg, run_dir)
+        opened.append(checkpoint)
+        return path
+
+    path = from_main(choose)
+    return (opened or [load_checkpoint(path)])[0], path
+
+
+def begin_run(run_dir: Path, own: Callable[[Path], None]) -> None:
+    """Make the folder of a new run this process's own."""
+    with write_errors(run_dir):
+        run_dir.mkdir(parents=True)
+    own(run_dir)
+
+
+def run(cfg: Config) -> None:
+    """Open or make the run, train it to its end and draw its curves, as one of the processes."""
     with contextlib.ExitStack() as stack:
-        if cfg.resume:
+
+        def own(run_dir: Path) -> None:
             stack.enter_context(locked(run_dir, "train.py"))
-            checkpoint, path = open_checkpoint(cfg, run_dir)
+
+        run_dir = from_main(lambda: run_folder(cfg))
+        if cfg.resume:
+            from_main(lambda: own(run_dir))
+            checkpoint, path = open_for_all(cfg, run_dir)
             cfg = resumed_config(cfg, checkpoint, run_dir)
             history, best, steps = (checkpoint[name] for name in ("history", "best", "steps"))
         if not cfg.resume or checkpoint["epoch"] < cfg.epochs:
             trainer = open_trainer(cfg)
             if cfg.resume:
-                trainer.load(checkpoint, path)
+                together(lambda: trainer.load(checkpoint, path))
                 del checkpoint
             else:
-                with write_errors(run_dir):
-                    run_dir.mkdir(parents=True)
-                stack.enter_context(locked(run_dir, "train.py"))
+                from_main(lambda: begin_run(run_dir, own))
             train(trainer, run_dir, resumed=bool(cfg.resume))
             history, best, steps = trainer.history, trainer.best, trainer.steps
         else:
             print(
                 f"{run_dir} has its {checkpoint['epoch']} epochs; for more of them give --epochs."
             )
+    if not is_main():
+        return
     plot_curves(Path(cfg.images_dir), history, steps)
     judged_on = "held-out" if history["valid"] else "training"
     print(

@@ -1,10 +1,9 @@
-"""What a training step changes - network, head, optimiser, counters, history - and the step."""
+"""A run in memory: a Learner, its counters and history, epoch by epoch and on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import platform
 import time
 from collections.abc import Iterator
@@ -13,59 +12,42 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import (
     STRANGE,
-    load_momentum,
     random_states,
     save_checkpoint,
     save_last,
     set_random_states,
+    set_torch_states,
     torch_states,
 )
 from config import Config
 from data_gen import (
     ImageStore,
     Split,
-    epoch_order,
     steps_per_epoch,
     train_batches,
     valid_batches,
 )
 from events import EventLog, sync_events
 from failures import TrainingError, fixed_memory, gpu_memory, not_finite, out_of_memory
-from focal_loss import FocalLoss
-from models import ArcMarginModel, build_model
+from learner import Learner
+from parallel import (
+    any_of,
+    from_main,
+    gather_objects,
+    is_main,
+    own_random_numbers,
+    rank,
+    share_buffers,
+    world_size,
+)
 from resume import fingerprint
-from utils import UserError, has_bfloat16, is_out_of_memory
-
-
-def learning_rate(
-    epoch: float,
-    *,
-    lr: float,
-    epochs: int,
-    schedule: str = "step",
-    milestones: tuple[int, ...] = (),
-    poly_power: float = 2.0,
-    warmup_epochs: float = 0.0,
-) -> float:
-    """The learning rate at a moment of training, in epochs (2.5: the middle of the third).
-
-    It rises from zero over `warmup_epochs`; then "step" divides it by ten at each milestone,
-    "cosine" and "poly" take it to zero at the end.
-    """
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    if schedule == "step":
-        return lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
-    rest = 1 - (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
-    rest = min(max(rest, 0.0), 1.0)
-    if schedule == "cosine":
-        return lr * (1 - math.cos(math.pi * rest)) / 2
-    return lr * rest**poly_power
+from schedule import learning_rate
+from utils import UserError, is_out_of_memory
 
 
 class Step(NamedTuple):
@@ -79,33 +61,15 @@ class Step(NamedTuple):
 
 
 class Trainer:
-    """All that a step changes - network, head, optimiser, counters, history - and the steps."""
+    """All that a run is - network, head, optimiser, counters, history - and its epochs."""
 
     def __init__(self, cfg: Config, store: ImageStore, faces: Split) -> None:
         self.cfg, self.store = cfg, store
         self.train_positions = store.good(faces.train)
         self.valid_positions = store.good(faces.valid)
         self.device = store.device
-        try:
-            model = build_model(cfg.network, cfg.emb_size, cfg.dropout, cfg.use_se)
-        except ValueError as error:  # a combination of knobs that no network has
-            raise UserError(str(error)) from None
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.head = ArcMarginModel(
-            cfg.emb_size, faces.num_classes, cfg.margin_s, cfg.margin_m, cfg.easy_margin
-        ).to(self.device)
-        self.forward = torch.compile(self.model) if cfg.compile == "on" else self.model
-        self.criterion = FocalLoss(cfg.gamma) if cfg.focal_loss else nn.CrossEntropyLoss()
-        modules = (self.model, self.head)
-        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=cfg.lr,
-            momentum=cfg.momentum,
-            weight_decay=cfg.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
-        self.amp = cfg.amp and has_bfloat16(self.device)
+        self.learner = Learner(cfg, faces.num_classes, self.device)
+        self.learner.width = store.width(cfg.batch_size)
         self.steps = steps_per_epoch(len(self.train_positions), cfg.batch_size)
         self.epoch = self.step = 0  # whole epochs done, and steps of the next one
         self.best: dict[str, float] = {}
@@ -122,30 +86,9 @@ class Trainer:
         """Steps since the beginning."""
         return self.epoch * self.steps + self.step
 
-    def logits(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits with the margin (n, num_classes), and who is right without it (n,) bool."""
-        # Batches of validation vary in size, and each size would be compiled anew.
-        forward = self.forward if self.model.training else self.model
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            embedding = forward(images)
-        cosine = self.head.cosine(embedding)
-        right = cosine.detach().argmax(1) == labels
-        return self.head.margin(cosine, labels), right
-
     def train_step(self, images: Tensor, labels: Tensor, lr: float) -> tuple[Tensor, ...]:
         """One step of SGD; loss, accuracy and the gradient's norm, still on the device."""
-        logits, right = self.logits(images, labels)
-        loss = self.criterion(logits, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.cfg.clip_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.cfg.clip_norm)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return loss.detach(), right.float().mean(), norm.detach()
+        return self.learner.train_step(images, labels, lr, self.global_step)
 
     def train_one_epoch(self, writer: EventLog, run_dir: Path) -> tuple[float, float]:
         """The rest of the current epoch; returns the mean loss and accuracy of all of it.
@@ -155,7 +98,7 @@ class Trainer:
         loss or a gradient is not finite or memory is full.
         """
         cfg = self.cfg
-        self.model.train()
+        self.learner.model.train()
         batches = train_batches(
             self.store,
             self.train_positions,
@@ -166,8 +109,9 @@ class Trainer:
             flip=cfg.flip,
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
-        fixed = fixed_memory(self.optimizer, self.device)
-        with tqdm(total=self.steps, initial=self.step, desc=title, unit="step", leave=False) as bar:
+        fixed = fixed_memory(self.learner.optimizer, self.device)
+        shown = {"desc": title, "unit": "step", "leave": False, "disable": not is_main()}
+        with tqdm(total=self.steps, initial=self.step, **shown) as bar:
             began, first = time.perf_counter(), self.step
             for batch in batches:
                 states, self.whole = torch_states(self.device), False
@@ -186,9 +130,10 @@ class Trainer:
                     rate = (self.step - first) * cfg.batch_size / seconds
                     self.log(rate, writer, bar)
                     began, first = time.perf_counter(), self.step
-                if self.stop or self.checkpoint_is_due():
+                stop, due = any_of(self.stop, is_main() and self.checkpoint_is_due())
+                if stop or due:
                     self.save_last(run_dir, writer)
-                if self.stop:
+                if stop:
                     raise KeyboardInterrupt
         points = np.array([point for point in self.history["train"] if point[0] == self.epoch])
         loss, accuracy = np.average(points[:, 2:4], axis=0, weights=points[:, 4])
@@ -239,15 +184,16 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
-        self.model.eval()
+        share_buffers(self.learner.model)
+        self.learner.model.eval()
         total_loss = total_right = count = 0.0
-        for batch in valid_batches(
-            self.store, self.valid_positions, batch_size=self.cfg.eval_batch
-        ):
-            logits, right = self.logits(batch.images, batch.labels)
-            total_loss += float(self.criterion(logits, batch.labels)) * len(right)
-            total_right += float(right.sum())
-            count += len(right)  # without a cache, damaged pictures are left out only here
+        batch_size = self.cfg.eval_batch
+        for batch in valid_batches(self.store, self.valid_positions, batch_size=batch_size):
+            width = -(-batch_size // world_size())
+            found = self.learner.loss(batch.images, batch.labels, width)
+            total_loss += float(found.loss) * int(found.count)
+            total_right += float(found.right)
+            count += int(found.count)  # without a cache, damaged pictures are left out only here
         return total_loss / max(count, 1), total_right / max(count, 1)
 
     # -------------------------------------------------------------------------- going wrong
@@ -265,13 +211,18 @@ class Trainer:
             return
         self.whole = False
         step, (loss, norm) = self.window[int(bad[0])], found[int(bad[0])].tolist()
-        order, flips = epoch_order(self.train_positions, self.cfg.seed, self.epoch)
-        part = slice(step.number * self.cfg.batch_size, (step.number + 1) * self.cfg.batch_size)
+        from_main(lambda: self.refuse(step, loss, norm, run_dir / "bad_batch.pt"))
+
+    def refuse(self, step: Step, loss: float, norm: float, path: Path) -> None:
+        """Raise TrainingError for a step; its batch goes into `path`."""
+        positions, flips = self.store.whole_batch(
+            self.train_positions, self.cfg.batch_size, self.cfg.seed, self.epoch, step.number
+        )
         raise not_finite(
-            run_dir / "bad_batch.pt",
+            path,
             self.store,
-            order[part],
-            flips[part] & self.cfg.flip,
+            positions,
+            flips & self.cfg.flip,
             {
                 **{"loss": loss, "gradient_norm": norm, "lr": self.learning_rate(step.number)},
                 **{"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number},
@@ -298,18 +249,17 @@ class Trainer:
     # -------------------------------------------------------------------------- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """All of it as a dict for save_checkpoint."""
+        """All of it as a dict for save_checkpoint, in rank 0; every process must call it."""
         config = dataclasses.asdict(self.cfg)
         window = [torch.stack([s.loss, s.accuracy, s.norm]) for s in self.window]
         return {
             # How it was called is no part of the run.
             "config": {k: v for k, v in config.items() if k not in ("given", "resume")},
-            "num_classes": self.head.weight.shape[0],
+            "num_classes": self.learner.num_classes,
             "pictures": self.pictures,
-            "precision": self.precision,
-            "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "precision": self.learner.precision,
+            "processes": world_size(),
+            **self.learner.state(),
             "epoch": self.epoch,
             "step": self.step,
             "steps": self.steps,
@@ -317,22 +267,16 @@ class Trainer:
             "history": self.history,
             "window": torch.stack(window) if window else torch.zeros(0, 3),
             "random": random_states(self.device),
+            "random_of_others": gather_objects(torch_states(self.device))[1:],
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
-    @property
-    def precision(self) -> str:
-        """What it computes in, on what and by what: the same bits come of the same only."""
-        kind = "bfloat16" if self.amp else "float32"
-        threads = f" by {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"{kind} on {self.device.type}{threads}, PyTorch {torch.__version__}"
-
     def load(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Go back to a saved state; raises UserError where it does not fit the training set."""
-        if checkpoint["num_classes"] != self.head.weight.shape[0]:
+        if checkpoint["num_classes"] != self.learner.num_classes:
             raise UserError(
                 f"{path} was trained on {checkpoint['num_classes']} identities, the training set "
-                f"has {self.head.weight.shape[0]}; give the set it was trained on (--train-set)."
+                f"has {self.learner.num_classes}; give the set it was trained on (--train-set)."
             )
         if checkpoint["pictures"] != self.pictures:
             raise UserError(
@@ -341,9 +285,7 @@ class Trainer:
                 "trained on (--train-set), with the --cache it had if pictures are damaged."
             )
         try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.head.load_state_dict(checkpoint["head"])
-            load_momentum(self.optimizer, checkpoint["optimizer"], path)
+            self.learner.load(checkpoint, path)
             self.epoch, self.step = checkpoint["epoch"], checkpoint["step"]
             self.best, self.history = checkpoint["best"], checkpoint["history"]
             if checkpoint["steps"] != self.steps:
@@ -352,19 +294,25 @@ class Trainer:
             first = self.step - len(window)
             self.window = [Step(first + i, *row.unbind(), None) for i, row in enumerate(window)]
             set_random_states(checkpoint["random"], self.device)
+            others = checkpoint.get("random_of_others", [])
+            own_random_numbers(self.cfg.seed, self.global_step)
+            if 0 < rank() <= len(others):
+                set_torch_states(others[rank() - 1], self.device)
         except STRANGE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is no state of this run ({reason}); give another.") from None
-        if checkpoint["precision"] != self.precision:
+        processes = checkpoint.get("processes", 1)
+        before = f"{checkpoint['precision']}" + f" by {processes} processes" * (processes > 1)
+        now = f"{self.learner.precision}" + f" by {world_size()} processes" * (world_size() > 1)
+        if before != now:
             print(
-                f"{path} comes from a run in {checkpoint['precision']}; it goes on in "
-                f"{self.precision}, so its numbers may differ in their last digits."
+                f"{path} comes from a run in {before}; it goes on in {now}, so its numbers may "
+                "differ in their last digits."
             )
 
     def check_weights(self, path: Path) -> None:
         """Raise TrainingError if the weights, or batch normalisation's means, are no numbers."""
-        tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
-        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        if not self.learner.is_finite():
             raise TrainingError(
                 f"Weights are not finite at epoch {self.epoch}, step {self.step}; {path} stays "
                 "as it is. Start a new run with a lower --lr, --warmup-epochs or --clip-norm."
@@ -373,7 +321,8 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint, unless the weights are no numbers any more (TrainingError)."""
         self.check_weights(path)
-        save_checkpoint(path, self.state())
+        state = self.state()
+        from_main(lambda: save_checkpoint(path, state))
 
     def save_last(self, run_dir: Path, writer: EventLog) -> None:
         """Write last.pt, with all that it has logged on disk before it; once a step."""
@@ -381,9 +330,14 @@ class Trainer:
             return
         self.check_steps(run_dir)
         self.check_weights(run_dir / "last.pt")
-        writer.flush()
-        sync_events(run_dir)
-        save_last(run_dir, self.state(), self.cfg.keep_checkpoints)
+        state = self.state()
+
+        def write() -> None:
+            writer.flush()
+            sync_events(run_dir)
+            save_last(run_dir, state, self.cfg.keep_checkpoints)
+
+        from_main(write)
         self.saved_at = time.monotonic()
         self.saved_step = (self.epoch, self.step)
 

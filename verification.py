@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
+SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}  # of pictures
 FARS = ("1e-3", "1e-2")  # 1e-4 means nothing on the 3,000 impostor pairs of LFW
 
 
@@ -76,8 +77,42 @@ def parse_pairs(text: str) -> Pairs:
     return Pairs(list(index), np.array(first), np.array(second), np.array(same), folds)
 
 
+def parse_pair_list(text: str) -> Pairs:
+    """Read lines "path1 path2 0/1" (spaces, or tabs where paths hold spaces); 1 is one person.
+
+    Paths lose their suffix; folds are contiguous tenths. Raises ValueError, naming the line, where
+    a line is anything else.
+    """
+    index: dict[str, int] = {}
+    ends, same = [], []
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+        if not line.strip():
+            continue
+        words = line.strip().split("\t") if "\t" in line else line.split()
+        if len(words) != 3 or words[2] not in ("0", "1"):
+            raise ValueError(f"line {number} is not 'path1 path2 0/1': {line[:80]!r}")
+        ends.append([index.setdefault(without_suffix(path), len(index)) for path in words[:2]])
+        same.append(words[2] == "1")
+    if len(same) < 2:
+        raise ValueError(f"it holds {len(same)} pairs")
+    folds = contiguous_folds(len(same), min(10, len(same)))
+    return Pairs(list(index), *np.array(ends).T, np.array(same), folds)
+
+
+def without_suffix(path: str) -> str:
+    """A picture's path without its suffix: "./a.b/c.d.jpg" is "a.b/c.d", and so it stays."""
+    path = path.replace("\\", "/").removeprefix("./")
+    stem, _, suffix = path.rpartition(".")
+    return stem if suffix.lower() in SUFFIXES else path
+
+
 def _is_number(word: str) -> bool:
     return word.isdecimal() and len(word) < 10
+
+
+def picture_name(source: str) -> str:
+    """What pairs.txt calls a picture: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
+    return "/".join(without_suffix(source).split("/")[-2:])
 
 
 def contiguous_folds(pairs: int, folds: int = 10) -> np.ndarray:
@@ -143,17 +178,28 @@ def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
 def cross_validate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> Folds:
     """Accuracy on each fold with the threshold that is best on all the others.
 
-    scores (n,), same (n,) bool, folds (n,) int. Raises ValueError for fewer than two folds.
+    scores (n,), or (folds, n) where they depend on the fold held out; same (n,) bool, folds (n,)
+    int. Raises ValueError for fewer than two folds.
     """
     numbers = np.unique(folds)
     if len(numbers) < 2:
         raise ValueError("cross-validation needs at least two folds")
-    thresholds = [best_threshold(scores[folds != k], same[folds != k]) for k in numbers]
-    accuracies = [
-        accuracy(scores[folds == k], same[folds == k], threshold)
-        for k, threshold in zip(numbers, thresholds, strict=True)
-    ]
+    thresholds, accuracies = [], []
+    for k, row in zip(numbers, np.broadcast_to(scores, (len(numbers), len(same))), strict=True):
+        thresholds.append(best_threshold(row[folds != k], same[folds != k]))
+        accuracies.append(accuracy(row[folds == k], same[folds == k], thresholds[-1]))
     return Folds(np.array(accuracies), np.array(thresholds))
+
+
+def worst_errors(
+    scores: np.ndarray, same: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs accepted and refused wrongly at a threshold, worst first: indices (fp,), (fn,)."""
+    order = np.argsort(scores, kind="stable")
+    refused = scores[order] < threshold
+    false_negatives = order[refused & same[order]]
+    false_positives = order[~refused & ~same[order]][::-1]
+    return false_positives, false_negatives
 
 
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
@@ -187,16 +233,18 @@ def equal_error_rate(curve: Roc) -> float:
     return float(curve.far[before] + share * (curve.far[after] - curve.far[before]))
 
 
-def verify(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> dict:
+def verify(
+    scores: np.ndarray, same: np.ndarray, folds: np.ndarray, validated: Folds | None = None
+) -> dict:
     """Everything that is reported about a set of pairs, as plain numbers (JSON can hold them).
 
     scores (n,) cosines, same (n,) bool, folds (n,) int. accuracy is the mean over folds and
     threshold the mean of their thresholds; best_accuracy is that of the single threshold fitted on
     the very pairs it is scored on, hence never lower where folds are equal. Thresholds are cosines
-    and, as *_degrees, angles.
+    and, as *_degrees, angles. validated takes the place of cross_validate's outcome.
     Raises ValueError for one fold or one kind of pair only.
     """
-    validated = cross_validate(scores, same, folds)
+    validated = validated or cross_validate(scores, same, folds)
     curve = roc(scores, same)
     best = best_threshold(scores, same)
     threshold = float(validated.thresholds.mean())

@@ -88,10 +88,8 @@ def main(argv: Sequence[str]) -> None:
     """Time the stages, the peers and the whole."""
     args = arguments("align", __doc__, argv, images=500)
     with drawn_archive(args.data, args.images) as source:
-        images = read_images(source, args.images)
-    jpegs = [encode_jpeg(image) for image in images]
+        images, jpegs = read_images(source, args.images)
     rows = small_stages(images, jpegs, args)
-    rows[0].note = "quality 95, larger than archives' own"
     flops = flops_of(images[:64])
     ours, wide, total = [], [], []
     peers: dict[str, list[float]] = {name: [] for name in PEER_BATCHES if PEERS.is_file()}

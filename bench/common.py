@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from models import NETWORKS, build_model
 from utils import core_count, get_device, keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,8 +54,13 @@ class Row:
         return self.images / statistics.median(self.seconds)
 
 
-def arguments(name: str, doc: str, argv: Sequence[str], **numbers: int) -> argparse.Namespace:
-    """The command line that all benchmarks share, with `numbers` as further flags."""
+def arguments(
+    name: str, doc: str, argv: Sequence[str], network: str = "", **numbers: int
+) -> argparse.Namespace:
+    """The command line that all benchmarks share, with `numbers` as further flags.
+
+    `network` is the default of --network, which benchmarks without a network do not have.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.{name}", description=doc.splitlines()[0]
     )
@@ -65,9 +72,14 @@ def arguments(name: str, doc: str, argv: Sequence[str], **numbers: int) -> argpa
         parser.add_argument(
             f"--{flag.replace('_', '-')}", type=int, default=default, help="default: %(default)s"
         )
+    if network:
+        parser.add_argument(
+            "--network", choices=NETWORKS, default=network, help="default: %(default)s"
+        )
     args = parser.parse_args(argv)
     args.device = get_device(args.device)
-    args.json = args.json or RESULTS / f"{name}-{args.device.type}.json"
+    suffix = f"-{args.network}" if network else ""
+    args.json = args.json or RESULTS / f"{name}-{args.device.type}{suffix}.json"
     return args
 
 
@@ -118,6 +130,13 @@ def in_turn(variants: dict[str, tuple], repeats: int) -> dict[str, list[Any]]:
         for name, (work, *rest) in variants.items():
             results[name].append(alone(work, *rest))
     return results
+
+
+def network_flops(network: str) -> float:
+    """Arithmetic of a network's forward pass, an image."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_model(network).eval()(torch.zeros(1, 3, 112, 112))
+    return counter.get_total_flops()
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> list[float]:

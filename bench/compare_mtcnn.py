@@ -35,12 +35,13 @@ PEER_SCRIPT = Path(__file__).with_name("peer_detect.py")
 PEERS = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
 
 
-def read_images(path: Path, count: int) -> np.ndarray:
-    """(count, H, W, 3) RGB pictures of the first one's size, spread evenly over a source.
+def read_images(path: Path, count: int) -> tuple[np.ndarray, list[bytes]]:
+    """(count, H, W, 3) RGB pictures of the first one's size, evenly from a source, and their files.
 
     Raises UserError if none can be read.
     """
     images: list[np.ndarray] = []
+    files: list[bytes] = []
     with open_source(path) as source:
         entries = source.entries()
         count = min(count, len(entries))
@@ -51,9 +52,10 @@ def read_images(path: Path, count: int) -> np.ndarray:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is not None and (not images or image.shape == images[0].shape):
                 images.append(image)
+                files.append(data)
     if not images:
         raise UserError(f"No picture in {path} can be read; give another --data.")
-    return np.stack(images)
+    return np.stack(images), files
 
 
 def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="cpu", help="our device (default: %(default)s)")
     args = parser.parse_args(argv)
 
-    images = read_images(args.data, args.images)
+    images, _ = read_images(args.data, args.images)
     ours, seconds = run_ours(images, args.batch, args.device)
     theirs, one_by_one, batched = run_reference(images)
     height, width = images.shape[1:3]

@@ -13,7 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from recordio import encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg
 from synthetic import Task, draw_picture
 from utils import core_count
 

@@ -22,9 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.common import Row, arguments, clock, finish, in_turn, peak_memory, ratio, synchronise
+from bench.common import (
+    Row,
+    arguments,
+    clock,
+    finish,
+    in_turn,
+    network_flops,
+    peak_memory,
+    ratio,
+    synchronise,
+)
 from config import Config
 from data_gen import Split
 from models import ArcMarginModel, build_model
@@ -68,7 +77,7 @@ def ours(
     torch.backends.cudnn.benchmark = True
     trainer = make_trainer(network, size, device, compile=compiled)
     images, labels = make_batch(size, device)
-    trainer.model.train()
+    trainer.learner.model.train()
     return timed(lambda: trainer.train_step(images, labels, 0.01), device, steps)
 
 
@@ -80,6 +89,7 @@ def make_trainer(network: str, size: int, device: torch.device, **knobs: Any) ->
     reader = SimpleNamespace(keys=everything, path=Path(__file__))
     store = SimpleNamespace(device=device, reader=reader, indices=everything)
     store.good, store.labels = (lambda positions: positions), torch.from_numpy(faces.labels)
+    store.width = lambda batch_size: batch_size
     return Trainer(Config(network=network, batch_size=size, **knobs), store, faces)
 
 
@@ -99,10 +109,10 @@ def difference(network: str, device: torch.device) -> dict[str, float]:
     results = []
     for amp in (False, True):
         trainer = make_trainer(network, 16, device, amp=amp, compile="off")
-        logits, _ = trainer.logits(images, labels)
-        loss = trainer.criterion(logits, labels)
+        loss = trainer.learner.loss(images, labels, len(labels)).loss
         loss.backward()
-        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.parameters])))
+        gradients = [p.grad.flatten() for p in trainer.learner.parameters]
+        results.append((loss.item(), torch.cat(gradients)))
     (loss, gradient), (loss_16, gradient_16) = results
     return {
         "loss, relative error in bfloat16": abs(loss_16 - loss) / loss,
@@ -115,12 +125,8 @@ def difference(network: str, device: torch.device) -> dict[str, float]:
 @exit_with_sentence
 def main(argv: Sequence[str]) -> None:
     """Time the steps in turn."""
-    network = "r50"
-    if "--network" in argv:
-        at = argv.index("--network")
-        network, argv = argv[at + 1], [*argv[:at], *argv[at + 2 :]]
-    args = arguments("train", __doc__, argv, batch=32, steps=3)
-    args.json = args.json.with_stem(f"{args.json.stem}-{network}")
+    args = arguments("train", __doc__, argv, network="r50", batch=32, steps=3)
+    network = args.network
     work = (network, args.batch, args.device, args.steps)
     variants = {
         "published: float32, NCHW": (published, *work),
@@ -128,9 +134,7 @@ def main(argv: Sequence[str]) -> None:
         "ours, compiled": (ours, *work, "on"),
     }
     found = in_turn(variants, args.repeats)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build_model(network).eval()(torch.zeros(1, 3, 112, 112))
-    flops = 3 * counter.get_total_flops() + 6 * 512 * CLASSES
+    flops = 3 * network_flops(network) + 6 * 512 * CLASSES
     rows = []
     for name, runs in found.items():
         row = Row(f"{network}, {name}", args.batch, [run["step"] for run in runs], flops)

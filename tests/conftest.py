@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from groups import Groups
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,3 +19,11 @@ def real_faces() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("REAL_FACES names no folder with real faces")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def groups() -> Iterator[Groups]:
+    """Starts groups of processes, as torchrun does; see tests/parallel_cases.py."""
+    groups = Groups()
+    yield groups
+    groups.close()

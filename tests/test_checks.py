@@ -11,7 +11,8 @@ from align import align_face
 from data_gen import ImageStore, split
 from face_detect import FaceDetector, find_face
 from pictures import decode_picture
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 from utils import UserError
 
 

@@ -4,7 +4,8 @@ import torch
 
 import data_gen
 from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
-from recordio import RecordError, RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordError, RecordReader, encode_jpeg
 
 
 @pytest.fixture(scope="module")

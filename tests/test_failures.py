@@ -14,7 +14,8 @@ from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, LoadingError, split, train_batches
 from failures import GpuMemory, asked_bytes, batch_that_fits, out_of_memory
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 from trainer import Trainer
 from utils import UserError, is_out_of_memory
 
@@ -75,7 +76,7 @@ def raise_it(error):
 def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monkeypatch):
     def poison(trainer, images):
         # The loss is as it should be, its gradient is not.
-        parameter = trainer.head.weight
+        parameter = trainer.learner.head.weight
         hook = parameter.register_hook(lambda grad: hook.remove() or grad * math.nan)
         return images
 
@@ -126,7 +127,7 @@ def test_means_that_are_no_numbers_are_in_no_checkpoint(start, capsys, monkeypat
     """Of batch normalisation: the loss may look good for long, but not what is evaluated."""
 
     def spoil(trainer, images):
-        trainer.model.bn1.running_var.fill_(math.inf)
+        trainer.learner.model.bn1.running_var.fill_(math.inf)
         return images
 
     fail_at(monkeypatch, 2, spoil)

@@ -49,10 +49,11 @@ from index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
 from models import build_model
 from onnx_file import check_onnx
 from pictures import MAX_PIXELS, PictureError, decode_picture
-from recordio import RecordError, RecordReader, read_bin, record_offsets, write_dataset
+from record_writer import write_dataset
+from recordio import RecordError, RecordReader, read_bin, record_offsets
 from resume import open_checkpoint, resumed_config
 from utils import UserError
-from verification import parse_pairs
+from verification import parse_pair_list, parse_pairs
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 MEGABYTES = 1500  # an animated WebP of as many pixels as are allowed takes 1 GB
@@ -275,6 +276,7 @@ ROWS = [
     IndexRow(None, None, "b\t\\", "s/b/\n.jpg", "no_face"),
 ]
 INDEX = (INDEX_HEADER + "".join(map(format_index_row, ROWS))).encode()
+PAIR_LIST = "a/1.jpg a/2.jpg 1\n李/1.png a/1.jpg 0\nb\\1\t./c 1\t0\n".encode()
 PAIRS = b"2\t1\nAl\t1\t2\nAl\t1\tBo Li\t3\nBo Li\t12\t2\nBo Li\t3\tAl\t1\n"
 
 
@@ -289,9 +291,11 @@ def test_index(folder, data):
 
 
 @tried
-@given(data=changed(PAIRS))
-def test_pairs(data):
-    pairs = judge("pairs.txt", lambda: parse_pairs(data.decode("utf-8")), errors=ValueError)
+@given(
+    data=changed(PAIRS) | changed(PAIR_LIST), parse=st.sampled_from([parse_pairs, parse_pair_list])
+)
+def test_pairs(data, parse):
+    pairs = judge("pairs.txt", lambda: parse(data.decode("utf-8")), errors=ValueError)
     if pairs is not None:
         assert len(pairs.first) == len(pairs.second) == len(pairs.same) == len(pairs.folds)
         assert max(pairs.first.max(), pairs.second.max()) < len(pairs.names)

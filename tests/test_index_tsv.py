@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import record_writer
 import recordio
 from index_tsv import (
     INDEX_COLUMNS,
@@ -123,7 +124,7 @@ def test_no_index_is_a_sentence(tmp_path):
 
 
 def test_an_index_of_other_records_is_a_sentence(tmp_path):
-    recordio.write_dataset(tmp_path, [b"one", b"two"], [0, 1])
+    record_writer.write_dataset(tmp_path, [b"one", b"two"], [0, 1])
     reader = recordio.RecordReader(tmp_path)
     save(tmp_path, [FOUND, MISSED, CROPPED])
     assert len(read_index(tmp_path, reader).record) == 3

@@ -160,7 +160,7 @@ def test_complete_gives_the_name(tmp_path):
 # at one place; then once more to the end.  Blocks are small so that there are several.
 KILLER = """
 import json, os, signal, sys
-import align, journal, pre_process, recordio
+import align, journal, outcome, pre_process, record_writer
 from config import parse_args
 
 source, folder = sys.argv[1:]
@@ -201,12 +201,12 @@ def child(name, place):
 
 places = {
     "second-block": (journal.Journal, "append", 1),
-    "records-not-synced": (recordio.RecordWriter, "flush", 1),
+    "records-not-synced": (record_writer.RecordWriter, "flush", 1),
     "records-without-rows": (journal, "sync", 1),
     "half-a-row": half_a_row,
-    "in-finish": (recordio, "atomic_write", 0),
-    "property-without-idx": (recordio, "atomic_write", 1),
-    "in-pairs": (pre_process, "atomic_write", 5),
+    "in-finish": (record_writer, "atomic_write", 0),
+    "property-without-idx": (record_writer, "atomic_write", 1),
+    "in-pairs": (outcome, "atomic_write", 5),
     "before-report": (pre_process, "write_report", 0),
     "before-rename": (pre_process, "complete", 0),
 }

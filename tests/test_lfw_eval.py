@@ -18,9 +18,11 @@ import lfw_eval
 import verification
 from checkpoints import save_checkpoint
 from config import parse_args
+from eval_sets import find_set, load_set
 from index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from models import build_model
-from recordio import encode_jpeg, write_bin, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg, write_bin
 from utils import UserError
 
 PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs
@@ -60,7 +62,10 @@ def data(tmp_path):
         for record, (person, shot) in enumerate(faces, 1):
             name = f"lfw_funneled/{name_of(person)}/{name_of(person)}_{shot:04d}.jpg"
             status = "central_crop" if record in (2, 5) else "ok"
-            rows.append(format_index_row(IndexRow(record, person, name_of(person), name, status)))
+            points = [[80, 90], [120, 90], [100, 110], [85, 130], [115, 130]]
+            found = () if status == "central_crop" else (0.99, (60, 60, 140, 150), points)
+            row = IndexRow(record, person, name_of(person), name, status, *found)
+            rows.append(format_index_row(row))
             picture = encode_jpeg(np.full((250, 250, 3), record, np.uint8))
             member = tarfile.TarInfo(name)
             member.size = len(picture)
@@ -81,10 +86,12 @@ def mean_colours(faces):
 # ---------------------------------------------------------------- reading
 
 
-def test_load_lfw_folder(data):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+def test_load_a_prepared_folder(data):
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     assert len(lfw.images) == len(lfw.pairs.names) == 2 * PEOPLE
-    assert lfw.missed == 2
+    assert (lfw.name, lfw.missed, lfw.faces_status.count("central_crop")) == ("lfw", 2, 2)
+    assert (lfw.box.shape, lfw.points.shape) == ((24, 4), (24, 5, 2))
+    assert lfw.points[3].tolist() == [[80, 90], [120, 90], [100, 110], [85, 130], [115, 130]]
     for name, image in zip(lfw.pairs.names, lfw.images, strict=True):
         person, shot = int(name.split("/")[0].split("_")[1]), int(name[-4:])
         assert np.abs(image.numpy().astype(int) - face_of(person, shot)).mean() < 6  # JPEG
@@ -95,7 +102,7 @@ def test_load_lfw_folder(data):
 def test_faces_that_no_pair_names_are_not_counted(data):
     text = "2\t1\nAnn_0\t1\t2\nAnn_0\t1\tAnn_2\t2\nAnn_4\t1\t2\nAnn_4\t1\t李_3\t2\n"
     (data / "pairs.txt").write_text(text, "utf-8")
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     people = ["Ann_0", "Ann_0", "Ann_2", "Ann_4", "Ann_4", "李_3"]
     assert [name.split("/")[0] for name in lfw.pairs.names] == people
     assert lfw.missed == 1  # record 2 is Ann_0's second picture, record 5 the first of Ann_2
@@ -105,13 +112,13 @@ def test_a_pair_that_names_no_picture_gets_a_sentence(data):
     text = pairs_text().replace("Ann_0\t1\t2", "Ann_0\t1\t7").replace("Ann_4\t1", "Bea\t1")
     (data / "pairs.txt").write_text(text, "utf-8")
     with pytest.raises(UserError, match=r"names 3 of .* \(Ann_0/Ann_0_0007, Bea/Bea_0001, Bea/"):
-        lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+        load_set(data / "faces_lfw_112x112", data / "pairs.txt")
 
 
 def test_a_damaged_report_gets_a_sentence(data):
     (data / "faces_lfw_112x112" / "report.json").write_text("[1, 2")
     with pytest.raises(UserError, match=r"report\.json is damaged"):
-        lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+        load_set(data / "faces_lfw_112x112", data / "pairs.txt")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +134,7 @@ def test_bad_pairs_files_get_a_sentence(data, content, complaint):
     path = data / "pairs.txt"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(UserError, match=rf"(?s)pairs\.txt.*{complaint}|{complaint}.*pairs\.txt"):
-        lfw_eval.load_lfw(data / "faces_lfw_112x112", path)
+        load_set(data / "faces_lfw_112x112", path)
 
 
 def test_load_bin_embeds_each_face_once(tmp_path):
@@ -135,7 +142,8 @@ def test_load_bin_embeds_each_face_once(tmp_path):
     order = [0, 1, 0, 0, 1, 1] + [2, 0] * 8
     same = [False, True, True] + [False] * 8
     write_bin(tmp_path / "lfw.bin", [jpegs[i] for i in order], same)
-    lfw = lfw_eval.load_lfw(tmp_path / "lfw.bin", tmp_path / "unused")
+    lfw = load_set(tmp_path / "lfw.bin", tmp_path / "unused")
+    assert (lfw.name, lfw.points, lfw.faces_status) == ("lfw", None, None)
     assert len(lfw.images) == 3
     assert lfw.pairs.first.tolist() == [0, 0, 1] + [2] * 8
     assert lfw.pairs.second.tolist() == [1, 0, 1] + [0] * 8
@@ -147,13 +155,13 @@ def test_load_bin_of_one_kind_or_another_size_gets_a_sentence(tmp_path):
     path = tmp_path / "lfw.bin"
     write_bin(path, [encode_jpeg(face_of(i, 1)) for i in range(40)], [True] * 20)
     with pytest.raises(UserError, match="one kind"):
-        lfw_eval.load_lfw(path, "")
+        load_set(path, "")
     write_bin(path, [encode_jpeg(np.zeros((96, 80, 3), np.uint8))] * 40, [True, False] * 10)
     with pytest.raises(UserError, match="80x96"):
-        lfw_eval.load_lfw(path, "")
+        load_set(path, "")
     write_bin(path, [encode_jpeg(face_of(0, 1)), b"no JPEG"] * 20, [True, False] * 10)
     with pytest.raises(UserError, match=r"Picture 1 of .*lfw\.bin"):
-        lfw_eval.load_lfw(path, "")
+        load_set(path, "")
 
 
 def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
@@ -161,20 +169,20 @@ def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
     bins[1].parent.mkdir()
     for path in bins:
         path.write_bytes(b"")
-    assert lfw_eval.find_lfw(data) == data / "faces_lfw_112x112"
+    assert find_set("lfw", data) == data / "faces_lfw_112x112"
     (data / "faces_lfw_112x112" / "train.rec").unlink()
-    assert lfw_eval.find_lfw(data) == bins[1]
-    assert lfw_eval.find_lfw(data, tmp_path / "other") == bins[0]
+    assert find_set("lfw", data) == bins[1]
+    assert find_set("lfw", data, tmp_path / "other") == bins[0]
     bins[0].unlink()
-    assert lfw_eval.find_lfw(data, tmp_path / "other") is None
+    assert find_set("lfw", data, tmp_path / "other") is None
 
 
 # ---------------------------------------------------------------- numbers
 
 
 def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
-    report = lfw_eval.evaluate_lfw(mean_colours, lfw)
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
+    report = lfw_eval.evaluate_lfw(mean_colours, lfw).report
     assert report["accuracy"] == report["best_accuracy"] == report["auc"] == 1
     assert (report["eer"], report["standard_error"], report["missed_faces"]) == (0, 0, 2)
     assert report["tar_at_far"] == {"1e-3": 1, "1e-2": 1}
@@ -189,10 +197,10 @@ def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
 def test_worst_errors_come_first():
     scores = np.array([0.9, 0.2, 0.8, 0.95, 0.1, 0.5, 0.7])
     same = np.array([False, True, False, True, True, False, True])
-    positives, negatives = lfw_eval.worst_errors(scores, same, 0.6)
+    positives, negatives = verification.worst_errors(scores, same, 0.6)
     assert positives.tolist() == [0, 2]
     assert negatives.tolist() == [4, 1]
-    assert [len(found) for found in lfw_eval.worst_errors(scores, same, 0.9)] == [1, 3]
+    assert [len(found) for found in verification.worst_errors(scores, same, 0.9)] == [1, 3]
 
 
 # ---------------------------------------------------------------- galleries
@@ -204,7 +212,7 @@ def grey_level(path):
 
 
 def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     images = tmp_path / "images"
     (images / "demo").mkdir(parents=True)
     stale = ["0_fp_0.jpg", "7_fp_1.jpg", "12_fn_0.jpg"]
@@ -224,7 +232,7 @@ def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
 
 
 def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     errors = {"fp": np.array([3]), "fn": np.array([], int)}
     for source in ("", str(tmp_path / "gone.tgz")):
         notice = figures.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
@@ -235,7 +243,7 @@ def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
 
 
 def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
-    lfw = lfw_eval.load_lfw(data / "faces_lfw_112x112", data / "pairs.txt")
+    lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     person = tmp_path / "originals" / "lfw" / name_of(0)
     person.mkdir(parents=True)
     picture = np.zeros((250, 250, 3), np.uint8)
@@ -327,10 +335,137 @@ def test_report_of_others_models_goes_into_a_folder_of_its_own(data, tmp_path, m
     assert json.loads((tmp_path / "out" / "theirs" / "lfw.json").read_text("utf-8"))["pairs"] == 24
 
 
+def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    order = [person for person in range(20) for _ in (0, 1)]
+    jpegs = [encode_jpeg(face_of(person, i % 2 + 1)) for i, person in enumerate(order)]
+    matched, mismatched = jpegs, jpegs[:1] + jpegs[2:] + jpegs[:1]
+    faces = [x for i in range(0, 40, 2) for x in matched[i : i + 2] + mismatched[i : i + 2]]
+    write_bin("data/cfp_fp.bin", faces, [True, False] * 20)
+    flags = ("--checkpoint", "theirs.pth", "--network", "tiny", "--sets", "lfw,cfp_fp")
+    main(*flags)
+    printed = capsys.readouterr().out
+    assert [line.split()[:2] for line in printed.splitlines() if line.startswith(("lfw ", "cfp"))
+            ] == [["lfw", "24"], ["cfp_fp", "40"]]  # fmt: skip
+    report = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
+    assert list(report["sets"]) == ["lfw", "cfp_fp"]
+    assert [r["from_cache"] for r in report["sets"].values()] == [False, False]
+    main(*flags)
+    again = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
+    assert [r["from_cache"] for r in again["sets"].values()] == [True, True]
+    for name, found in report["sets"].items():
+        for key in ("accuracy", "fold_thresholds", "tar_at_far", "auc"):
+            assert again["sets"][name][key] == found[key]
+
+
+def test_the_protocol_is_named_and_those_of_others_are_fixed(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    flags = ("--checkpoint", "theirs.pth", "--network", "tiny")
+    main(*flags, "--as", "insightface")
+    assert "standard deviation of the folds" in capsys.readouterr().out
+    report = json.loads((tmp_path / "runs" / "theirs" / "lfw.json").read_text("utf-8"))
+    assert report["protocol"]["grid"] is True
+    main(*flags, "--no-flip", "--fuse", "concat")
+    assert "Protocol: no mirror image, cosine" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(*flags, "--as", "paper", "--flip")
+    assert "--as paper fixes --flip" in capsys.readouterr().err
+
+
+def save_other(path, epoch, seed):
+    """A checkpoint of another epoch, with weights of its own."""
+    torch.manual_seed(seed)
+    config = {"network": "tiny", "use_se": False, "seed": 4}
+    state = build_model("tiny", emb_size=8).state_dict()
+    save_checkpoint(path, {"config": config, "model": state, "epoch": epoch})
+
+
+def test_last_epoch_stands_beside_best_epoch(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "20250601-000000-tiny-s4"
+    save_tiny(run / "best.pt")
+    save_other(run / "last.pt", epoch=9, seed=1)
+    main()
+    printed = capsys.readouterr().out
+    assert "best.pt (tiny, epoch 2)" in printed
+    assert "last.pt (tiny, epoch 9)" in printed
+    report = json.loads((run / "lfw.json").read_text("utf-8"))
+    (other,) = report["compared_with"]
+    assert (report["epoch"], other["epoch"]) == (2, 9)
+    found = other["sets"]["lfw"]
+    assert found["comparison"]["accuracy_difference"] == pytest.approx(
+        report["accuracy"] - found["accuracy"]
+    )
+    assert found["comparison"]["verdict"] in printed
+    save_other(run / "last.pt", epoch=2, seed=0)
+    main()
+    assert "last.pt is of the same epoch, 2." in capsys.readouterr().out
+    (run / "last.pt").write_bytes(b"cut short")
+    main()
+    assert "Without last.pt: " in capsys.readouterr().out
+
+
+def test_against_compares_with_any_model_on_every_set(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
+    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    main("--against", "theirs.pth", "--network", "tiny", "--sets", "lfw")
+    report = json.loads(next((tmp_path / "runs").glob("*-s4/eval.json")).read_text("utf-8"))
+    (other,) = report["compared_with"]
+    assert (other["checkpoint"], list(other["sets"])) == ("theirs.pth", ["lfw"])
+    assert "second: theirs.pth" in capsys.readouterr().out
+    main("--against", "runs/20250601-000000-tiny-s4/best.pt", "--no-flip")
+    assert "within chance (0 pairs" in capsys.readouterr().out
+
+
+def test_a_diverged_other_model_leaves_the_report_of_this_one(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
+    state = build_model("tiny", emb_size=8).state_dict()
+    state["features.weight"].fill_(1e38)
+    torch.save(state, "diverged.pth")
+    with pytest.raises(SystemExit):
+        main("--against", "diverged.pth", "--network", "tiny", "--sets", "lfw,")
+    assert "finite" in capsys.readouterr().err
+    report = json.loads(next((tmp_path / "runs").glob("*-s4/eval.json")).read_text("utf-8"))
+    assert report["compared_with"] == []
+
+
+def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "runs" / "20250601-000000-tiny-s4" / "best.pt")
+    main()
+    report = json.loads(next((tmp_path / "runs").glob("*-s4/lfw.json")).read_text("utf-8"))
+    low, high = report["intervals"]["accuracy"]
+    assert low <= report["accuracy"] <= high
+    assert report["identities"] == PEOPLE
+    assert report["operating_points"] == []  # 12 mismatched pairs support none
+    assert len(report["operating_points_refused"]) == 4
+    assert {"slope", "intercept", "ece", "bins"} <= report["calibration"].keys()
+    printed = capsys.readouterr().out
+    assert "FAR 1e-1 is not shown: 1.2 of 12 mismatched pairs would decide it" in printed
+    assert f"resamples of {PEOPLE} people, told apart by name" in printed
+
+
+def test_a_network_of_nans_gets_a_sentence(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = build_model("tiny", emb_size=8).state_dict()
+    state["features.weight"].fill_(1e38)
+    state["features.bias"].fill_(1e38)
+    torch.save(state, "theirs.pth")
+    with pytest.raises(SystemExit):
+        main("--checkpoint", "theirs.pth", "--network", "tiny")
+    assert "finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         ([], "best.pt"),
+        (["--sets", "lfw,cfp_fp"], "no cfp_fp.bin"),
+        (["--sets", "lfw", "--lfw", "data/faces_lfw_112x112"], "--sets several"),
         (["--checkpoint", "nothing.pt"], "nothing.pt"),
         (["--checkpoint", "data/pairs.txt"], "pairs.txt"),
         (["--lfw", "nowhere"], "nowhere"),

@@ -10,7 +10,8 @@ from drawn import face
 from config import Config
 from index_tsv import INDEX_HEADER, read_index
 from pre_process import main
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 
 LABELS = [0, 0, 1, 2, 2, 2]
 

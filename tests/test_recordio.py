@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from bounded import within
 
+import record_writer
 import recordio
-from recordio import RecordError, RecordReader, RecordWriter, decode_jpeg, encode_jpeg
+from record_writer import RecordWriter
+from recordio import RecordError, RecordReader, decode_jpeg, encode_jpeg
 from utils import UserError
 
 MAGIC = 0xCED7230A
@@ -339,7 +341,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
 
 
 def test_writes_the_bytes_written_by_hand(tmp_path):
-    recordio.write_dataset(tmp_path / "new", JPEGS, LABELS)
+    record_writer.write_dataset(tmp_path / "new", JPEGS, LABELS)
     expected = save(tmp_path / "hand", hand_made(), range(9), "3,112,112")
     assert (tmp_path / "new/train.rec").read_bytes() == expected
     for name in ("train.idx", "property"):
@@ -368,7 +370,7 @@ def test_magic_number_inside_a_picture(tmp_path):
     bits = [MAGIC_BYTES, MAGIC_BYTES[:2], MAGIC_BYTES[2:], b"\0", b"abcd"]
     jpegs = [b"".join(bits[i] for i in rng.integers(0, 5, rng.integers(0, 12))) for _ in range(300)]
     jpegs += [MAGIC_BYTES, MAGIC_BYTES * 3, b"a" + MAGIC_BYTES, b"abcd" + MAGIC_BYTES]
-    recordio.write_dataset(tmp_path, jpegs, [0] * len(jpegs))
+    record_writer.write_dataset(tmp_path, jpegs, [0] * len(jpegs))
     expected = [dmlc_write(image_payload(i, 0, jpeg)) for i, jpeg in enumerate(jpegs, 1)]
     written = (tmp_path / "train.rec").read_bytes()
     assert written[40:-40] == b"".join(expected)
@@ -394,7 +396,7 @@ def resumed_from(path, resume_at: int) -> int:
 @pytest.mark.parametrize("tail", [b"", b"\x0a\x23", record(b"x" * 99)[:50], bytes(4096)])
 @pytest.mark.parametrize("kept", range(5))
 def test_resume_gives_the_bytes_of_an_unbroken_run(tmp_path, kept, tail):
-    recordio.write_dataset(tmp_path / "whole", JPEGS, LABELS)
+    record_writer.write_dataset(tmp_path / "whole", JPEGS, LABELS)
     path = tmp_path / "train.rec"
     write_some(path, 4)
     with path.open("ab") as file:  # what a killed process had begun
@@ -409,7 +411,7 @@ def test_resume_gives_the_bytes_of_an_unbroken_run(tmp_path, kept, tail):
 
 
 def test_resume_after_a_kill_while_finishing(tmp_path):
-    recordio.write_dataset(tmp_path, JPEGS, LABELS)
+    record_writer.write_dataset(tmp_path, JPEGS, LABELS)
     before = (tmp_path / "train.rec").read_bytes()
     end_of_images = int(recordio.record_offsets(tmp_path / "train.rec")[6])
     with RecordWriter(tmp_path / "train.rec", resume_at=end_of_images) as writer:
@@ -433,7 +435,7 @@ def test_writer_refuses_what_would_not_be_read(tmp_path):
     with pytest.raises(RecordError, match=r"No record of .* begins at byte 44"):
         RecordWriter(tmp_path / "train.rec", resume_at=44)
     with pytest.raises(RecordError, match="not in ascending order"):
-        recordio.write_dataset(tmp_path / "new", JPEGS, LABELS[::-1])
+        record_writer.write_dataset(tmp_path / "new", JPEGS, LABELS[::-1])
 
 
 def test_jpeg_is_rgb_and_close(tmp_path):
@@ -521,7 +523,9 @@ def test_writes_the_bytes_of_a_pack_that_other_code_wrote(real_faces, tmp_path):
     """
     folder = real_faces / "faces_mixed_112x112"
     reader = RecordReader(folder)
-    recordio.write_dataset(tmp_path, (reader.jpeg(i) for i in range(len(reader))), reader.labels)
+    record_writer.write_dataset(
+        tmp_path, (reader.jpeg(i) for i in range(len(reader))), reader.labels
+    )
     for name in ("train.idx", "property"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     ours = np.fromfile(tmp_path / "train.rec", np.uint8)

@@ -25,7 +25,8 @@ from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, split
 from locks import locked
-from recordio import RecordReader, encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
 from resume import FIXED_ON_RESUME, FREE_ON_RESUME, fingerprint
 from utils import UserError
 
@@ -97,6 +98,17 @@ def points(cwd):
     return found
 
 
+def steps_by_tag(cwd):
+    """{tag: [step]} of all that the only run has logged, pictures and curves included."""
+    found = {}
+    (run,) = cwd.glob("runs/*")
+    for path in sorted(run.glob("events.*")):
+        for _, event in events._frames(path.read_bytes()):
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
 def assert_same_run(cwd, unbroken):
     """Checkpoints, logged numbers and TensorBoard; returns how many bytes were compared."""
     (run,), (straight,) = cwd.glob("runs/*"), unbroken.glob("runs/*")
@@ -110,6 +122,11 @@ def assert_same_run(cwd, unbroken):
     rates, straight_rates = found.pop("perf/images_per_s"), expected.pop("perf/images_per_s")
     assert found == expected
     assert [step for step, _ in rates] == [step for step, _ in straight_rates]
+    assert steps_by_tag(cwd) == steps_by_tag(unbroken)
+    assert {"lfw/roc", "lfw/pr"} < steps_by_tag(cwd).keys()
+    assert (run / "projector_config.pbtxt").read_bytes() == (
+        straight / "projector_config.pbtxt"
+    ).read_bytes()
     shown = EventAccumulator(str(run))
     shown.Reload()
     for tag, values in expected.items():
@@ -128,6 +145,7 @@ FAULTS = [
     {"at": "checkpoints:_move_up", "count": 1, "after": True},  # the old one has moved up
     {"at": "trainer:Trainer.validate", "count": 1},  # the epoch's last step and its end
     {"at": "lfw_eval:summarise", "count": 1, "after": True},  # valid/ is logged, lfw/ is not
+    {"at": "train:log_evaluation", "count": 1, "after": True},  # all of it is logged, not saved
     {"at": "trainer:Trainer.save", "count": 1, "after": True},  # best.pt is new, last.pt is not
     {"at": "pathlib:Path.replace", "count": 3},
 ]
@@ -312,11 +330,11 @@ def test_a_second_train_on_one_run_is_refused(start, tmp_path):
     start(resumed=False)
     (run,) = tmp_path.glob("runs/*")
     with locked(run, "train.py"):
-        before = {path: path.read_bytes() for path in run.glob("*")}
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         code, printed = start("--resume", "--epochs", "2")
     assert code == 2
     assert f"is in use by train.py, process {os.getpid()} on " in printed
-    assert before == {path: path.read_bytes() for path in run.glob("*")}
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, tmp_path):

@@ -14,8 +14,10 @@ from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, normalise, split, train_batches
 from models import ArcMarginModel, build_model
-from recordio import RecordReader, encode_jpeg, write_dataset
-from trainer import Trainer, TrainingError, learning_rate
+from record_writer import write_dataset
+from recordio import RecordReader, encode_jpeg
+from schedule import learning_rate
+from trainer import Trainer, TrainingError
 
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 2 --device cpu"
@@ -85,8 +87,8 @@ def test_a_step_is_sgd_on_the_arcface_loss(configure):
     torch.manual_seed(cfg.seed)
     model = build_model("tiny", 16)
     head = ArcMarginModel(16, 4, 16.0, 0.2)
-    model.load_state_dict(trainer.model.state_dict())
-    head.load_state_dict(trainer.head.state_dict())
+    model.load_state_dict(trainer.learner.model.state_dict())
+    head.load_state_dict(trainer.learner.head.state_dict())
     parameters = [p for m in (model, head) for p in m.parameters() if p.requires_grad]
     speeds = [torch.zeros_like(p) for p in parameters]
 
@@ -106,15 +108,15 @@ def test_a_step_is_sgd_on_the_arcface_loss(configure):
                 p.sub_(0.05 / (number + 1) * v)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
         assert accuracy.item() == (cosine.argmax(1) == labels).float().mean()
-    for p, q in zip(parameters, trainer.parameters, strict=True):
+    for p, q in zip(parameters, trainer.learner.parameters, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
 def test_embedding_scale_is_not_trained(configure):
     trainer = make_trainer(configure())
-    before = trainer.model.features.weight.clone()
+    before = trainer.learner.model.features.weight.clone()
     trainer.train_step(torch.randn(8, 3, 112, 112), torch.arange(8) % 4, lr=0.1)
-    assert torch.equal(trainer.model.features.weight, before)
+    assert torch.equal(trainer.learner.model.features.weight, before)
 
 
 def test_bfloat16_step_is_close_to_float32(configure):
@@ -122,10 +124,10 @@ def test_bfloat16_step_is_close_to_float32(configure):
     images, labels = torch.randn(16, 3, 112, 112), torch.arange(16) % 4
     for amp in (False, True):
         trainer = make_trainer(configure("--dropout 0"))
-        trainer.amp = amp
+        trainer.learner.amp = amp
         loss, _, norm = trainer.train_step(images, labels, lr=0.0)
         losses.append(loss.item())
-        grads.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
+        grads.append(torch.cat([p.grad.flatten() for p in trainer.learner.parameters]))
         assert norm.item() == pytest.approx(grads[-1].norm().item(), rel=1e-4)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (grads[1] - grads[0]).norm() / grads[0].norm() < 0.25
@@ -273,7 +275,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(configure, capsys
 def test_weights_that_are_not_finite_are_not_saved(configure, tmp_path):
     trainer = make_trainer(configure())
     with torch.no_grad():
-        trainer.parameters[0].fill_(math.inf)
+        trainer.learner.parameters[0].fill_(math.inf)
     with pytest.raises(TrainingError, match="not finite"):
         trainer.save(tmp_path / "last.pt")
     assert not (tmp_path / "last.pt").exists()
@@ -295,9 +297,9 @@ def test_sentences_for_sets_that_cannot_be_trained_on(configure, capsys, tmp_pat
 
 def test_focal_loss_and_easy_margin_reach_the_trainer(configure):
     trainer = make_trainer(configure("--focal-loss --gamma 1.5 --easy-margin"))
-    assert trainer.criterion.gamma == 1.5
-    assert trainer.head.easy_margin
-    assert isinstance(make_trainer(configure()).criterion, torch.nn.CrossEntropyLoss)
+    assert trainer.learner.criterion.gamma == 1.5
+    assert trainer.learner.head.easy_margin
+    assert isinstance(make_trainer(configure()).learner.criterion, torch.nn.CrossEntropyLoss)
 
 
 def test_a_network_that_does_not_exist_is_a_sentence(configure, capsys):

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from recordio import encode_jpeg, write_bin, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg, write_bin
 
 # 39 pictures to train on and 9 held out: 4 steps an epoch.
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
@@ -39,3 +40,18 @@ def assert_same(found, expected, where="checkpoint"):
             assert_same(found[place], value, f"{where}[{place}]")
     else:
         assert found == expected, where
+
+
+def hostile_names(count):
+    """Names as a stranger's archive may have them, with markup, controls and no UTF-8."""
+    bad = [
+        "<script>alert(1)</script>",
+        '"onload="alert(1)',
+        "'><img src=x onerror=alert(1)>",
+        "</style></svg><iframe>",
+        "&lt;b&gt;",
+        "\x00\x1b[31m\u202egpj",
+        "\udcff\udc80",
+        "$\\frac$%s{}",
+    ]
+    return [f"{bad[i // 2 % len(bad)]}{i // 2}/{i}" for i in range(count)]

@@ -1,0 +1,204 @@
+"""Network, head and optimiser, in one process or many, and the step of SGD that changes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoints import load_momentum
+from config import Config
+from focal_loss import FocalLoss
+from models import ArcMarginModel, build_model, checkpoint_activations
+from parallel import (
+    gather_rows,
+    gather_shards,
+    gradients_kept,
+    part,
+    reduce_,
+    replicate,
+    synchronise_batch_norm,
+    world_size,
+)
+from partial_fc import HeadLoss, PartialFC
+from utils import UserError, has_bfloat16
+
+MANY_LOGITS = 1 << 28  # a gigabyte of them: more are computed in chunks in one process, too
+
+
+class Learner:
+    """All that a step changes but its counters.
+
+    With one process the head is ArcMarginModel; with many, or for very many classes, its centres
+    are sharded (partial_fc.py) and each process computes its slice of the batch.
+    """
+
+    def __init__(self, cfg: Config, num_classes: int, device: torch.device) -> None:
+        self.cfg, self.device, self.num_classes = cfg, device, num_classes
+        try:
+            model = build_model(cfg.network, cfg.emb_size, cfg.dropout, cfg.use_se)
+        except ValueError as error:  # a combination of knobs that no network has
+            raise UserError(str(error)) from None
+        if cfg.batch_size < 2 * world_size() * cfg.accumulate:
+            raise UserError(
+                f"--batch-size {cfg.batch_size} leaves fewer than two images to each of "
+                f"{world_size()} processes in {cfg.accumulate} parts; take a larger one."
+            )
+        if cfg.checkpoint_activations:
+            checkpoint_activations(model)
+        if cfg.sync_bn:
+            model = synchronise_batch_norm(model, device)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        many = cfg.batch_size * num_classes > MANY_LOGITS
+        self.sharded = world_size() > 1 or cfg.sample_rate < 1 or many
+        self.head = self._build_head().to(device)
+        self.replica = replicate(self.model)
+        self.forward = torch.compile(self.replica) if cfg.compile == "on" else self.replica
+        self.criterion = FocalLoss(cfg.gamma) if cfg.focal_loss else nn.CrossEntropyLoss()
+        modules = (self.model, self.head)
+        # The head's weight comes last: see `state`.
+        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=cfg.lr,
+            momentum=cfg.momentum,
+            weight_decay=cfg.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.amp = cfg.amp and has_bfloat16(device)
+        self.width = -(-cfg.batch_size // world_size())  # most pictures of a batch for a process
+
+    def _build_head(self) -> ArcMarginModel | PartialFC:
+        cfg, classes = self.cfg, 0 if self.sharded else self.num_classes
+        head = ArcMarginModel(cfg.emb_size, classes, cfg.margin_s, cfg.margin_m, cfg.easy_margin)
+        if not self.sharded:
+            return head
+        options = {"sample_rate": cfg.sample_rate, "seed": cfg.seed}
+        return PartialFC(cfg.emb_size, self.num_classes, head.margin, **options)
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, on what and by what: the same bits come of the same only."""
+        kind = "bfloat16" if self.amp else "float32"
+        threads = f" by {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{kind} on {self.device.type}{threads}, PyTorch {torch.__version__}"
+
+    # -------------------------------------------------------------------------- a step
+
+    def loss(self, images: Tensor, labels: Tensor, width: int) -> HeadLoss:
+        """The mean loss (with the margin) of a batch and who is right (without it).
+
+        `images` and `labels` are this process's slice, `width` the largest slice's length.
+        """
+        # Batches of validation vary in size, and each size would be compiled anew.
+        forward = self.forward if self.model.training else self.model
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            embedding = forward(images)
+        if isinstance(self.head, PartialFC):
+            return self.head(embedding, labels, self.criterion, width)
+        cosine = self.head.cosine(embedding)
+        right = cosine.detach().argmax(1) == labels
+        loss = self.criterion(self.head.margin(cosine, labels), labels)
+        return HeadLoss(loss, right.float().sum(), len(labels))
+
+    def train_step(
+        self, images: Tensor, labels: Tensor, lr: float, step: int
+    ) -> tuple[Tensor, ...]:
+        """One step of SGD; loss, accuracy and the gradient's norm, still on the device.
+
+        All three are the whole batch's, of which `images` and `labels` are this process's slice.
+        """
+        self.optimizer.zero_grad()
+        total: Tensor | int = len(labels)
+        width = self.width
+        if isinstance(self.head, PartialFC):
+            label = gather_rows(F.pad(labels, (0, width - len(labels)), value=-1))
+            self.head.sample(label, step)
+            total = (label >= 0).sum()
+        losses, rights, parts = [], [], self.cfg.accumulate
+        for number in range(parts):
+            some = part(len(labels), number, parts)
+            with gradients_kept(self.replica, number < parts - 1):
+                found = self.loss(images[some], labels[some], -(-width // parts))
+                loss = found.loss if parts == 1 else found.loss * (found.count / total)
+                loss.backward()
+            losses.append(loss.detach())
+            rights.append(found.right)
+        norm = self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self._update_sampled(lr)
+        return sum(losses[1:], losses[0]), sum(rights[1:], rights[0]) / total, norm.detach()
+
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, which is then shortened to --clip-norm."""
+        gradients = [p.grad for p in self.parameters]
+        if self.sharded:
+            shared = nn.utils.get_total_norm(gradients[:-1])
+            of_head = nn.utils.get_total_norm([self.head.active.grad])
+            norm = (shared.square() + reduce_(of_head.square())).sqrt()
+        else:
+            norm = nn.utils.get_total_norm(gradients)
+        if self.cfg.clip_norm > 0:
+            changed = self.parameters
+            if self.sharded:
+                changed = [*changed[:-1], self.head.active]
+            nn.utils.clip_grads_with_norm_(changed, self.cfg.clip_norm, norm)
+        return norm
+
+    def _update_sampled(self, lr: float) -> None:
+        """The optimiser's step for the sampled rows of the head, with its momentum for them."""
+        if not isinstance(self.head, PartialFC) or self.head.rows is None:
+            return
+        weight, cfg = self.head.weight, self.cfg
+        state = self.optimizer.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        options = {"decay": cfg.momentum, "weight_decay": cfg.weight_decay}
+        self.head.update(state["momentum_buffer"], lr=lr, **options)
+
+    # -------------------------------------------------------------------------- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Network, head and optimiser as one process would have them; whole in rank 0 only.
+
+        Every process must call it: the shards of the head and of its momentum are put together.
+        """
+        optimizer = self.optimizer.state_dict()
+        head = self.head.state_dict()
+        if self.sharded:
+            head = {"weight": gather_shards(self.head.weight, self.num_classes)}
+            last = len(self.parameters) - 1
+            if last in optimizer["state"]:
+                state = dict(optimizer["state"][last])
+                momentum = state["momentum_buffer"]
+                state["momentum_buffer"] = gather_shards(momentum, self.num_classes)
+                optimizer["state"] = {**optimizer["state"], last: state}
+        return {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
+
+    def load(self, state: dict[str, Any], path: Path) -> None:
+        """Go back to what `state` returned, in however many processes that was.
+
+        Raises one of checkpoints.STRANGE, or UserError, where the state is another one's.
+        """
+        optimizer, shard = state["optimizer"], slice(None)
+        if self.sharded:
+            shard, last = self.head.shard, len(self.parameters) - 1
+            kept = {k: dict(v) for k, v in optimizer["state"].items()}
+            if last in kept and kept[last].get("momentum_buffer") is not None:
+                kept[last]["momentum_buffer"] = kept[last]["momentum_buffer"][shard]
+            optimizer = {**optimizer, "state": kept}
+        self.model.load_state_dict(state["model"])
+        self.head.load_state_dict({k: v[shard] for k, v in state["head"].items()})
+        load_momentum(self.optimizer, optimizer, path)
+
+    def is_finite(self) -> bool:
+        """Whether all weights and running statistics, of all processes, are numbers."""
+        tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        bad = reduce_((~finite).float())
+        return not bool(bad)

@@ -1,0 +1,49 @@
+"""Write a test set as InsightFace's .bin: a folder of aligned faces and its pairs in one file.
+
+    python make_bin.py          # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
+    python make_bin.py --lfw my_faces --pairs my_pairs.txt --output my_set.bin
+
+The folder is one that pre_process.py has prepared, or holds pictures of 112x112; the pairs are in
+LFW's format or lines "path1 path2 0/1". Encoded pictures are taken over byte for byte, so that the
+.bin gives the numbers that the folder gives (where the folds are contiguous tenths, as LFW's are).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from config import Config, parse_args
+from eval_sets import find_pairs, load_set, set_name
+from face_folders import open_faces
+from recordio import write_bin
+from utils import UserError, exit_with_sentence, make_folder
+
+
+@exit_with_sentence
+def main(cfg: Config) -> None:
+    """Check that the folder makes a test set, write the .bin, and say what is in it."""
+    folder = Path(cfg.lfw or Path(cfg.data_dir, "faces_lfw_112x112"))
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no folder of aligned faces at {folder}; prepare one (python pre_process.py) "
+            "or name one with --lfw."
+        )
+    pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
+    pairs = load_set(folder, pairs_path).pairs  # decodes every picture: none is damaged
+    faces = open_faces(folder)
+    jpegs = [faces.reader.jpeg(int(i)) for i in faces.places[faces.find(pairs.names, pairs_path)]]
+    order = np.stack([pairs.first, pairs.second], 1).ravel()
+    output = Path(cfg.output or Path(cfg.data_dir, f"{set_name(folder)}.bin"))
+    make_folder(output.parent)
+    write_bin(output, [jpegs[face] for face in order], pairs.same.tolist())
+    print(
+        f"Wrote {output}: {len(pairs.same):,} pairs of {len(jpegs):,} faces, "
+        f"{int(pairs.same.sum()):,} of them matched, {output.stat().st_size / 1e6:.1f} MB."
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:], "make_bin"))

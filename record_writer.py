@@ -1,0 +1,107 @@
+"""Writes InsightFace's training sets: train.rec, train.idx and property, picture by picture."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from recordio import HEADER, LABEL_LIMIT, RecordError, frame, labels_record, record_offsets
+from utils import FACE_SIZE, atomic_write, open_to_write, sync, write_errors
+
+
+class RecordWriter:
+    """Appends images to a `.rec`; `finish` makes it, `.idx` and `property` a data set.
+
+    `resume_at` (bytes, one of `record_offsets`' places) cuts the file there and goes on; the
+    outcome has the same bytes as an unbroken run. Until `finish`, record 0 says "unfinished".
+    """
+
+    def __init__(self, rec_path: str | Path, resume_at: int | None = None):
+        self.path = Path(rec_path)
+        unfinished = labels_record(0, 0, 0)
+        offsets = np.array([0, len(unfinished)])
+        if resume_at:
+            offsets = record_offsets(self.path)
+            offsets = offsets[offsets <= resume_at]
+            if offsets[-1] != resume_at:
+                raise RecordError(
+                    f"No record of {self.path} begins at byte {resume_at}; delete it to start anew."
+                )
+        self._offsets, self._end = array("q", offsets[:-1].tolist()), int(offsets[-1])
+        with write_errors(self.path):
+            for name in (self.path.with_suffix(".idx"), self.path.parent / "property"):
+                name.unlink(missing_ok=True)  # they would call an unfinished file finished
+        self._file = open_to_write(self.path, "r+b" if resume_at else "wb")
+        self._file.write(unfinished)
+        with write_errors(self.path):
+            self._file.truncate(self._end)
+        self._file.seek(self._end)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, jpeg: bytes, label: int) -> tuple[int, int]:
+        """Add an image of class `label`; returns its record id (from 1) and byte offset."""
+        if not 0 <= label < LABEL_LIMIT:
+            raise RecordError(f"{label} cannot be a label in {self.path}: 0 to 2^24 - 1 can.")
+        return self._append(frame(HEADER.pack(0, label, len(self._offsets), 0) + jpeg))
+
+    def _append(self, record: bytes) -> tuple[int, int]:
+        offset = self._end
+        self._file.write(record)
+        self._offsets.append(offset)
+        self._end += len(record)
+        return len(self._offsets) - 1, offset
+
+    def tell(self) -> int:
+        """The byte at which the next record will begin."""
+        return self._end
+
+    def flush(self) -> None:
+        """Bring what was appended to the disk."""
+        sync(self._file, self.path)
+
+    def finish(
+        self, num_images_per_identity: Sequence[int], size: tuple[int, int] = (FACE_SIZE, FACE_SIZE)
+    ) -> None:
+        """Append identity records, then write record 0, property and .idx; closes the file.
+
+        Identities are in the order of the labels; `size` is (height, width). RecordError if the
+        numbers do not add up to the images written.
+        """
+        first, images = len(self._offsets), 1
+        if sum(num_images_per_identity) != first - 1:
+            raise RecordError(
+                f"{self.path} has {first - 1} images, but its identities should have "
+                f"{sum(num_images_per_identity)}; start anew."
+            )
+        for count in num_images_per_identity:
+            self._append(labels_record(len(self._offsets), images, images + int(count)))
+            images += int(count)
+        self.flush()
+        self._file.seek(0)
+        self._file.write(labels_record(0, first, len(self._offsets)))
+        self.flush()
+        self._file.close()
+        with atomic_write(self.path.parent / "property") as file:
+            file.write(b"%d,%d,%d" % (len(num_images_per_identity), *size))
+        with atomic_write(self.path.with_suffix(".idx")) as file:
+            file.writelines(b"%d\t%d\n" % pair for pair in enumerate(self._offsets))
+
+
+def write_dataset(folder: str | Path, jpegs: Iterable[bytes], labels: Sequence[int]) -> None:
+    """Write train.rec, train.idx and property of 112x112 pictures; labels ascend from 0."""
+    labels = np.asarray(labels, np.int64)
+    if np.any(np.diff(labels) < 0):
+        raise RecordError(f"The labels for {folder} are not in ascending order; sort the pictures.")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with RecordWriter(Path(folder) / "train.rec") as writer:
+        for jpeg, label in zip(jpegs, labels.tolist(), strict=True):
+            writer.append(jpeg, label)
+        writer.finish(np.bincount(labels).tolist())

@@ -1,0 +1,182 @@
+"""The order in which an epoch shows a data set of many files, and its pictures: no lists."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import parallel
+from data_gen import ImageStore, Parts, Split
+from shards import ShardReader
+from utils import UserError
+
+LANES = 1024  # most places of the data set that a batch is taken from
+BUFFER = 1 << 16  # pictures within which all lanes together shuffle
+
+
+class ShardOrder:
+    """Which pictures an epoch shows and when, worked out as it goes.
+
+    The shards are shuffled and laid end to end, without the held-out pictures (every k-th of a
+    shard). That line is cut into lanes, as many as divide the batch size; every batch takes as
+    many pictures from each, from runs that are shuffled within themselves. A lane is one
+    process's, so that each reads its own part; and since lanes do not depend on how many processes
+    there are, neither do the batches.
+    """
+
+    def __init__(self, starts: np.ndarray, batch_size: int, seed: int, every: int = 0) -> None:
+        """`starts` (shards + 1,): each shard's first picture; `every`: 0, none is held out."""
+        self.starts, self.seed, self.every = starts, seed, every
+        counts = np.diff(starts)
+        self.held_out = counts // every if every else np.zeros_like(counts)
+        self.counts = counts - self.held_out
+        # Eight pictures a lane keep the files few that are open at a time.
+        most = min(max(batch_size // 8, 16), LANES)
+        self.lanes = max(n for n in range(1, most + 1) if batch_size % n == 0)
+        self.each = batch_size // self.lanes
+        self._line = functools.lru_cache(2)(self._shuffled_shards)
+        self._run = functools.lru_cache(4 * self.lanes)(self._shuffled_run)
+
+    def __len__(self) -> int:
+        """Pictures an epoch."""
+        return int(self.counts.sum())
+
+    def validation(self) -> np.ndarray:
+        """The held-out pictures (n,)."""
+        places = [
+            start + (np.arange(held) + 1) * self.every - 1
+            for start, held in zip(self.starts.tolist(), self.held_out.tolist(), strict=False)
+        ]
+        return np.concatenate([*places, np.zeros(0, np.int64)])
+
+    def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order of the shards, and where on the line each ends."""
+        shards = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.counts))
+        return shards, np.cumsum(self.counts[shards])
+
+    def _shuffled_run(self, epoch: int, lane: int, run: int) -> np.ndarray:
+        """The pictures of one run of a lane."""
+        begin, end = (k * len(self) // self.lanes for k in (lane, lane + 1))
+        size = max(1, BUFFER // self.lanes)
+        first, last = begin + run * size, min(begin + (run + 1) * size, end)
+        shuffle = np.random.default_rng([self.seed, 5, epoch, lane, run])
+        line = first + shuffle.permutation(last - first)
+        shards, ends = self._line(epoch)
+        at = np.searchsorted(ends, line, "right")
+        place = line - (ends - self.counts[shards])[at]
+        if self.every:
+            place += place // (self.every - 1)  # step over the held-out ones
+        return self.starts[shards[at]] + place
+
+    def lane(self, epoch: int, number: int, low: int, high: int) -> np.ndarray:
+        """Pictures `low` to `high` - 1 of a lane, in order of their coming; fewer at its end."""
+        size = max(1, BUFFER // self.lanes)
+        begin, end = (k * len(self) // self.lanes for k in (number, number + 1))
+        high = min(high, end - begin)
+        found = [np.zeros(0, np.int64)]
+        for run in range(low // size, -(-high // size)):
+            pictures = self._run(epoch, number, run)
+            found.append(pictures[max(low - run * size, 0) : high - run * size])
+        return np.concatenate(found)
+
+    def batch(self, epoch: int, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures of a step that the lanes `part` bring, and which are mirrored: (n,) both."""
+        low = step * self.each
+        lanes = range(part.start, part.stop)
+        found = [self.lane(epoch, number, low, low + self.each) for number in lanes]
+        positions = np.concatenate([*found, np.zeros(0, np.int64)])
+        return positions, mirrored(positions, self.seed, epoch)
+
+
+def mirrored(numbers: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Which pictures an epoch shows mirrored, about half: a hash of their number (splitmix64)."""
+    salt = np.random.default_rng([seed, 6, epoch]).integers(2**64, dtype=np.uint64)
+    x = numbers.astype(np.uint64) + salt
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) & np.uint64(1) == 1
+
+
+class LazyParts(Sequence):
+    """A process's part of an epoch's batches, each worked out when it is asked for."""
+
+    def __init__(self, order: ShardOrder, epoch: int, steps: range, part: slice, flip: bool):
+        self.steps, self.flip = steps, flip
+        # It is asked for when it is fetched and when it is used.
+        self.batch = functools.lru_cache(4)(lambda step: order.batch(epoch, step, part))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        positions, turned = self.batch(self.steps[index])
+        return positions, turned if self.flip else None
+
+
+class _Same:
+    """Stands for a list of the numbers 0, 1, 2 ...; takes no memory."""
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers
+
+
+class ShardStore(ImageStore):
+    """Pictures of many record files; a position is a picture's number, and nothing is cached."""
+
+    def __init__(
+        self, reader: ShardReader, order: ShardOrder, device: torch.device, workers: int = 0
+    ) -> None:
+        everything = Split(_Same(), np.zeros(0, np.int64), reader.num_classes, order, order)
+        super().__init__(reader, everything, device, cache="none", workers=workers)
+        self.order = order
+        if parallel.world_size() > order.lanes:
+            raise UserError(
+                f"{parallel.world_size()} processes share batches of {order.lanes} lanes; take a "
+                "larger --batch-size, best a power of two."
+            )
+
+    def labels_of(self, positions: np.ndarray) -> Tensor:
+        """The classes (n,) of pictures (n,), on the device."""
+        return torch.from_numpy(self.reader.labels_of(positions)).to(self.device)
+
+    def good(self, positions: Any) -> Any:
+        """The same: damaged pictures are met as they come."""
+        return positions
+
+    def names(self, positions: np.ndarray) -> list[int]:
+        """Picture numbers, counted through all files."""
+        return positions.tolist()
+
+    def whole_batch(
+        self, positions: ShardOrder, batch_size: int, seed: int, epoch: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All processes' part of a batch."""
+        return self.order.batch(epoch, step, slice(0, self.order.lanes))
+
+    def parts(
+        self,
+        positions: ShardOrder,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        steps: range,
+        flip: bool,
+    ) -> Parts:
+        """This process's part of each batch."""
+        lanes = parallel.part(self.order.lanes)
+        return LazyParts(self.order, epoch, steps, lanes, flip)
+
+    def width(self, batch_size: int) -> int:
+        """The most pictures of a batch that a process computes."""
+        return -(-self.order.lanes // parallel.world_size()) * self.order.each
+
+    def fingerprint(self) -> str:
+        """What identifies the pictures of a run."""
+        return f"{self.reader.fingerprint()} every {self.order.every}"

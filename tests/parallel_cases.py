@@ -1,0 +1,105 @@
+"""What the processes of tests/processes.py do; each writes what it found into its folder."""
+
+import os
+import signal
+
+import torch
+from torch import nn
+
+import models
+import parallel
+import pre_process
+import train
+import trainer
+from checkpoints import save_checkpoint
+from config import parse_args
+from data_gen import Batch
+from focal_loss import FocalLoss
+from parallel import gather_objects, gather_shards, is_main, part, process_group, world_size
+from partial_fc import PartialFC
+
+
+def run_train(argv, frozen_statistics=False, backwards=False):
+    """train.py, with batch normalisation in evaluation mode if asked.
+
+    With the pictures of each batch `backwards` the mathematics is the same and the rounding is not.
+    """
+    if backwards:
+        train_batches = trainer.train_batches
+
+        def turned(*args, **kwargs):
+            for images, labels, positions in train_batches(*args, **kwargs):
+                yield Batch(images.flip(0), labels.flip(0), positions[::-1])
+
+        trainer.train_batches = turned
+    if frozen_statistics:
+        # Statistics that are some, and the same everywhere.
+        def train_mode(self, mode=True):
+            nn.Module.train(self, mode)
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            return self
+
+        models.IResNet.train = train_mode
+    train.plot_curves = lambda *_: None
+    train.main(parse_args(argv, "train"))
+
+
+def sharded_heads(orders):
+    """Each process takes its slice of the batches; rank 0 writes loss and whole gradients."""
+    from test_partial_fc import CLASSES, EMB, MARGINS, problem
+
+    found = {}
+    with process_group("cpu"):
+        for number, (labels, margin, gamma) in enumerate(orders):
+            embedding, label, weight = problem(labels)
+            head = PartialFC(EMB, CLASSES, MARGINS[margin], chunk=16)
+            head.weight.data.copy_(weight[head.shard])
+            mine = part(len(label))
+            rows = embedding[mine].clone().requires_grad_()
+            criterion = FocalLoss(gamma) if gamma else nn.CrossEntropyLoss()
+            width = -(-len(label) // world_size())
+            result = head(rows, label[mine], criterion, width)
+            result.loss.backward()
+            gradients = gather_objects(rows.grad)
+            weight_gradient = gather_shards(head.weight.grad, CLASSES)
+            found[str(number)] = {
+                "loss": result.loss.detach(),
+                "right": int(result.right),
+                "embedding": torch.cat(gradients),
+                "weight": weight_gradient,
+            }
+        if is_main():
+            save_checkpoint("found.pt", found)
+
+
+def train_until(argv, steps):
+    """train.py, in which the last of the processes gets SIGTERM after so many steps."""
+    at_step(steps, lambda: world_size() - 1, signal.SIGTERM)
+    run_train(argv)
+
+
+def train_and_die(argv, steps, rank):
+    """train.py, in which process number `rank` is killed in the step after so many."""
+    at_step(steps + 1, lambda: rank, signal.SIGKILL)
+    run_train(argv)
+
+
+def at_step(count, who, number):
+    """Have a process send itself a signal at the beginning of its step number `count`."""
+    train_step, steps = trainer.Trainer.train_step, []
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == count and parallel.rank() == who():
+            os.kill(os.getpid(), number)
+        return train_step(self, *args)
+
+    trainer.Trainer.train_step = step
+
+
+def run_pre_process(argv, block):
+    """pre_process.py with blocks of so many pictures."""
+    pre_process.BLOCK_IMAGES = block
+    pre_process.main(parse_args(argv, "pre_process"))

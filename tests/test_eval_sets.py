@@ -1,0 +1,209 @@
+"""Sets of every kind, from good and from bad files; LFW's own are in test_lfw_eval.py."""
+
+import json
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+from test_lfw_eval import PEOPLE, data, face_of, name_of, pairs_text  # noqa: F401
+
+import make_bin
+from config import parse_args
+from eval_sets import find_pairs, find_set, identity_groups, load_set, set_name
+from recordio import encode_jpeg, read_bin, write_bin
+from utils import UserError
+
+
+def list_text(suffix=".jpg", folder=""):
+    """LFW's pairs as lines "path1 path2 0/1"."""
+    lines = []
+    for line in pairs_text().splitlines()[1:]:
+        words = line.split("\t")
+        words = [words[0], words[1], words[0], words[2]] if len(words) == 3 else words
+        paths = [f"{folder}{n}/{n}_{int(i):04d}{suffix}" for n, i in (words[:2], words[2:])]
+        lines.append(" ".join([*paths, str(int(words[0] == words[2]))]))
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A plain folder of aligned faces, as PNG and JPEG, with a list of pairs in it."""
+    folder = tmp_path / "plain"
+    for person in range(PEOPLE):
+        (folder / name_of(person)).mkdir(parents=True)
+        for shot in (1, 2):
+            path = folder / name_of(person) / f"{name_of(person)}_{shot:04d}.jpg"
+            path.write_bytes(encode_jpeg(face_of(person, shot)))
+    (folder / "pairs.txt").write_text(list_text(), "utf-8")
+    return folder
+
+
+# ---------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("suffix", ["", ".jpg", ".png"])
+@pytest.mark.parametrize("root", ["", "lfw_funneled/"])
+def test_a_list_of_pairs_names_the_same_pairs_as_lfws_format(data, suffix, root):  # noqa: F811
+    expected = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
+    (data / "list.txt").write_text(list_text(suffix, root), "utf-8")
+    found = load_set(data / "faces_lfw_112x112", data / "list.txt")
+    assert (found.images == expected.images).all()
+    for field in ("first", "second", "same"):
+        assert (getattr(found.pairs, field) == getattr(expected.pairs, field)).all()
+    assert len(np.unique(found.pairs.folds)) == 10
+    assert (np.diff(found.pairs.folds) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a/1.jpg a/2.jpg 1\na/1.jpg b/1.jpg\n", "line 2 is not"),
+        ("a/1.jpg a/2.jpg 1\na/1.jpg b/1.jpg 2\n", "line 2 is not"),
+        ("a/1.jpg a/2.jpg 1\n", "holds 1 pairs"),
+        ("my face.jpg my face2.jpg 1\n", "is not"),
+        ("", "pairs.txt"),
+    ],
+)
+def test_a_list_that_is_none_gets_a_sentence(pictures, text, complaint):
+    (pictures / "pairs.txt").write_text(text)
+    with pytest.raises(UserError, match=complaint) as raised:
+        load_set(pictures, pictures / "pairs.txt")
+    assert "pairs.txt" in str(raised.value)
+
+
+def test_a_name_that_fits_two_pictures_gets_a_sentence(pictures):
+    for folder in ("x", "y"):
+        (pictures / folder).mkdir()
+        (pictures / folder / "one.png").write_bytes(encode_jpeg(face_of(0, 1)))
+    (pictures / "pairs.txt").write_text("one.png x/one.png 1\ny/one.png x/one.png 0\n" * 5)
+    with pytest.raises(UserError, match="names one, which several pictures"):
+        load_set(pictures, pictures / "pairs.txt")
+
+
+def test_a_list_that_names_a_missing_picture_gets_a_sentence(pictures):
+    (pictures / "pairs.txt").write_text(list_text().replace("Ann_0_0002", "Ann_0_0009"), "utf-8")
+    with pytest.raises(UserError, match=r"names 1 of .* pictures .* \(Ann_0/Ann_0_0009\)"):
+        load_set(pictures, pictures / "pairs.txt")
+
+
+# ---------------------------------------------------------------- plain folders
+
+
+def test_a_plain_folder_of_aligned_faces_is_a_set(pictures, data):  # noqa: F811
+    expected = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
+    found = load_set(pictures, find_pairs(pictures, data))
+    assert (found.images == expected.images).all()
+    assert (found.name, found.identity, found.points) == ("plain", None, None)
+
+
+def test_pictures_of_another_size_or_none_get_a_sentence(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="nor pictures"):
+        load_set(tmp_path / "empty", pictures / "pairs.txt")
+    path = pictures / "Ann_0" / "Ann_0_0001.jpg"
+    path.write_bytes(encode_jpeg(np.zeros((250, 200, 3), np.uint8)))
+    with pytest.raises(UserError, match=r"Ann_0_0001\.jpg is 200x250, not an aligned face"):
+        load_set(pictures, pictures / "pairs.txt")
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"Ann_0_0001\.jpg: its 7 bytes"):
+        load_set(pictures, pictures / "pairs.txt")
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_sets_and_their_pairs_are_found_by_name(data, tmp_path):  # noqa: F811
+    (data / "agedb_30.bin").write_bytes(b"")
+    assert find_set("agedb_30", data) == data / "agedb_30.bin"
+    assert find_set("lfw", data) == data / "faces_lfw_112x112"
+    assert find_set(str(data / "agedb_30.bin"), tmp_path) == data / "agedb_30.bin"
+    assert find_set("cfp_fp", data) is None
+    folder = data / "faces_calfw_112x112"
+    assert find_pairs(folder, data) == data / "pairs.txt"
+    (data / "calfw_pairs.txt").write_text("")
+    assert find_pairs(folder, data) == data / "calfw_pairs.txt"
+    folder.mkdir()
+    (folder / "pairs.txt").write_text("")
+    assert find_pairs(folder, data) == folder / "pairs.txt"
+    assert find_pairs(folder, data, "given.txt").name == "given.txt"
+    assert [set_name(p) for p in (folder, data / "agedb_30.bin")] == ["calfw", "agedb_30"]
+
+
+# ---------------------------------------------------------------- .bin files
+
+
+def test_make_bin_holds_the_same_set_as_the_folder(data, tmp_path, capsys):  # noqa: F811
+    flags = ["--data-dir", str(data), "--output", str(tmp_path / "new" / "lfw.bin")]
+    make_bin.main(parse_args(flags, "make_bin"))
+    assert "24 pairs of 24 faces, 12 of them matched" in capsys.readouterr().out
+    folder = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
+    packed = load_set(tmp_path / "new" / "lfw.bin", "")
+    assert (packed.images == folder.images).all()
+    for field in ("first", "second", "same"):
+        assert (getattr(packed.pairs, field) == getattr(folder.pairs, field)).all()
+    with (tmp_path / "new" / "lfw.bin").open("rb") as file:  # as InsightFace's tools read it
+        jpegs, same = pickle.load(file, encoding="bytes")
+    assert (len(jpegs), len(same)) == (48, 24)
+    assert cv2.imdecode(np.frombuffer(jpegs[0], np.uint8), 1).shape == (112, 112, 3)
+
+
+def test_make_bin_takes_a_plain_folder_and_names_what_is_missing(pictures, tmp_path, capsys):
+    output = tmp_path / "mine.bin"
+    make_bin.main(parse_args(["--lfw", str(pictures), "--output", str(output)], "make_bin"))
+    assert len(read_bin(output)[0]) == 48
+    output.unlink()
+    for flags, complaint in (
+        (["--lfw", str(tmp_path / "nowhere")], "no folder of aligned faces"),
+        (["--lfw", str(pictures), "--pairs", "gone.txt"], "There is no gone.txt"),
+    ):
+        with pytest.raises(SystemExit):
+            make_bin.main(parse_args([*flags, "--output", str(output)], "make_bin"))
+        assert complaint in capsys.readouterr().err
+        assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"\x00\x01no pickle", "not a test set"),
+        (pickle.dumps({"images": [], "same": []}), "not a test set"),
+        (pickle.dumps(([b"a", b"b", b"c"], [True])), "3 pictures for 1 pairs"),
+        (pickle.dumps(([b"a", b"b"], [])), "2 pictures for 0 pairs"),
+        (pickle.dumps(([b"a", b"b"] * 2, [True, "no"])), "not a test set|for a picture or for"),
+        (json.dumps([1]).encode(), "not a test set"),
+        (b"", "not a test set"),
+    ],
+)
+def test_bins_that_are_none_get_a_sentence(tmp_path, content, complaint):
+    path = tmp_path / "cfp_fp.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as raised:
+        load_set(path, "")
+    assert "cfp_fp.bin" in str(raised.value)
+
+
+def test_a_bin_of_one_fold_only_gets_a_sentence(tmp_path):
+    write_bin(tmp_path / "one.bin", [encode_jpeg(face_of(i, 1)) for i in range(2)], [True])
+    with pytest.raises(UserError, match=r"one\.bin"):
+        load_set(tmp_path / "one.bin", "")
+
+
+# ---------------------------------------------------------------- who is who
+
+
+def test_identities_by_name_and_by_chains_of_matched_pairs(data, tmp_path):  # noqa: F811
+    folder = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
+    groups, how = identity_groups(folder)
+    assert how == "by name"
+    people = [name.split("/")[0] for name in folder.pairs.names]
+    assert (np.equal.outer(groups, groups) == np.equal.outer(people, people)).all()
+    faces = [encode_jpeg(face_of(i, 1)) for i in range(6)]
+    order = [0, 1, 1, 2, 3, 4, 0, 3, 5, 0] * 2  # 0, 1, 2 are one; 3, 4 another; 5 stands alone
+    same = [True, True, True, False, False] * 2
+    write_bin(tmp_path / "chain.bin", [faces[i] for i in order], same)
+    groups, how = identity_groups(load_set(tmp_path / "chain.bin", ""))
+    assert "chains" in how
+    assert (np.equal.outer(groups, groups)[[0, 0, 3, 0, 0], [1, 2, 4, 3, 5]]).tolist() == [
+        True, True, True, False, False,
+    ]  # fmt: skip

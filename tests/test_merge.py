@@ -1,0 +1,146 @@
+"""Data sets prepared in parts, and the parts put together."""
+
+import json
+import shutil
+
+import pytest
+from drawn import nobody, people, write_zip
+
+import align
+import pre_process
+from config import Config
+from merge import find_shards, shard_folder
+
+FILES = ("train.rec", "train.idx", "property", "index.tsv")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """26 pictures of 6 people, two without a face, in a zip of 7 blocks of 4."""
+    files = people(6, 4) | {f"CASIA-WebFace/000100{n}/900.jpg": nobody() for n in (1, 3)}
+    return write_zip(tmp_path_factory.mktemp("source") / "CASIA-WebFace.zip", files)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(pre_process, "BLOCK_IMAGES", 4)
+
+
+def prepare(source, output, **knobs):
+    """main's exit status."""
+    where = {"source": str(source), "output": str(output), "images_dir": str(output) + "-images"}
+    try:
+        pre_process.main(Config(**where, detect_batch=4, **knobs))
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """The set as one process makes it."""
+    output = tmp_path_factory.mktemp("whole") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pre_process, "BLOCK_IMAGES", 4)
+        assert prepare(source, output) == 0
+    return output
+
+
+def assert_same(output, whole):
+    compared = 0
+    for name in FILES:
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
+        compared += (whole / name).stat().st_size
+    found, expected = (json.loads((p / "report.json").read_text()) for p in (output, whole))
+    for key in ("images", "kept", "status", "missed", "identities"):
+        assert found[key] == expected[key]
+    return compared
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_parts_merged_are_the_single_run(source, whole, tmp_path, count):
+    output = tmp_path / "set"
+    for number in range(count, 0, -1):  # in whatever order
+        assert prepare(source, output, shard=f"{number}/{count}") == 0
+    assert len(find_shards(output)) == count
+    assert prepare(source, output, merge=True) == 0
+    print(count, "parts:", assert_same(output, whole), "bytes equal")
+    assert prepare(source, output, merge=True) == 0  # finished: nothing to do
+    assert prepare(source, output, shard="1/2") == 0
+    assert not list(tmp_path.glob("*.shard-*"))
+
+
+def test_processes_of_one_group_make_the_same_set(groups, source, whole, tmp_path):
+    knobs = ["--source", str(source), "--output", str(tmp_path / "set"), "--detect-batch", "4"]
+    printed = groups.run(tmp_path, 3, "run_pre_process", knobs, 4)
+    assert_same(tmp_path / "set", whole)
+    assert "kept 24 of 6 identities" in printed[0]
+    assert not list(tmp_path.glob("*.shard-*"))
+
+
+def test_a_part_that_was_killed_goes_on(source, whole, tmp_path, monkeypatch):
+    output = tmp_path / "set"
+    append, calls = pre_process.Journal.append, []
+
+    def failing(self, block):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(self, block)
+
+    monkeypatch.setattr(pre_process.Journal, "append", failing)
+    assert prepare(source, output, shard="1/2") == 130
+    aligned = []
+    load = align.load_picture
+    monkeypatch.setattr(align, "load_picture", lambda *a: (aligned.append(1), load(*a))[1])
+    assert prepare(source, output, shard="1/2") == 0
+    assert len(aligned) == 4  # of the 12 of its three blocks, two blocks were done
+    assert prepare(source, output, shard="2/2") == 0
+    assert prepare(source, output, merge=True) == 0
+    assert_same(output, whole)
+
+
+def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
+    output = tmp_path / "set"
+
+    def merge():
+        assert prepare(source, output, merge=True) == 2
+        return capsys.readouterr().err
+
+    assert "There is no finished part" in merge()
+    for number in (1, 3):
+        assert prepare(source, output, shard=f"{number}/3") == 0
+    (tmp_path / "set.shard-00002-of-00003.part").mkdir()
+    assert "Parts 2 of 3 of" in (text := merge())
+    assert "(2 begun); run pre_process.py --shard 2/3" in text
+    assert prepare(source, output, shard="2/3") == 0
+    other = shard_folder(output, 1, 2)
+    shutil.copytree(shard_folder(output, 1, 3), other)
+    assert "has parts by 2 and by 3" in merge()
+    shutil.rmtree(other)
+
+    first, second = (shard_folder(output, number, 3) for number in (1, 2))
+    shutil.rmtree(second)
+    shutil.copytree(first, second)  # the first part twice, the second missing
+    assert "does not hold each of its pictures once" in merge()
+    shutil.rmtree(second)
+    assert prepare(source, output, shard="2/3") == 0
+
+    index = (first / "index.tsv").read_text().splitlines(keepends=True)
+    for damaged in (index[:-1], [*index, index[-1]], [index[0], *index[2:], index[1]]):
+        (first / "index.tsv").write_text("".join(damaged))
+        assert "does not hold each of its pictures once" in merge()
+    (first / "index.tsv").write_text("".join(index))
+    records = (first / "train.rec").read_bytes()
+    (first / "train.rec").write_bytes(records[: len(records) // 2])
+    assert "does not hold each of its pictures once" in merge()
+    (first / "train.rec").write_bytes(records)
+    assert prepare(source, output, merge=True, min_face=30) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert prepare(source, output, merge=True) == 0
+
+
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/4/2", "-1/4"])
+def test_wrong_parts_are_refused(source, tmp_path, capsys, shard):
+    assert prepare(source, tmp_path / "set", shard=shard) == 2
+    assert f"--shard {shard} should be like 1/4" in capsys.readouterr().err

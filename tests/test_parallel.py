@@ -1,0 +1,211 @@
+"""train.py in groups of processes, as torchrun starts them, against one process."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tiny import FLAGS, write_tiny_set
+
+import parallel
+from checkpoints import load_checkpoint
+from record_writer import write_dataset
+from recordio import encode_jpeg
+
+# Gentle enough that a rounding error does not grow: the control, one process with each batch
+# backwards, says how much of a difference is rounding.
+GENTLE = "--network tiny --emb-size 64 --margin-s 8 --batch-size 8 --epochs 1 --valid-fraction 0 "
+GENTLE += "--lr 0.00001 --log-every 1 --dropout 0 --no-amp --device cpu"
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """408 pictures of noise, 102 classes: 51 steps of 8 in which there is nothing to learn fast."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng = np.random.default_rng(1)
+    faces = rng.integers(0, 255, (408, 7, 7, 3))
+    jpegs = [encode_jpeg(np.kron(face, np.ones((16, 16, 1))).astype(np.uint8)) for face in faces]
+    write_dataset(folder, jpegs, [i // 4 for i in range(408)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_set(tmp_path_factory.mktemp("set"))
+
+
+def newest(cwd, name="last.pt"):
+    (run,) = cwd.glob("runs/*")
+    return load_checkpoint(run / name)
+
+
+def losses(checkpoint):
+    return torch.tensor([point[2] for point in checkpoint["history"]["train"]]).double()
+
+
+def weights(checkpoint):
+    tensors = [*checkpoint["model"].values(), *checkpoint["head"].values()]
+    return torch.cat([t.double().flatten() for t in tensors])
+
+
+def difference(found, expected):
+    """Largest relative error of a loss, and of all weights and running statistics as one vector."""
+    a, b = losses(found), losses(expected)
+    assert len(a) == len(b)
+    loss = ((a - b).abs() / b.abs()).max()
+    a, b = weights(found), weights(expected)
+    return float(loss), float((a - b).norm() / b.norm())
+
+
+def compare(groups, tmp_path, argv, ranks, frozen):
+    """Print how far groups are from one process, and a control; returns the groups' differences."""
+    groups.run(tmp_path / "one", 0, "run_train", argv, frozen)
+    groups.run(tmp_path / "control", 0, "run_train", argv, frozen, True)
+    one = newest(tmp_path / "one")
+    control = difference(newest(tmp_path / "control"), one)
+    moved = weights(one) - weights(newest(tmp_path / "one", "last-1.pt"))
+    moved = float(moved.norm() / weights(one).norm())
+    print(f"\n{len(losses(one))} steps moved the weights by {moved}; the control: {control}")
+    assert moved > 1e-4  # a wrong gradient would show
+    found = []
+    for number in ranks:
+        groups.run(tmp_path / str(number), number, "run_train", argv, frozen)
+        found.append(difference(newest(tmp_path / str(number)), one))
+        print(f"{number} processes: {found[-1]}")
+    return found
+
+
+def test_two_processes_are_one(groups, noise, tmp_path):
+    # 21 pictures to a step: slices of 10 and 11.
+    argv = [*GENTLE.split(), "--train-set", str(noise), "--batch-size", "21", "--clip-norm", "1"]
+    argv += ["--sync-bn", "--max-classes", "16"]
+    (found,) = compare(groups, tmp_path, argv, [2], False)
+    assert max(found) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistics", ["evaluation", "synchronised"])
+def test_fifty_steps_of_two_and_four_processes_are_those_of_one(
+    groups,
+    noise,
+    tmp_path,
+    statistics,
+):
+    argv = [*GENTLE.split(), "--train-set", str(noise)]
+    if statistics == "synchronised":  # which makes more of a rounding error
+        argv += ["--sync-bn", "--lr", "0.000001", "--batch-size", "16", "--epochs", "2"]
+    found = compare(groups, tmp_path, argv, [2, 4], statistics == "evaluation")
+    assert np.max(found) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--no-amp", "--dropout", "0", "--sync-bn"]
+    flags += ["--lr", "0.000001"]
+    groups.run(tmp_path / "one", 0, "run_train", flags)
+    cwd = tmp_path / "some"
+    # Five of the eight steps, the rest by another number: the schedule is that of both epochs.
+    printed, codes = groups.run(cwd, 3, "train_until", flags, 5, fails=True)
+    assert codes == [130, 130, 130]
+    assert "Stopped at epoch 2, step 1; go on with: torchrun --nproc-per-node=3" in printed[0]
+    assert newest(cwd)["processes"] == 3
+    printed = groups.run(cwd, 2, "run_train", ["--resume"])
+    assert "by 3 processes; it goes on in float32 on cpu by 2 processes" in printed[0]
+    assert "train.py" not in printed[1]
+    assert max(difference(newest(cwd), newest(tmp_path / "one"))) < 1e-4
+    printed = groups.run(cwd, 0, "run_train", ["--resume", "--epochs", "3"])
+    assert newest(cwd)["processes"] == 1
+    assert newest(cwd)["epoch"] == 3
+
+
+@pytest.mark.slow
+def test_resumed_groups_come_to_the_same_bytes(groups, folder, tmp_path):
+    # With dropout, statistics of each process's own, and sampled classes.
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--sample-rate", "0.5"]
+    groups.run(tmp_path / "straight", 2, "run_train", flags)
+    groups.run(tmp_path / "cut", 2, "train_until", flags, 3, fails=True)
+    groups.run(tmp_path / "cut", 2, "run_train", ["--resume"])
+    (straight,), (cut,) = (list(tmp_path.glob(f"{name}/runs/*")) for name in ("straight", "cut"))
+    for name in ("last.pt", "best.pt"):
+        assert (straight / name).read_bytes() == (cut / name).read_bytes()
+    states = newest(tmp_path / "cut")
+    assert len(states["random_of_others"]) == 1
+    assert not torch.equal(states["random"]["cpu"], states["random_of_others"][0]["cpu"])
+
+
+def test_errors_are_one_sentence(groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(tmp_path / "nowhere")]
+    printed, codes = groups.run(tmp_path / "a", 2, "run_train", flags, fails=True)
+    assert codes == [2, 2]
+    assert "There is no training set at" in printed[0]
+    assert printed[1] == ""
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--batch-size", "3"]
+    printed, _ = groups.run(tmp_path / "b", 2, "run_train", flags, fails=True)
+    assert "leaves fewer than two images to each of 2 processes" in printed[0]
+
+
+def test_a_process_that_dies_ends_the_run_and_last_pt_goes_on(groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(folder)]
+    printed, codes = groups.run(tmp_path, 2, "train_and_die", flags, 5, 1, fails=True)
+    assert codes == [2, -signal.SIGKILL]
+    assert "Another of the 2 processes has ended or cannot be reached" in printed[0]
+    assert "rank 0) ends, too, at epoch 2, step 2 of 4" in printed[0]
+    assert "Traceback" not in printed[0]
+    before = newest(tmp_path)
+    assert (before["epoch"], before["step"]) == (1, 0)
+    groups.run(tmp_path, 2, "run_train", ["--resume"])
+    assert newest(tmp_path)["epoch"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--checkpoint-steps", "1"]
+    groups.run(tmp_path / "straight", ranks, "run_train", flags)
+    rng = np.random.default_rng(ranks)
+    for number in range(5):
+        cwd, argv, killed = tmp_path / str(number), flags, 0
+        while killed < 3:
+            how = {"kill": int(rng.integers(ranks)), "seconds": float(rng.uniform(0.5, 4))}
+            printed, codes = groups.run(cwd, ranks, "run_train", argv, fails=True, **how)
+            assert not any("Traceback" in text for text in printed), printed
+            killed += codes != [0] * ranks
+            for run in cwd.glob("runs/*"):
+                if not (run / "last.pt").exists():  # it had done nothing that could be lost
+                    shutil.rmtree(run)
+            argv = ["--resume"] if list(cwd.glob("runs/*")) else flags
+            if codes == [0] * ranks:
+                break
+        groups.run(cwd, ranks, "run_train", argv)
+        print(f"{ranks} processes, {killed} kills")
+        straight = newest(tmp_path / "straight")
+        assert torch.equal(weights(newest(cwd)), weights(straight))
+
+
+@pytest.mark.slow
+def test_torchrun_itself(folder, tmp_path):
+    """The command as a user gives it, and Ctrl-C's SIGTERM by way of torchrun."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    command = [torchrun, "--nproc-per-node=2", ROOT / "train.py", *FLAGS.split()]
+    command += ["--train-set", folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "; 2 processes" in done.stdout
+    assert done.stdout.count("epoch 2/2 ") == 1
+
+
+def test_slices_cover_and_differ_by_one():
+    for count in (0, 1, 7, 8, 1000):
+        for parts in (1, 2, 3, 7):
+            slices = [parallel.part(count, number, parts) for number in range(parts)]
+            numbers = [i for s in slices for i in range(s.start, s.stop)]
+            assert numbers == list(range(count))
+            sizes = [s.stop - s.start for s in slices]
+            assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,160 @@
+"""The sharded head against the dense one, in groups of 1, 2 and 4 processes."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from checkpoints import load_checkpoint
+from focal_loss import FocalLoss
+from models import ArcMarginModel
+from partial_fc import PartialFC, _initial_rows
+
+CLASSES, EMB = 11, 6  # 11 classes: shards of different sizes for any number of processes
+
+
+def dense(embedding, label, criterion, margin, weight):
+    """Loss, gradients of the embedding and the weight, and how many are right, the plain way."""
+    embedding = embedding.clone().requires_grad_()
+    weight = weight.clone().requires_grad_()
+    cosine = F.linear(F.normalize(embedding), F.normalize(weight))
+    loss = criterion(margin(cosine, label), label)
+    loss.backward()
+    return loss.detach(), embedding.grad, weight.grad, (cosine.argmax(1) == label).sum()
+
+
+def curricular(cosine, label):
+    """A margin whose other logits depend on the true class's cosine (Huang et al., 2004.00288)."""
+    true = cosine.gather(1, label[:, None])
+    with_margin = true * np.cos(0.5) - (1 - true * true).clamp(min=1e-7).sqrt() * np.sin(0.5)
+    others = torch.where(cosine > with_margin, cosine * (0.3 + cosine), cosine)
+    return others.scatter(1, label[:, None], with_margin) * 16
+
+
+def coupled(cosine, label):
+    """Another, with a gradient from the other logits to the true class's cosine."""
+    true = cosine.gather(1, label[:, None])
+    return (cosine * (1 + 0.1 * true)).scatter(1, label[:, None], true - 0.35) * 16
+
+
+MARGINS = {
+    "arcface": ArcMarginModel(EMB, 0, 32.0, 0.5).margin,
+    "curricular": curricular,
+    "coupled": coupled,
+}
+
+
+def problem(labels):
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.randn(len(labels), EMB, generator=generator)
+    return embedding, torch.tensor(labels), torch.randn(CLASSES, EMB, generator=generator)
+
+
+def relative(found, expected):
+    """The error's norm over the norm."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("ranks", [0, 1, 2, 4])
+def test_equal_to_the_dense_head(groups, tmp_path, ranks):
+    worst = {"loss": 0.0, "embedding": 0.0, "weight": 0.0}
+    # Labels of every shard, of one shard only (the others have no positive), and a batch that the
+    # processes cannot share evenly.
+    batches = ([0, 3, 7, 10, 10, 2, 5, 8], [0, 1, 0, 1, 0, 1, 0, 1], [4, 9, 1, 4, 6, 0, 2])
+    orders = list(itertools.product(batches, MARGINS, (0.0, 2.0)))
+    groups.run(tmp_path, ranks, "sharded_heads", orders)
+    for number, (labels, margin, gamma) in enumerate(orders):
+        criterion = FocalLoss(gamma) if gamma else nn.CrossEntropyLoss()
+        embedding, label, weight = problem(labels)
+        expected = dense(embedding, label, criterion, MARGINS[margin], weight)
+        found = load_checkpoint(tmp_path / "found.pt")[str(number)]
+        assert found["right"] == expected[3]
+        errors = [relative(found["loss"], expected[0]), relative(found["embedding"], expected[1])]
+        errors.append(relative(found["weight"], expected[2]))
+        worst = {k: max(v, e) for (k, v), e in zip(worst.items(), errors, strict=True)}
+    print(ranks, worst)
+    assert max(worst.values()) < 1e-6
+
+
+def test_chunks_make_no_difference():
+    embedding, label, weight = problem([0, 3, 7, 10, 10, 2, 5, 8])
+    results = []
+    for chunk in (1, 8, 24, 1 << 20):
+        head = PartialFC(EMB, CLASSES, MARGINS["arcface"], chunk=chunk)
+        head.weight.data.copy_(weight)
+        rows = embedding.clone().requires_grad_()
+        found = head(rows, label, nn.CrossEntropyLoss(), len(label))
+        found.loss.backward()
+        results.append([found.loss.detach(), rows.grad, head.weight.grad])
+    for other in results[1:]:
+        assert all(relative(a, b) < 1e-6 for a, b in zip(other, results[0], strict=True))
+
+
+def test_the_softmax_is_never_in_one_piece(monkeypatch):
+    sizes = []
+    normalise = F.normalize
+    monkeypatch.setattr(F, "normalize", lambda x, *a: (sizes.append(x.shape[0]), normalise(x))[1])
+    head = PartialFC(4, 1000, MARGINS["arcface"], chunk=400)
+    head(torch.randn(8, 4), torch.arange(8), nn.CrossEntropyLoss(), 8).loss.backward()
+    assert max(sizes) == 50  # 8 rows of 50 classes make 400 logits
+
+
+def test_initial_weights_are_those_of_the_dense_head():
+    for classes, emb in ((7, 5), (70_000, 3), (65_536, 2), (65_540, 4)):
+        torch.manual_seed(3)
+        expected = ArcMarginModel(emb, classes).weight
+        after = torch.rand(1)
+        bounds = (0, classes // 3, classes // 2, classes)
+        for low, high in itertools.pairwise(bounds):
+            torch.manual_seed(3)
+            assert torch.equal(_initial_rows(classes, emb, slice(low, high)), expected[low:high])
+            assert torch.equal(torch.rand(1), after)  # what comes next is the same, too
+
+
+# ------------------------------------------------------------------------------ sampled
+
+
+def test_a_sample_holds_the_batch_and_is_reproducible():
+    head = PartialFC(4, 1000, MARGINS["arcface"], sample_rate=0.1, seed=5)
+    label = torch.tensor([3, 999, 500, 3])
+    head.sample(label, 7)
+    assert len(head.rows) == 100
+    assert torch.isin(label, head.rows).all()
+    assert torch.equal(head.rows, head.rows.unique())
+    first = head.rows
+    head.sample(label, 8)
+    assert not torch.equal(head.rows, first)
+    head.sample(label, 7)
+    assert torch.equal(head.rows, first)
+    many = torch.arange(300)  # more positives than a tenth: all of them, and nothing else
+    head.sample(many, 9)
+    assert torch.equal(head.rows, many)
+
+
+def test_a_sampled_step_is_the_dense_step_on_its_rows_and_leaves_the_others():
+    torch.manual_seed(0)
+    head = PartialFC(EMB, 50, MARGINS["arcface"], sample_rate=0.2)
+    weight, speed = head.weight.detach().clone(), torch.randn(50, EMB)
+    momentum = speed.clone()
+    embedding, label = torch.randn(6, EMB), torch.tensor([1, 8, 8, 30, 44, 49])
+    head.sample(label, 0)
+    rows = head.rows.clone()
+    found = head(embedding, label, nn.CrossEntropyLoss(), 6)
+    found.loss.backward()
+    head.update(momentum, lr=0.1, decay=0.9, weight_decay=0.01)
+
+    place = torch.searchsorted(rows, label)
+    expected = dense(embedding, place, nn.CrossEntropyLoss(), MARGINS["arcface"], weight[rows])
+    torch.testing.assert_close(found.loss.detach(), expected[0])
+    new_speed = speed.clone()
+    new_speed[rows] = 0.9 * speed[rows] + expected[2] + 0.01 * weight[rows]
+    new_weight = weight.clone()
+    new_weight[rows] -= 0.1 * new_speed[rows]
+    torch.testing.assert_close(momentum, new_speed)
+    torch.testing.assert_close(head.weight.detach(), new_weight)
+    others = ~torch.isin(torch.arange(50), rows)
+    assert torch.equal(head.weight[others], weight[others])
+    assert head.rows is None

@@ -1,0 +1,276 @@
+"""The page: whole, well-formed, self-contained, and deaf to hostile names."""
+
+import base64
+import io
+import re
+import tarfile
+from html.parser import HTMLParser
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tiny import hostile_names
+
+import report
+import report_figures
+import report_html
+import report_set
+import robustness
+import verification
+from checkpoints import save_checkpoint
+from config import Config
+from eval_sets import SetResult, TestSet
+from recordio import encode_jpeg
+from set_statistics import set_statistics
+from utils import TEMPLATE
+
+VOID = {"meta", "img", "br", "link", "hr"}
+PEOPLE = 24
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Plots cost seconds; but for the tests that ask for them, a page has empty ones."""
+    if "drawn" not in request.fixturenames:
+        empty = '<svg role="img" aria-label="plot"></svg>'
+        for plot in (
+            "roc",
+            "det",
+            "histogram",
+            "folds",
+            "bins",
+            "curves",
+            "robustness",
+            "reliability",
+        ):
+            monkeypatch.setattr(report_figures, f"{plot}_figure", lambda *_, **__: empty)
+
+
+@pytest.fixture
+def drawn():
+    """Asked for by tests that need the plots."""
+
+
+class Page(HTMLParser):
+    """The elements of a page, in which every tag must be closed in its order."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.seen, self.words, self.ids = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.seen if name == tag]
+
+
+def make_result(tmp_path, names=None, *, folder=True, noise=0.9, name="lfw"):
+    """A set of random faces with errors of both kinds, and a few faces that were missed."""
+    rng = np.random.default_rng(3)
+    person = np.repeat(np.arange(PEOPLE), 2)
+    names = names or [f"Ann_{p}/Ann_{p}_{i % 2 + 1:04d}" for i, p in enumerate(person)]
+    if not folder:
+        names = [f"{name}/{i}" for i in range(len(person))]
+    images = torch.from_numpy(rng.integers(0, 256, (len(names), 112, 112, 3), np.uint8))
+    centres = rng.normal(size=(PEOPLE, 8))
+    embeddings = centres[person] + noise * rng.normal(size=(len(names), 8))
+    embeddings = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).astype("float32")
+    first = np.tile(np.arange(0, len(names), 2), 2)
+    second = np.concatenate([first[:PEOPLE] + 1, (first[:PEOPLE] + 7) % len(names)])
+    same = np.arange(2 * PEOPLE) < PEOPLE
+    folds = np.tile(np.arange(4), PEOPLE // 2)
+    pairs = verification.Pairs(names, first, second, same, folds)
+    status = ["ok"] * len(names)
+    status[3] = status[9] = "central_crop"
+    points = TEMPLATE + rng.normal(0, 2, (len(names), 5, 2))
+    points[[3, 9]] = np.nan
+    known = {"faces_status": status, "points": points.astype(np.float32)} if folder else {}
+    if folder:
+        known["identity"] = [name.rpartition("/")[0] for name in names]
+    test_set = TestSet(tmp_path, name, images, pairs, 2 if folder else 0, **known)
+    scores = verification.pair_scores(embeddings, first, second)
+    report = verification.verify(scores, same, folds) | {"protocol_in_words": "cosine"}
+    return SetResult(test_set, scores, report, embeddings)
+
+
+def write(tmp_path, results, about=None, training=None, **options):
+    path = tmp_path / "new" / "report.html"
+    about = about or {"checkpoint": "a.pt"}
+    report.write_page(path, results, about, training or {}, **options)
+    text = path.read_text("utf-8")
+    return text, Page(text)
+
+
+def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
+    result = make_result(tmp_path)
+    found = {"accuracy": 0.9, "standard_error": 0.01, "accuracy_as_set": 0.8, "eer": 0.1,
+             "tar_at_far": {"1e-3": 0.5, "1e-2": 0.6}, "matched_cosine": 0.25}  # fmt: skip
+    result.report["robustness"] = dict.fromkeys(("clean", *robustness.CORRUPTIONS), found)
+    result.report.update(set_statistics(result, seed=0))
+    point = {"wanted": "1e-1", "threshold": 0.4321, "degrees": 64.4, "far": 0.1, "frr": 0.2}
+    result.report["operating_points"] = [point]
+    other = result.report | {"comparison": {"verdict": "The difference is within chance."}}
+    compared = [{"checkpoint": "<last>.pt", "sets": {"lfw": other}}]
+    history = {"train": [(0, 4, 9.0, 0.1, 4), (0, 8, 5.0, 0.4, 4)], "valid": [(1, 4.0, 0.5)],
+               "lfw": [(1, 0.8, 0.3)]}  # fmt: skip
+    training = {"config": vars(Config()), "history": history, "steps": 8, "best": {}}
+    text, page = write(tmp_path, [result], training=training, compared=compared)
+    headings = " ".join(word for word in page.words if word.strip())
+    for title in ("Summary", "Curves", "False positives", "False negatives", "missed", "Training",
+                  "Nearest confusions", "What makes pairs hard", "Robustness", "checksums",
+                  "Accuracy by fold", "Configuration of the run", "margin_m", "Beside other models",
+                  "<last>.pt", "within chance", "0.4321", "FAR 1e-4 is not shown",
+                  "95 % intervals: 1,000", "P(same person)", "show aligned faces"):  # fmt: skip
+        assert title in headings
+    assert "lfw_identities" not in headings  # no knob of train.py
+    assert f"{100 * result.report['accuracy']:.3f} %" in headings
+    # 4 curves, folds, reliability, 5 measures, robustness, and 3 of training
+    assert len(page.of("svg")) == 4 + 1 + 1 + 5 + 1 + 3
+    wrong = (result.scores >= result.report["best_threshold"]) != result.test_set.pairs.same
+    assert wrong.sum() > 3
+    for pair in np.flatnonzero(wrong):
+        assert f"score {result.scores[pair]:.4f}" in headings
+    cards = wrong.sum() + 2 * report_set.CONFUSIONS // 2
+    assert len(page.of("img")) == 2 * cards + 2  # aligned faces only: there is no archive
+    assert len(page.ids) == len(set(page.ids))
+    links = [a["href"] for a in page.of("a")]
+    assert all(link[0] == "#" and link[1:] in page.ids for link in links)
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
+    check_that_it_can_be_read_by_all(page)
+    check_that_it_needs_nothing(text, page)
+
+
+def check_that_it_can_be_read_by_all(page):
+    assert page.of("html")[0]["lang"] == "en"
+    assert page.of("title")
+    assert len(page.of("h1")) == len(page.of("main")) == 1
+    for image in page.of("img"):
+        assert image["alt"]
+        assert image["src"].startswith("data:image/webp")
+    assert all(plot["role"] == "img" and plot["aria-label"] for plot in page.of("svg"))
+    assert len(page.of("caption")) == len(page.of("table"))
+    assert all(cell["scope"] for cell in page.of("th"))
+    scrolled = [part for part in page.of("section") if part.get("class") == "scroll"]
+    assert all(part["tabindex"] == "0" and part["aria-label"] for part in scrolled)
+
+
+def check_that_it_needs_nothing(text, page):
+    policy = page.of("meta")[1]
+    assert policy["http-equiv"] == "Content-Security-Policy"
+    assert "default-src 'none'" in policy["content"]
+    assert not {"script", "link", "iframe", "object", "form"} & {tag for tag, _ in page.seen}
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_hostile_names_stay_text(tmp_path):
+    names = hostile_names(2 * PEOPLE)
+    result = make_result(tmp_path, names, noise=3)
+    text, page = write(tmp_path, [result], {"checkpoint": names[0], "<b>": names[1]})
+    tags = {tag for tag, _ in page.seen}
+    assert not {"script", "b", "a2", "iframe"} & tags
+    assert not any(key.startswith("on") for _, attributes in page.seen for key in attributes)
+    assert "<script" not in text.lower()
+    assert not any(char in text for char in "\x00\x1b\u202e")
+    assert "alert(1)" in "".join(page.words)  # shown, not run
+
+
+def test_originals_stand_beside_the_crops(tmp_path):
+    result = make_result(tmp_path)
+    archive = tmp_path / "lfw.tgz"
+    level = {name: 3 * i for i, name in enumerate(result.test_set.pairs.names)}
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, grey in level.items():
+            data = encode_jpeg(np.full((250, 250, 3), grey, np.uint8))
+            member = tarfile.TarInfo(f"lfw/{name}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    _, page = write(tmp_path, [result], source=str(archive))
+    assert "show aligned faces" not in " ".join(page.words)
+    shown = {image["alt"]: image["src"] for image in page.of("img")}
+    originals = {alt: src for alt, src in shown.items() if alt.endswith(", original picture")}
+    assert len(originals) == len(shown) / 2
+    for alt, src in originals.items():
+        pixels = cv2.imdecode(np.frombuffer(base64.b64decode(src.split(",")[1]), np.uint8), 1)
+        assert pixels.shape == (224, 224, 3)
+        assert abs(pixels.mean() - level[alt.removesuffix(", original picture")]) < 3
+
+
+def test_a_set_of_a_bin_says_what_is_not_known(tmp_path):
+    _, page = write(tmp_path, [make_result(tmp_path, folder=False, name="cfp_fp")])
+    words = " ".join(page.words)
+    assert "pose and resolution are not known" in words
+    assert "does not say who is in its pictures" in words
+    assert "what a detector missed is not known" in words
+    assert "does not come from train.py" in words
+    assert len(page.of("svg")) == 4 + 1 + 2
+
+
+def test_landmarks_of_several_sets_are_told_apart(tmp_path):
+    results = [make_result(tmp_path, name=name) for name in ("one", "two")]
+    _, page = write(tmp_path, results)
+    named = [part.get("aria-label") or part.get("aria-labelledby") for part in page.of("section")]
+    named = [name for name in named if name]
+    assert len(named) == len(set(named)) > 10
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_a_perfect_model_has_none_to_show(tmp_path):
+    _, page = write(tmp_path, [make_result(tmp_path, noise=0)])
+    assert " ".join(page.words).count("None.") == 2
+
+
+@pytest.mark.parametrize(
+    "history", [None, {}, {"train": 3}, {"train": [(1,)], "valid": [], "lfw": []},
+                {"train": [("a", "b", "c", "d")], "valid": [], "lfw": []}],
+)  # fmt: skip
+def test_a_history_that_is_none_is_said(tmp_path, history):
+    training = {"config": {"<i>": "<u>"}, "history": history, "steps": None}
+    _, page = write(tmp_path, [make_result(tmp_path)], training=training)
+    assert "holds no training curves" in " ".join(page.words)
+    assert not page.of("i")
+
+
+def test_noise_of_many_sets_stays_below_eight_megabytes(tmp_path):
+    # Faces of noise are what WebP is worst at.
+    results = [make_result(tmp_path, noise=3, name=f"set{i}") for i in range(5)]
+    text, _ = write(tmp_path, results)
+    assert len(text.encode()) < 8e6
+    rng = np.random.default_rng(0)
+    largest = report_html.picture(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
+    assert len(largest) < 4 / 3 * report_html._PICTURE_BYTES + 200
+
+
+def test_reading_what_a_checkpoint_says_of_its_training(tmp_path):
+    path = tmp_path / "best.pt"
+    history = {"train": [(0, 1, 2.0, 0.5, 1)], "valid": [], "lfw": []}
+    save_checkpoint(path, {"config": {"lr": 1}, "history": history, "steps": 3, "model": {}})
+    assert report.read_training(path) == {"config": {"lr": 1}, "history": history, "steps": 3}
+
+
+def test_provenance_holds_checksums(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"abc")
+    (tmp_path / "train.rec").write_bytes(b"")
+    model = {"versions": {"torch": "2"}, "seed": 4, "checkpoint": str(tmp_path / "m.onnx")}
+    found = report.provenance(model, [make_result(tmp_path)])
+    assert found["checkpoint, SHA-256"].startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert found["test set lfw, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
+    assert (found["seed"], found["torch"], found["convention"]) == (4, "2", "cosine")

@@ -1,0 +1,180 @@
+"""Data sets of many record files: the reader, the order, and training on them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tiny import FLAGS, write_tiny_set
+
+import parallel
+import shards
+from checkpoints import load_checkpoint
+from config import parse_args
+from recordio import RecordError, RecordReader
+from shard_order import ShardOrder, mirrored
+from shards import ShardReader, write_shards
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write_tiny_set(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def folder(whole, tmp_path_factory):
+    """The 48 pictures in 5 files."""
+    folder = tmp_path_factory.mktemp("shards")
+    argv = f"--source {whole} --output {folder}/s --shard-images 10 --seed 3"
+    shards.main(parse_args(argv.split(), "shards"))
+    return folder / "s"
+
+
+def test_shards_hold_every_picture_once(whole, folder):
+    reader, plain = ShardReader(folder), RecordReader(whole)
+    assert len(reader.files) == 5
+    assert sorted(np.diff(reader.starts).tolist()) == [9, 9, 10, 10, 10]
+    assert (len(reader), reader.num_classes) == (48, 4)
+    numbers = np.arange(48)
+    found = [(reader.jpeg(i), label) for i, label in enumerate(reader.labels_of(numbers).tolist())]
+    expected = [(plain.jpeg(i), int(plain.labels[i])) for i in range(48)]
+    assert sorted(found) == sorted(expected)
+    assert reader.image(7).shape == (112, 112, 3)
+    # Each file is a record file that others can read, with the same labels.
+    single = RecordReader(reader.files[2])
+    begin = int(reader.starts[2])
+    assert [single.jpeg(i) for i in range(len(single))] == [
+        reader.jpeg(begin + i) for i in range(len(single))
+    ]
+    # Every identity is spread over the files.
+    label = reader.labels_of(numbers)
+    spans = itertools.pairwise(reader.starts.tolist())
+    assert all(len(set(label[a:b].tolist())) >= 3 for a, b in spans)
+
+
+def test_indexes_are_made_where_they_are_missing(folder, tmp_path):
+    for file in folder.iterdir():
+        if file.suffix != ".npy":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    again, before = ShardReader(tmp_path), ShardReader(folder)
+    for file in before.files:
+        name = file.with_suffix(".npy").name
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert again.labels_of(np.arange(48)).tolist() == before.labels_of(np.arange(48)).tolist()
+    assert shards.ENTRY.itemsize <= 16
+
+
+def test_what_is_wrong_is_a_sentence(folder, tmp_path):
+    def copy():
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    copy()
+    (tmp_path / "property").write_text("4")
+    with pytest.raises(RecordError, match="should be 'classes,height,width'"):
+        ShardReader(tmp_path)
+    (tmp_path / "property").write_text("4,96,96")
+    with pytest.raises(RecordError, match="faces of 96x96 pixels"):
+        ShardReader(tmp_path)
+    (tmp_path / "property").write_text("3,112,112")
+    with pytest.raises(RecordError, match="has label 3, not one below 3"):
+        ShardReader(tmp_path).labels_of(np.arange(48))
+    copy()
+    (tmp_path / "train-00001.npy").write_bytes(b"nothing")
+    with pytest.raises(RecordError, match="delete it to have it made"):
+        ShardReader(tmp_path)
+    np.save(tmp_path / "train-00001.npy", np.zeros(3))
+    with pytest.raises(RecordError, match="no index of a record file"):
+        ShardReader(tmp_path)
+    copy()
+    entries = np.load(tmp_path / "train-00001.npy")
+    entries["offset"][:-1] += 4
+    np.save(tmp_path / "train-00001.npy", entries)
+    with pytest.raises(RecordError, match="do not belong together"):
+        ShardReader(tmp_path).jpeg(12)
+    copy()
+    cut = (tmp_path / "train-00002.rec").read_bytes()[:-8]
+    (tmp_path / "train-00002.rec").write_bytes(cut)
+    with pytest.raises(RecordError, match="its last record is not where the file ends"):
+        ShardReader(tmp_path)
+
+
+# ------------------------------------------------------------------------------ the order
+
+STARTS = np.cumsum([0, 700, 3, 512, 64, 1000, 721])  # 3,000 pictures in files of all sizes
+
+
+def epoch(order, number, batch, ranks):
+    """All batches of an epoch as lists of each process's pictures, down to the lanes' ends."""
+    steps = -(-(len(order) // order.lanes + 1) // order.each)
+    parts = [parallel.part(order.lanes, rank, ranks) for rank in range(ranks)]
+    return [[order.batch(number, step, p)[0].tolist() for p in parts] for step in range(steps)]
+
+
+@pytest.mark.parametrize("every", [0, 7])
+@pytest.mark.parametrize("batch", [48, 64, 30])
+def test_an_epoch_shows_every_picture_once_to_one_process(batch, every):
+    order = ShardOrder(STARTS, batch, seed=1, every=every)
+    held_out = order.validation().tolist()
+    assert len(held_out) == (sum(n // every for n in np.diff(STARTS)) if every else 0)
+    shown = {}
+    for ranks in (1, 3, 4):
+        batches = epoch(order, 0, batch, ranks)
+        flat = [i for step in batches for pictures in step for i in pictures]
+        assert sorted(flat + held_out) == list(range(3000))
+        whole = batches[: len(order) // batch]
+        assert all(sum(map(len, step)) == batch for step in whole)
+        shown[ranks] = [sorted(i for pictures in step for i in pictures) for step in whole]
+    assert shown[1] == shown[3] == shown[4]  # the batches are the same for any number of processes
+
+
+def test_epochs_differ_and_batches_mix_the_files():
+    order = ShardOrder(STARTS, 64, seed=1)
+    first, second = (epoch(order, number, 64, 1)[0][0] for number in (0, 1))
+    assert first != second
+    assert len(set(np.searchsorted(STARTS, first, "right"))) >= 4
+    # A process's pictures come from a part of the data set, not from all of it.
+    part = parallel.part(order.lanes, 0, 8)
+    seen = np.concatenate([order.batch(0, step, part)[0] for step in range(40)])
+    files = np.unique(np.searchsorted(STARTS, seen, "right"))
+    assert len(files) <= 3
+
+
+def test_half_of_the_pictures_are_mirrored_and_others_each_epoch():
+    numbers = np.arange(10000)
+    first, second = mirrored(numbers, 0, 0), mirrored(numbers, 0, 1)
+    for share in (first.mean(), second.mean(), (first == second).mean()):
+        assert abs(share - 0.5) < 0.02
+    assert abs((first[1:] == first[:-1]).mean() - 0.5) < 0.02
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def test_training_on_shards_resumes_with_another_number_of_processes(groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--no-amp", "--dropout", "0"]
+    flags += ["--sync-bn", "--lr", "0.000001", "--epochs", "1"]
+    groups.run(tmp_path / "one", 0, "run_train", flags)
+    cwd = tmp_path / "some"
+    groups.run(cwd, 2, "train_until", flags, 3, fails=True)
+    groups.run(cwd, 3, "run_train", ["--resume"])
+    runs = [next(tmp_path.glob(f"{name}/runs/*")) for name in ("one", "some")]
+    one, some = (load_checkpoint(run / "last.pt") for run in runs)
+    assert one["steps"] == 5  # 40 of 48 pictures, 8 held out
+    for a, b in zip(one["history"]["train"], some["history"]["train"], strict=True):
+        assert a[2] == pytest.approx(b[2], rel=1e-4)
+    for key, value in one["model"].items():
+        torch.testing.assert_close(some["model"][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_damaged_picture_is_passed_over(folder, tmp_path, groups):
+    data = [file.read_bytes() for file in sorted(folder.glob("*.rec"))]
+    reader = ShardReader(folder)
+    jpegs = [reader.jpeg(i) for i in range(48)]
+    jpegs[11] = b"\xff\xd8nothing"
+    write_shards(tmp_path / "s", jpegs, reader.labels_of(np.arange(48)), 3)
+    assert data  # the original is another set
+    flags = [*FLAGS.split(), "--train-set", str(tmp_path / "s"), "--epochs", "1"]
+    printed = groups.run(tmp_path, 2, "run_train", flags)
+    assert "48" not in printed[1]
+    assert "epoch 1/1" in printed[0]
