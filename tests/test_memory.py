@@ -59,11 +59,11 @@ print("megabytes", peak - before)
 
 TRAIN = """
 import sys
-import train, trainer
+import learner, train, trainer
 from config import parse_args
 from torch import nn
 
-trainer.build_model = lambda *_: nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 8))
+learner.build_model = lambda *_: nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 8))
 before, sizes, log = megabytes(), [], trainer.Trainer.log
 
 def log_and_look(self, *args):
