@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from recordio import encode_jpeg, write_dataset
+from record_writer import write_dataset
+from recordio import encode_jpeg
 
 MEGABYTES = """
 def megabytes():
