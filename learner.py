@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from config import Config
 from focal_loss import FocalLoss
-from models import ArcMarginModel, build_model, checkpoint_activations
+from margins import MARGINS, MarginHead, build_head
+from models import build_model, checkpoint_activations
 from parallel import (
     gather_rows,
     gather_shards,
@@ -30,7 +31,7 @@ MANY_LOGITS = 1 << 28  # a gigabyte of them: more are computed in chunks in one 
 class Learner:
     """All that a step changes but its counters.
 
-    With one process the head is ArcMarginModel; with many, or for very many classes, its centres
+    With one process the head is one of margins.py; with many, or for very many classes, its centres
     are sharded (partial_fc.py) and each process computes its slice of the batch.
     """
 
@@ -51,6 +52,7 @@ class Learner:
             model = synchronise_batch_norm(model, device)
         self.model = model.to(device, memory_format=torch.channels_last)
         many = cfg.batch_size * num_classes > MANY_LOGITS
+        many = many and MARGINS[cfg.margin].shardable
         self.sharded = world_size() > 1 or cfg.sample_rate < 1 or many
         self.head = self._build_head().to(device)
         self.replica = replicate(self.model)
@@ -69,9 +71,33 @@ class Learner:
         self.amp = cfg.amp and has_bfloat16(device)
         self.width = -(-cfg.batch_size // world_size())  # most pictures of a batch for a process
 
-    def _build_head(self) -> ArcMarginModel | PartialFC:
-        cfg, classes = self.cfg, 0 if self.sharded else self.num_classes
-        head = ArcMarginModel(cfg.emb_size, classes, cfg.margin_s, cfg.margin_m, cfg.easy_margin)
+    def _build_head(self) -> MarginHead | PartialFC:
+        """The head with the margin that is asked for; UserError where that cannot be."""
+        cfg, kind = self.cfg, MARGINS[self.cfg.margin]
+        knobs = {"margin_m1": cfg.margin_m1, "margin_m3": cfg.margin_m3}
+        knobs |= {"easy_margin": cfg.easy_margin, "adaface_h": cfg.adaface_h}
+        knobs |= {"elastic_std": cfg.elastic_std, "subcenters": cfg.subcenters}
+        for name in knobs:
+            if name in cfg.given and name not in kind.knobs:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"--margin {cfg.margin} has no {flag}; leave it out.")
+        if cfg.focal_loss and not kind.is_softmax:
+            raise UserError(
+                f"--focal-loss weights a softmax, and --margin {cfg.margin} has a loss of its own; "
+                "leave one of them out."
+            )
+        if self.sharded and not kind.shardable:
+            able = ", ".join(name for name, other in MARGINS.items() if other.shardable)
+            raise UserError(
+                f"--margin {cfg.margin} needs all identities in one process, so neither torchrun "
+                f"nor --sample-rate goes with it; take one of {able}."
+            )
+        classes = 0 if self.sharded else self.num_classes
+        knobs |= {"margin_s": cfg.margin_s, "margin_m": cfg.margin_m}
+        try:
+            head = build_head(cfg.margin, cfg.emb_size, classes, **knobs)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         if not self.sharded:
             return head
         options = {"sample_rate": cfg.sample_rate, "seed": cfg.seed}
@@ -84,6 +110,11 @@ class Learner:
 
     # -------------------------------------------------------------------------- a step
 
+    def train(self, mode: bool = True) -> None:
+        """Be in training mode, or in evaluation mode: network and head."""
+        self.model.train(mode)
+        self.head.train(mode)
+
     def loss(self, images: Tensor, labels: Tensor, width: int) -> HeadLoss:
         """The mean loss (with the margin) of a batch and who is right (without it).
 
@@ -95,10 +126,7 @@ class Learner:
             embedding = forward(images)
         if isinstance(self.head, PartialFC):
             return self.head(embedding, labels, self.criterion, width)
-        cosine = self.head.cosine(embedding)
-        right = cosine.detach().argmax(1) == labels
-        loss = self.criterion(self.head.margin(cosine, labels), labels)
-        return HeadLoss(loss, right.float().sum(), len(labels))
+        return self.head.loss(embedding, labels, self.criterion)
 
     def train_step(
         self, images: Tensor, labels: Tensor, lr: float, step: int

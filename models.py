@@ -325,9 +325,10 @@ class ArcMarginModel(nn.Module):
         self.easy_margin = easy_margin
 
     def cosine(self, embedding: Tensor) -> Tensor:
-        """(N, emb_size) to (N, num_classes) cosines, in float32 also under autocast."""
+        """(N, emb_size) to (N, num_classes) cosines, in float32 (or 64) also under autocast."""
         with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(F.normalize(embedding.float()), F.normalize(self.weight.float()))
+            wide = torch.promote_types(embedding.dtype, torch.float32)
+            return F.linear(F.normalize(embedding.to(wide)), F.normalize(self.weight.to(wide)))
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Cosines (N, num_classes) and classes (N,) to logits (N, num_classes) with the margin."""

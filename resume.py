@@ -23,8 +23,9 @@ from utils import UserError, atomic_write, newest_run
 # fmt: off
 # What a resumed run may not change: it would be another run under the old one's name.
 FIXED_ON_RESUME = {
-    "seed", "network", "emb_size", "use_se", "dropout", "margin_m", "margin_s", "easy_margin",
-    "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
+    "seed", "network", "emb_size", "use_se", "dropout", "margin", "margin_m", "margin_s",
+    "easy_margin", "margin_m1", "margin_m3", "adaface_h", "elastic_std", "subcenters", "focal_loss",
+    "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
     "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
     "compile", "accumulate", "sync_bn", "sample_rate",
 }

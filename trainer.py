@@ -96,7 +96,7 @@ class Trainer:
         loss or a gradient is not finite or memory is full.
         """
         cfg = self.cfg
-        self.learner.model.train()
+        self.learner.train()
         batches = train_batches(
             self.store,
             self.train_positions,
@@ -173,7 +173,7 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
         share_buffers(self.learner.model)
-        self.learner.model.eval()
+        self.learner.train(False)
         total_loss = total_right = count = 0.0
         batch_size = self.cfg.eval_batch
         for batch in valid_batches(self.store, self.valid_positions, batch_size=batch_size):
