@@ -71,7 +71,7 @@ def angle_of(cosine: Tensor) -> Tensor:
 
 def shifted_cosine(cosine: Tensor, m: Tensor | float) -> Tensor:
     """cos(θ + m) as ArcFace has it: past θ + m = π it goes on as cos θ − m·sin m."""
-    m = torch.as_tensor(m, dtype=cosine.dtype, device=cosine.device)
+    m = m if isinstance(m, Tensor) else cosine.new_full((), m)
     shifted = cosine * m.cos() - sine_of(cosine) * m.sin()
     return torch.where(cosine > -m.cos(), shifted, cosine - m * m.sin())
 
@@ -305,7 +305,7 @@ class ElasticArc(MarginHead):
     def draw(self, target: Tensor) -> Tensor:
         """A margin for each of the true classes' cosines (N, 1)."""
         if not self.training:
-            return target.new_tensor(self.margin_m)
+            return torch.full_like(target, self.margin_m)
         return self.margin_m + self.elastic_std * torch.randn_like(target)
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:

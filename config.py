@@ -79,6 +79,7 @@ class Config:
     emb_size: int = knob(512, "numbers in an embedding", "train", low=1)
     use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval")
     dropout: float = knob(0.4, "dropout before the embedding layer", "train", low=0, high=0.9)
+    zero_init: bool = knob(False, "each residual block begins as its shortcut: the last BN of its branch starts at zero", "train")
 
     # the margin and the loss
     margin: Literal["softmax", "norm_softmax", "sphereface", "sphereface2", "cosface", "arcface", "combined", "curricularface", "magface", "adaface", "elastic_arc", "elastic_cos", "subcenter", "uniface", "unitsface"] = knob("arcface", "the margin, by its paper's name (margins.py)", "train")
@@ -110,6 +111,8 @@ class Config:
     lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
     momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
     weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)
+    decay_bn: bool = knob(True, "weight decay on batch normalisation, PReLU and biases, too", "train")
+    ema: float = knob(0.0, "decay of an average of the weights, evaluated beside them (0.999, say); 0: none", "train", low=0, high=0.999999)
     schedule: Literal["step", "cosine", "poly"] = knob("step", "how the learning rate falls", "train")
     milestones: tuple[int, ...] = knob((20, 28), "step schedule: epochs before which lr falls tenfold", "train")
     poly_power: float = knob(2.0, "poly schedule: exponent; 1 is a straight line to zero", "train", low=0)

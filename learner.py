@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from ema import WeightAverage
 from focal_loss import FocalLoss
 from margins import MARGINS, MarginHead, build_head
 from models import build_model, checkpoint_activations
@@ -38,7 +39,8 @@ class Learner:
     def __init__(self, cfg: Config, num_classes: int, device: torch.device) -> None:
         self.cfg, self.device, self.num_classes = cfg, device, num_classes
         try:
-            model = build_model(cfg.network, cfg.emb_size, cfg.dropout, cfg.use_se)
+            options = {"dropout": cfg.dropout, "use_se": cfg.use_se, "zero_init": cfg.zero_init}
+            model = build_model(cfg.network, cfg.emb_size, **options)
         except ValueError as error:  # a combination of knobs that no network has
             raise UserError(str(error)) from None
         if cfg.batch_size < 2 * world_size() * cfg.accumulate:
@@ -62,14 +64,23 @@ class Learner:
         # The head's weight comes last: see `state`.
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
-            self.parameters,
+            self._groups(),
             lr=cfg.lr,
             momentum=cfg.momentum,
-            weight_decay=cfg.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
+        self.ema = WeightAverage(self.model, cfg.ema) if cfg.ema else None
         self.amp = cfg.amp and has_bfloat16(device)
         self.width = -(-cfg.batch_size // world_size())  # most pictures of a batch for a process
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups: what --no-decay-bn spares first, the head's weight last."""
+        decay, spared = self.cfg.weight_decay, []
+        if not self.cfg.decay_bn:
+            spared = [p for p in self.parameters if p.dim() <= 1]
+        others = [p for p in self.parameters if self.cfg.decay_bn or p.dim() > 1]
+        groups = [{"params": spared, "weight_decay": 0.0}] if spared else []
+        return [*groups, {"params": others, "weight_decay": decay}]
 
     def _build_head(self) -> MarginHead | PartialFC:
         """The head with the margin that is asked for; UserError where that cannot be."""
@@ -156,6 +167,8 @@ class Learner:
             group["lr"] = lr
         self.optimizer.step()
         self._update_sampled(lr)
+        if self.ema is not None:
+            self.ema.update(step)
         return sum(losses[1:], losses[0]), sum(rights[1:], rights[0]) / total, norm.detach()
 
     def _clip(self) -> Tensor:
@@ -202,7 +215,8 @@ class Learner:
                 momentum = state["momentum_buffer"]
                 state["momentum_buffer"] = gather_shards(momentum, self.num_classes)
                 optimizer["state"] = {**optimizer["state"], last: state}
-        return {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
+        state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
+        return state if self.ema is None else {**state, "ema": self.ema.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go back to what `state` returned, in however many processes that was."""
@@ -216,6 +230,8 @@ class Learner:
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict({k: v[shard] for k, v in state["head"].items()})
         self.optimizer.load_state_dict(optimizer)
+        if self.ema is not None:
+            self.ema.load(state["ema"])
 
     def is_finite(self) -> bool:
         """Whether all weights, of all processes, are numbers."""

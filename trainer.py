@@ -140,7 +140,7 @@ class Trainer:
     def finish_epoch(self, points: dict[str, list[tuple[float, ...]]]) -> None:
         """Go to the beginning of the next epoch; `points` are what this one adds to the history."""
         for name, added in points.items():
-            self.history[name] += added
+            self.history.setdefault(name, []).extend(added)
         self.epoch, self.step = self.epoch + 1, 0
 
     def learning_rate(self, step: int | None = None) -> float:
