@@ -15,17 +15,24 @@ from torch import Tensor, nn
 from angular_margins import CosFace, Criterion, MarginHead
 
 
-def binary_loss(positive: Tensor, others: Tensor, true: Tensor) -> Tensor:
-    """log(1 + e^-p) of each true class's logit p (N,), and Σ log(1 + e^n) of the others' (N, C).
-
-    `true` (N, C) is where no other class is. Returns (N,) and (N,).
-    """
-    return -F.logsigmoid(positive), -F.logsigmoid(-others).masked_fill(true, 0).sum(1)
-
-
 def true_places(cosine: Tensor, label: Tensor) -> Tensor:
     """(N, C) bool: true in each row at its class (N,)."""
     return torch.arange(cosine.shape[1], device=label.device) == label.unsqueeze(1)
+
+
+def binary_losses(
+    logits: Tensor, label: Tensor, left_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """log(1 + e^-p) of each true class's logit p (N,), and Σ log(1 + e^n) of the others' (N,).
+
+    Of logits (N, C) and classes (N,); classes that are `left_out` (C,) cost nothing.
+    """
+    true = true_places(logits, label)
+    losses = -F.logsigmoid(torch.where(true, logits, -logits))
+    if left_out is not None:
+        losses = losses.masked_fill(left_out, 0)
+    own = losses.gather(1, label.unsqueeze(1))[:, 0]
+    return own, losses.masked_fill(true, 0).sum(1)
 
 
 class SphereFace2(MarginHead):
@@ -57,10 +64,7 @@ class SphereFace2(MarginHead):
     def _loss(
         self, embedding: Tensor, cosine: Tensor, label: Tensor, criterion: Criterion
     ) -> Tensor:
-        logits = self.margin(cosine, label)
-        own, others = binary_loss(
-            logits.gather(1, label.unsqueeze(1))[:, 0], logits, true_places(cosine, label)
-        )
+        own, others = binary_losses(self.margin(cosine, label), label)
         total = self.LAMBDA * own + (1 - self.LAMBDA) * others
         return self.WEIGHT / self.margin_s * total.mean()
 
@@ -86,10 +90,7 @@ class UniFace(MarginHead):
     def _loss(
         self, embedding: Tensor, cosine: Tensor, label: Tensor, criterion: Criterion
     ) -> Tensor:
-        logits = self.margin(cosine, label)
-        own, others = binary_loss(
-            logits.gather(1, label.unsqueeze(1))[:, 0], logits, true_places(cosine, label)
-        )
+        own, others = binary_losses(self.margin(cosine, label), label)
         return (own + others).mean()
 
 
@@ -121,15 +122,10 @@ class UniTSFace(CosFace):
     def sample_to_sample(self, embedding: Tensor, label: Tensor) -> Tensor:
         """The term's mean over (N, emb_size) embeddings of the classes (N,)."""
         cosine = F.linear(F.normalize(embedding), F.normalize(self.memory.to(embedding.dtype)))
-        unseen = (self.memory == 0).all(1)
-        true = true_places(cosine, label)
-        positive = cosine.gather(1, label.unsqueeze(1))[:, 0] - self.SAMPLE_MARGIN
-        own, others = binary_loss(
-            self.margin_s * positive - self.threshold,
-            self.margin_s * cosine - self.threshold,
-            true | unseen,
-        )
-        return (own.masked_fill(unseen[label], 0) + others).mean()
+        true = true_places(cosine, label).to(cosine.dtype)
+        logits = self.margin_s * (cosine - self.SAMPLE_MARGIN * true) - self.threshold
+        own, others = binary_losses(logits, label, left_out=(self.memory == 0).all(1))
+        return (own + others).mean()
 
     @torch.no_grad()
     def remember(self, embedding: Tensor, label: Tensor) -> None:
