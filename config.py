@@ -21,6 +21,26 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# margin_s and margin_m of each --margin, as its paper or its authors' code has them.
+MARGIN_DEFAULTS = {
+    "softmax": (1.0, 0.0),
+    "norm_softmax": (64.0, 0.0),
+    "sphereface": (30.0, 1.5),
+    "sphereface2": (40.0, 0.4),
+    "cosface": (64.0, 0.35),
+    "arcface": (64.0, 0.5),
+    "combined": (64.0, 0.3),
+    "curricularface": (64.0, 0.5),
+    "magface": (64.0, 0.45),
+    "adaface": (64.0, 0.4),
+    "elastic_arc": (64.0, 0.5),
+    "elastic_cos": (64.0, 0.35),
+    "subcenter": (64.0, 0.5),
+    "uniface": (64.0, 0.4),
+    "unitsface": (64.0, 0.4),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All knobs; the defaults are the ArcFace paper's recipe for CASIA-WebFace (1801.07698)."""
@@ -59,12 +79,19 @@ class Config:
     emb_size: int = knob(512, "numbers in an embedding", "train", low=1)
     use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval")
     dropout: float = knob(0.4, "dropout before the embedding layer", "train", low=0, high=0.9)
+    zero_init: bool = knob(False, "each residual block begins as its shortcut: the last BN of its branch starts at zero", "train")
 
     # the margin and the loss
-    margin_m: float = knob(0.5, "ArcFace's additive angular margin, in radians", "train", low=0, high=3.2)
-    margin_s: float = knob(64.0, "scale of the logits", "train", low=0)
-    easy_margin: bool = knob(False, "apply the margin only where the angle is under 90 degrees", "train")
-    focal_loss: bool = knob(False, "focal loss in place of cross entropy", "train")
+    margin: Literal["softmax", "norm_softmax", "sphereface", "sphereface2", "cosface", "arcface", "combined", "curricularface", "magface", "adaface", "elastic_arc", "elastic_cos", "subcenter", "uniface", "unitsface"] = knob("arcface", "the margin, by its paper's name (margins.py)", "train")
+    margin_m: float = knob(0.5, "the margin: radians for arcface, a factor for sphereface ...; another --margin has another default", "train", low=0, high=3.2)
+    margin_s: float = knob(64.0, "scale of the logits; another --margin may have another default", "train", low=0)
+    easy_margin: bool = knob(False, "arcface: apply the margin only where the angle is under 90 degrees", "train")
+    margin_m1: float = knob(1.0, "combined: the angle's factor", "train", low=0.1, high=4)
+    margin_m3: float = knob(0.2, "combined: what is taken off the cosine", "train", low=0, high=2)
+    adaface_h: float = knob(0.333, "adaface: how much an embedding's length moves its margin", "train", low=0)
+    elastic_std: float = knob(0.0125, "elastic_arc, elastic_cos: deviation of the random margin", "train", low=0)
+    subcenters: int = knob(3, "subcenter: centres an identity", "train", low=1)
+    focal_loss: bool = knob(False, "focal loss in place of cross entropy, with any margin of the softmax", "train")
     gamma: float = knob(2.0, "focal loss: exponent; 0 is cross entropy", "train", low=0)
 
     # the training set
@@ -84,6 +111,8 @@ class Config:
     lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
     momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
     weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)
+    decay_bn: bool = knob(True, "weight decay on batch normalisation, PReLU and biases, too", "train")
+    ema: float = knob(0.0, "decay of an average of the weights, evaluated beside them (0.999, say); 0: none", "train", low=0, high=0.999999)
     schedule: Literal["step", "cosine", "poly"] = knob("step", "how the learning rate falls", "train")
     milestones: tuple[int, ...] = knob((20, 28), "step schedule: epochs before which lr falls tenfold", "train")
     poly_power: float = knob(2.0, "poly schedule: exponent; 1 is a straight line to zero", "train", low=0)
@@ -142,7 +171,9 @@ def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> 
         if script in scripts or (script is None and scripts):
             _add_flag(parser, field, hints[field.name])
     given = vars(parser.parse_args(argv))
-    return Config(**given, given=tuple(given))
+    margin_s, margin_m = MARGIN_DEFAULTS[given.get("margin", Config.margin)]
+    values = {"margin_s": margin_s, "margin_m": margin_m, **given}
+    return Config(**values, given=tuple(given))
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

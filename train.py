@@ -37,6 +37,7 @@ import checks
 from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
+from ema_board import log_average, save_best_average
 from embedders import torch_embedder
 from eval_board import log_evaluation, log_projector
 from eval_sets import TestSet, find_pairs, find_set, load_set
@@ -97,6 +98,8 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
             if epoch == trainer.cfg.epochs:
                 log_projector(writer, result, step)
             line += f"  lfw {report['accuracy']:.2%}"
+        if trainer.learner.ema is not None:
+            line += log_average(trainer, writer, embed, lfw, points)
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
         with trainer.finishing_epoch(points):
@@ -105,6 +108,8 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
             if not best or (accuracy, -loss) > (best["accuracy"], -best["loss"]):
                 trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
                 trainer.save(run_dir / "best.pt")
+            if trainer.learner.ema is not None:
+                save_best_average(trainer, run_dir / "best_ema.pt")
         trainer.save_last(run_dir, writer)
         if any_of(trainer.stop)[0]:
             raise KeyboardInterrupt

@@ -98,7 +98,7 @@ class Trainer:
         loss or a gradient is not finite or memory is full.
         """
         cfg = self.cfg
-        self.learner.model.train()
+        self.learner.train()
         batches = train_batches(
             self.store,
             self.train_positions,
@@ -147,7 +147,8 @@ class Trainer:
         epoch counts as one only once best.pt is written.
         """
         before = self.epoch, self.step, self.best, self.history
-        self.history = {name: kept + points.get(name, []) for name, kept in before[-1].items()}
+        names = {**self.history, **points}
+        self.history = {n: self.history.get(n, []) + points.get(n, []) for n in names}
         self.epoch, self.step = self.epoch + 1, 0
         try:
             yield
@@ -185,7 +186,7 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
         share_buffers(self.learner.model)
-        self.learner.model.eval()
+        self.learner.train(False)
         total_loss = total_right = count = 0.0
         batch_size = self.cfg.eval_batch
         for batch in valid_batches(self.store, self.valid_positions, batch_size=batch_size):

@@ -70,7 +70,7 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_args(["--help"], script)
     assert ended.value.code == 0
-    offered = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    offered = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE))
     fields = [f for f in dataclasses.fields(Config) if script in f.metadata.get("scripts", [])]
     assert offered == {f"--{field.name.rstrip('_').replace('_', '-')}" for field in fields}
 
