@@ -74,6 +74,8 @@ class Config:
     cache: Literal["auto", "gpu", "ram", "none"] = knob("auto", "where decoded images are kept; auto: the first that they fit", "train")
     flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval ijb_eval")
 
+    augment: Literal["none", "mild", "adaface"] = knob("none", "further changes on the device: adaface: its crop, low resolution and colour, 0.2 each; mild: weaker, no crop", "train")
+
     # the optimisation
     epochs: int = knob(32, "passes over the training set", "train", low=1)
     batch_size: int = knob(512, "images a step, over all processes", "train", low=2)

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parallel
+from augment import Augment
 from recordio import RecordError, RecordReader
 from utils import FACE_SIZE, UserError, core_count
 
@@ -321,15 +322,17 @@ def train_batches(
     epoch: int,
     first_step: int = 0,
     flip: bool = True,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order.
 
-    Of many processes each gets its slice of every batch.
+    Of many processes each gets its slice of every batch. `augment` changes the pictures on the
+    device, before they are normalised.
     """
     steps = range(first_step, steps_per_epoch(len(positions), batch_size))
     parts = store.parts(positions, batch_size, seed, epoch, steps, flip)
     for (positions, _), images in zip(parts, _prefetch(store, parts), strict=True):
-        yield _batch(store, images, positions)
+        yield _batch(store, images, positions, augment)
 
 
 def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
@@ -351,11 +354,15 @@ def slice_of(start: int, size: int) -> slice:
     return slice(start + mine.start, start + mine.stop)
 
 
-def _batch(store: ImageStore, images: Tensor, positions: np.ndarray) -> Batch:
+def _batch(
+    store: ImageStore, images: Tensor, positions: np.ndarray, augment: Augment | None = None
+) -> Batch:
     if store.images is None and store.bad:
         good = ~np.isin(positions, list(store.bad))
         positions = positions[good]
         images = images[torch.from_numpy(good).to(images.device)]
+    if augment is not None:
+        images = augment(images, positions)
     return Batch(normalise(images), store.labels_of(positions), positions)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from augment import Augment
 from checkpoints import save_checkpoint
 from data_gen import ImageStore
 from utils import UserError
@@ -19,16 +20,23 @@ class TrainingError(UserError):
 
 
 def save_bad_batch(
-    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, more: dict[str, Any]
+    path: Path,
+    store: ImageStore,
+    positions: np.ndarray,
+    flipped: np.ndarray,
+    more: dict[str, Any],
+    augment: Augment | None = None,
 ) -> list[int]:
     """Write the pictures at `positions` (n,) as the network saw them, and `more`; the record ids.
 
-    `flipped` (n,) bool are those that were mirrored. The file reads like a checkpoint: images
-    (n, 112, 112, 3) uint8 RGB, labels (n,) int64, records [n].
+    `flipped` (n,) bool are those that were mirrored, before `augment` changed them. The file reads
+    like a checkpoint: images (n, 112, 112, 3) uint8 RGB, labels (n,) int64, records [n].
     """
     images = store.fetch(positions).cpu()
     mirrored = torch.from_numpy(flipped)
     images[mirrored] = images[mirrored].flip(2)
+    if augment is not None:
+        images = augment(images, positions)
     good = np.isin(positions, store.good(positions))  # the others were left out of the step, too
     kept = torch.from_numpy(good)
     labels = store.labels_of(positions).cpu()[kept]

@@ -24,9 +24,9 @@ from utils import UserError, atomic_write, newest_run
 # What a resumed run may not change: it would be another run under the old one's name.
 FIXED_ON_RESUME = {
     "seed", "network", "emb_size", "use_se", "dropout", "margin_m", "margin_s", "easy_margin",
-    "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
-    "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
-    "compile", "accumulate", "sync_bn", "sample_rate",
+    "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "augment", "batch_size", "lr",
+    "momentum", "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs",
+    "clip_norm", "amp", "compile", "accumulate", "sync_bn", "sample_rate",
 }
 # What it may: where things are (the training set's contents are compared apart), the machine,
 # what is logged, measured and kept, and how long to go on. No weight depends on these, but for

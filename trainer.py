@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from augment import augmentation
 from checkpoints import (
     random_states,
     save_checkpoint,
@@ -105,6 +106,7 @@ class Trainer:
             epoch=self.epoch,
             first_step=self.step,
             flip=cfg.flip,
+            augment=augmentation(cfg.augment, seed=cfg.seed, epoch=self.epoch),
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
         fixed = self.fixed_memory()
@@ -210,7 +212,8 @@ class Trainer:
         )
         flipped = flips & self.cfg.flip
         more = {**numbers, "random": step.random}
-        records = save_bad_batch(path, self.store, positions, flipped, more)
+        augment = augmentation(self.cfg.augment, seed=self.cfg.seed, epoch=self.epoch)
+        records = save_bad_batch(path, self.store, positions, flipped, more, augment)
         what = "loss is" if not math.isfinite(loss) else "gradient's norm is"
         raise TrainingError(
             f"The {what} {norm if math.isfinite(loss) else loss} at epoch {self.epoch + 1}, step "
