@@ -62,21 +62,28 @@ class Split(NamedTuple):
 
 
 def split(
-    labels: np.ndarray, *, valid_fraction: float, max_classes: int = 0, seed: int = 0
+    labels: np.ndarray,
+    *,
+    valid_fraction: float,
+    max_classes: int = 0,
+    seed: int = 0,
+    used: np.ndarray | None = None,
 ) -> Split:
     """Choose the identities, then hold out images of each for validation.
 
+    Of the pictures with `labels` (n,), those for which `used` (n,) bool is false do not exist.
     `max_classes` keeps the identities with most images (0: all). Each identity gives
     `valid_fraction` of its images, rounded up or down at random so that the sum is right, and keeps
     at least one for training. The result depends on the arguments alone.
     """
-    counts = np.bincount(labels)
+    there = np.arange(len(labels)) if used is None else np.flatnonzero(used)
+    counts = np.bincount(labels[there], minlength=1)
     chosen = np.flatnonzero(counts)
     if 0 < max_classes < len(chosen):
         chosen = np.sort(np.argsort(-counts, kind="stable")[:max_classes])
     new_label = np.full(len(counts), -1)
     new_label[chosen] = np.arange(len(chosen))
-    indices = np.flatnonzero(new_label[labels] >= 0)
+    indices = there[new_label[labels[there]] >= 0]
     labels = new_label[labels[indices]]
 
     rng = np.random.default_rng([seed, 0])
