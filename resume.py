@@ -23,7 +23,7 @@ from weights import check_weights
 FIXED_ON_RESUME = {
     "seed", "network", "emb_size", "use_se", "dropout", "margin", "margin_m", "margin_s",
     "easy_margin", "margin_m1", "margin_m3", "adaface_h", "elastic_std", "subcenters", "focal_loss",
-    "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
+    "gamma", "max_classes", "valid_fraction", "flip", "augment", "batch_size", "lr", "momentum",
     "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
     "compile", "accumulate", "sync_bn", "sample_rate", "zero_init", "decay_bn", "ema",
 }
@@ -32,9 +32,9 @@ FIXED_ON_RESUME = {
 # `epochs` under a schedule that ends with them (which train.py says) and for rounding on another
 # `device`.
 FREE_ON_RESUME = {
-    "data_dir", "runs_dir", "images_dir", "train_set", "lfw", "pairs", "device", "workers", "cache",
-    "eval_batch", "log_every", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints",
-    "resume", "epochs", "checkpoint_activations",
+    "data_dir", "runs_dir", "images_dir", "train_set", "hold_out", "lfw", "pairs", "device",
+    "workers", "cache", "eval_batch", "log_every", "checkpoint_steps", "checkpoint_minutes",
+    "keep_checkpoints", "resume", "epochs", "checkpoint_activations",
 }
 # fmt: on
 

@@ -60,6 +60,7 @@ from parallel import (
 )
 from recordio import RecordReader
 from resume import open_checkpoint, resumed_config, run_folder
+from selection import used_pictures
 from shard_order import ShardOrder, ShardStore
 from shards import ShardReader, is_sharded
 from trainer import Trainer
@@ -189,11 +190,15 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if is_sharded(folder):
         return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
+    used = used_pictures(reader, hold_out=cfg.hold_out)
+    if used is not None:
+        print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} pictures.")
     faces = split(
         reader.labels,
         valid_fraction=cfg.valid_fraction,
         max_classes=cfg.max_classes,
         seed=cfg.seed,
+        used=used,
     )
     if faces.num_classes < 2:
         raise UserError(f"{folder} has one identity only; a classifier needs two or more.")
@@ -211,8 +216,9 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
 
 def open_shards(cfg: Config, folder: Path, device: torch.device) -> tuple[ShardStore, Split]:
     """A training set of many record files, of which nothing is decoded ahead."""
-    if cfg.max_classes:
-        raise UserError("--max-classes needs a set in one train.rec; leave it out for shards.")
+    if cfg.max_classes or cfg.hold_out:
+        flag = "--max-classes" if cfg.max_classes else "--hold-out"
+        raise UserError(f"{flag} needs a set in one train.rec; leave it out for shards.")
     reader = ShardReader(folder)
     every = max(2, round(1 / cfg.valid_fraction)) if cfg.valid_fraction else 0
     order = ShardOrder(reader.starts, cfg.batch_size, cfg.seed, every)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from augment import augmentation
 from checkpoints import (
     STRANGE,
     random_states,
@@ -107,6 +108,7 @@ class Trainer:
             epoch=self.epoch,
             first_step=self.step,
             flip=cfg.flip,
+            augment=augmentation(cfg.augment, seed=cfg.seed, epoch=self.epoch),
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
         fixed = fixed_memory(self.learner.optimizer, self.device)
@@ -229,6 +231,7 @@ class Trainer:
                 **{"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number},
                 **{"steps": self.steps, "random": step.random},
             },
+            augmentation(self.cfg.augment, seed=self.cfg.seed, epoch=self.epoch),
         )
 
     def memory_error(self, error: BaseException, fixed: int) -> TrainingError:

@@ -11,7 +11,16 @@ from conftest import ROOT
 import models
 from config import Config, config_from, parse_args
 
-SCRIPTS = ("synthetic", "pre_process", "shards", "train", "lfw_eval", "make_bin", "ijb_eval")
+SCRIPTS = (
+    "synthetic",
+    "pre_process",
+    "shards",
+    "train",
+    "lfw_eval",
+    "make_bin",
+    "ijb_eval",
+    "held_out",
+)
 
 
 def test_defaults_are_the_papers_recipe():
