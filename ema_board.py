@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from checkpoints import save_checkpoint
 from embedders import Embed
 from eval_sets import TestSet
+from events import EventLog
 from lfw_eval import evaluate_lfw
 from parallel import from_main
 from trainer import Trainer
@@ -23,7 +22,7 @@ NOT_KEPT = {"head", "optimizer", "ema", "random", "random_of_others", "window"}
 
 def log_average(
     trainer: Trainer,
-    writer: SummaryWriter,
+    writer: EventLog,
     embed: Embed,
     lfw: TestSet | None,
     points: dict[str, list[tuple[float, ...]]],

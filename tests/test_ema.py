@@ -8,9 +8,9 @@ import train
 from checkpoints import load_checkpoint
 from config import Config, parse_args
 from ema import WeightAverage
+from events import _frames
 from learner import Learner
 from models import Bottleneck, IRBlock, build_model
-from resume import _frames
 
 CPU = torch.device("cpu")
 
