@@ -51,8 +51,8 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
         host = socket.gethostname()
         with write_errors(folder):
             file.truncate(0)
-            file.write(f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n")
-            file.flush()
+            line = f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n"
+            os.write(file.fileno(), line.encode(errors="replace"))  # nothing is left for close()
         _held.add(file)
         try:
             yield

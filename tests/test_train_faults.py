@@ -5,6 +5,8 @@ Every call of a run that writes, syncs or renames fails in turn; then a file sys
 
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from faults import FailingDisk
@@ -34,8 +36,9 @@ def start(folder, tmp_path, capsys, monkeypatch):
             code = 0
         except SystemExit as ended:
             code = ended.code
+        script = Path(sys.argv[0]).name
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        return code, "".join(line for line in lines if line.startswith(("pytest", "__main__")))
+        return code, "".join(line for line in lines if line.startswith(script))
 
     return start
 
