@@ -47,15 +47,15 @@ class Config:
 
     # fmt: off
     # where things are
-    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval make_bin held_out")
-    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval ijb_eval held_out")
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval make_bin held_out label_noise")
+    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval ijb_eval held_out label_noise")
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval ijb_eval")
     seed: int = knob(0, "seed of everything random", "synthetic shards train lfw_eval held_out", low=0)
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval ijb_eval held_out")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval ijb_eval held_out label_noise")
     workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval ijb_eval held_out", low=0)
 
     # synthetic.py
-    output: str = knob("", "where to write; default: demo/data (synthetic), data_dir/<set>.bin (make_bin), a folder in data_dir (others)", "synthetic pre_process shards make_bin")
+    output: str = knob("", "where to write; default: demo/data (synthetic), data_dir/<set>.bin (make_bin), data_dir/keep.tsv (label_noise), a folder in data_dir (others)", "synthetic pre_process shards make_bin label_noise")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
     images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
@@ -95,12 +95,13 @@ class Config:
     gamma: float = knob(2.0, "focal loss: exponent; 0 is cross entropy", "train", low=0)
 
     # the training set
-    train_set: str = knob("", "folder with train.rec; default: data_dir/faces_webface_112x112", "train lfw_eval held_out")
+    train_set: str = knob("", "folder with train.rec; default: data_dir/faces_webface_112x112", "train lfw_eval held_out label_noise")
     max_classes: int = knob(0, "train on the identities with most images only; 0: all", "train", low=0)
     valid_fraction: float = knob(0.02, "share of each identity's images held out for validation", "train", low=0, high=0.9)
     cache: Literal["auto", "gpu", "ram", "none"] = knob("auto", "where decoded images are kept; auto: the first that they fit", "train")
     flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval ijb_eval held_out")
 
+    keep: str = knob("", "list of pictures with wrong labels left out, made by label_noise.py", "train")
     hold_out: str = knob("", "list of identities that are not trained on, made by held_out.py; its default: data_dir/held_out.txt", "train held_out")
     augment: Literal["none", "mild", "adaface"] = knob("none", "further changes on the device: adaface: its crop, low resolution and colour, 0.2 each; mild: weaker, no crop", "train")
 
@@ -130,7 +131,7 @@ class Config:
     resume: str = knob("", "go on with a run: newest (the flag alone), or a run's folder or last.pt", "train")
 
     # lfw_eval.py
-    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval ijb_eval held_out")
+    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval ijb_eval held_out label_noise")
     against: str = knob("", "a second checkpoint: is the difference to it more than chance?", "lfw_eval")
     lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval make_bin")
     pairs: str = knob("", "pairs in LFW's format or as lines 'path1 path2 0/1'; default: pairs.txt in the set's folder, <set>_pairs.txt or pairs.txt in data_dir", "train lfw_eval make_bin")
@@ -142,7 +143,7 @@ class Config:
     threshold: Literal["folds", "best"] = knob("folds", "the best threshold of the other folds, or the best on the very pairs", "lfw_eval")
     lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
     robustness: bool = knob(False, "also the same pairs with JPEG, blur, covers ... on their second pictures: six times the time", "lfw_eval")
-    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval ijb_eval held_out", low=1)
+    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval ijb_eval held_out label_noise", low=1)
     input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval ijb_eval held_out")
     input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval ijb_eval held_out")
     bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval ijb_eval held_out")
@@ -151,6 +152,9 @@ class Config:
     make_pairs: int = knob(0, "choose identities and write their list and so many pairs; 0: test on all pairs of the identities listed", "held_out", low=0)
     held_out_identities: int = knob(500, "identities to hold out", "held_out", low=20)
     hard_negatives: bool = knob(False, "mismatched pairs: a picture and the stranger whom --checkpoint finds most alike", "held_out")
+
+    # label_noise.py
+    max_angle: float = knob(90.0, "a picture further than this from its class centre, in degrees, is dropped", "label_noise", low=0, high=180)
 
     # ijb_eval.py
     ijb: str = knob("", "folder of IJB-B or IJB-C, with meta/ and loose_crop/", "ijb_eval")

@@ -333,8 +333,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order.
 
-    Of many processes each gets its slice of every batch. `augment` changes the pictures on the
-    device, before they are normalised.
+    Of many processes each gets its slice of every batch; `augment` changes uint8 pictures.
     """
     steps = range(first_step, steps_per_epoch(len(positions), batch_size))
     parts = store.parts(positions, batch_size, seed, epoch, steps, flip)

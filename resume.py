@@ -32,9 +32,9 @@ FIXED_ON_RESUME = {
 # `epochs` under a schedule that ends with them (which train.py says) and for rounding on another
 # `device`.
 FREE_ON_RESUME = {
-    "data_dir", "runs_dir", "images_dir", "train_set", "hold_out", "lfw", "pairs", "device",
-    "workers", "cache", "eval_batch", "log_every", "checkpoint_steps", "checkpoint_minutes",
-    "keep_checkpoints", "resume", "epochs", "checkpoint_activations",
+    "data_dir", "runs_dir", "images_dir", "train_set", "keep", "hold_out", "lfw", "pairs",
+    "device", "workers", "cache", "eval_batch", "log_every", "checkpoint_steps",
+    "checkpoint_minutes", "keep_checkpoints", "resume", "epochs", "checkpoint_activations",
 }
 # fmt: on
 

@@ -190,7 +190,7 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if is_sharded(folder):
         return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
-    used = used_pictures(reader, hold_out=cfg.hold_out)
+    used = used_pictures(reader, keep=cfg.keep, hold_out=cfg.hold_out)
     if used is not None:
         print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} pictures.")
     faces = split(
@@ -216,9 +216,10 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
 
 def open_shards(cfg: Config, folder: Path, device: torch.device) -> tuple[ShardStore, Split]:
     """A training set of many record files, of which nothing is decoded ahead."""
-    if cfg.max_classes or cfg.hold_out:
-        flag = "--max-classes" if cfg.max_classes else "--hold-out"
-        raise UserError(f"{flag} needs a set in one train.rec; leave it out for shards.")
+    for flag in ("max_classes", "keep", "hold_out"):
+        if getattr(cfg, flag):
+            flag = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{flag} needs a set in one train.rec; leave it out for shards.")
     reader = ShardReader(folder)
     every = max(2, round(1 / cfg.valid_fraction)) if cfg.valid_fraction else 0
     order = ShardOrder(reader.starts, cfg.batch_size, cfg.seed, every)

@@ -20,6 +20,7 @@ SCRIPTS = (
     "make_bin",
     "ijb_eval",
     "held_out",
+    "label_noise",
 )
 
 
@@ -88,6 +89,7 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
 def test_a_script_reads_every_knob_it_offers(script):
     split = {"train": ("train", "trainer", "learner", "resume")}
     split["pre_process"] = ("pre_process", "jobs")
+    split["label_noise"] = ("label_noise", "train")  # whose way to the training set it goes
     modules = split.get(script, (script,))
     code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)
     read = set(re.findall(r"\bcfg\.(\w+)", code))
