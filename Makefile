@@ -48,3 +48,4 @@ pictures:
 	rm -rf images/demo
 	mkdir -p images/demo
 	cp demo/images/*.png demo/images/*.jpg images/demo/
+	$(RUN) augment_grid.py images/demo/augment_grid.jpg

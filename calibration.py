@@ -88,6 +88,17 @@ def calibrate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> dict[s
     }
 
 
+def refusal(far: str, mismatched: int) -> str:
+    """Why a FAR is not shown of so many mismatched pairs, a sentence; empty where it is."""
+    errors = float(far) * mismatched
+    if errors >= ERRORS_NEEDED - 1e-9:
+        return ""
+    return (
+        f"FAR {far} is not shown: {errors:.3g} of {mismatched:,} mismatched pairs would decide it; "
+        f"{ERRORS_NEEDED} are needed, a set of {round(ERRORS_NEEDED / float(far)):,}."
+    )
+
+
 def operating_points(
     scores: np.ndarray, same: np.ndarray
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -100,13 +111,9 @@ def operating_points(
     mismatched = int((~same).sum())
     points, refused = [], []
     for name in OPERATING_FARS:
-        errors = float(name) * mismatched
-        if errors < ERRORS_NEEDED - 1e-9:
-            needed = round(ERRORS_NEEDED / float(name))
-            refused.append(
-                f"FAR {name} is not shown: {errors:.3g} of {mismatched:,} mismatched pairs would "
-                f"decide it; {ERRORS_NEEDED} are needed, a set of {needed:,}."
-            )
+        why = refusal(name, mismatched)
+        if why:
+            refused.append(why)
             continue
         at = int(np.flatnonzero(curve.far <= float(name))[-1])
         threshold = float(curve.thresholds[at])

@@ -21,21 +21,41 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# margin_s and margin_m of each --margin, as its paper or its authors' code has them.
+MARGIN_DEFAULTS = {
+    "softmax": (1.0, 0.0),
+    "norm_softmax": (64.0, 0.0),
+    "sphereface": (30.0, 1.5),
+    "sphereface2": (40.0, 0.4),
+    "cosface": (64.0, 0.35),
+    "arcface": (64.0, 0.5),
+    "combined": (64.0, 0.3),
+    "curricularface": (64.0, 0.5),
+    "magface": (64.0, 0.45),
+    "adaface": (64.0, 0.4),
+    "elastic_arc": (64.0, 0.5),
+    "elastic_cos": (64.0, 0.35),
+    "subcenter": (64.0, 0.5),
+    "uniface": (64.0, 0.4),
+    "unitsface": (64.0, 0.4),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All knobs; the defaults are the ArcFace paper's recipe for CASIA-WebFace (1801.07698)."""
 
     # fmt: off
     # where things are
-    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval make_bin")
-    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval ijb_eval")
+    data_dir: str = knob("data", "folder with the archives and the prepared data sets", "pre_process shards train lfw_eval make_bin held_out label_noise")
+    runs_dir: str = knob("runs", "folder of the training runs", "train lfw_eval ijb_eval held_out label_noise")
     images_dir: str = knob("images", "folder for the pictures that the scripts make", "pre_process train lfw_eval ijb_eval")
-    seed: int = knob(0, "seed of everything random", "synthetic shards train lfw_eval", low=0)
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval ijb_eval")
-    workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval ijb_eval", low=0)
+    seed: int = knob(0, "seed of everything random", "synthetic shards train lfw_eval held_out", low=0)
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, ...", "pre_process train lfw_eval ijb_eval held_out label_noise")
+    workers: int = knob(0, "threads (drawing: processes) for pictures; 0: one a core", "synthetic pre_process train lfw_eval ijb_eval held_out", low=0)
 
     # synthetic.py
-    output: str = knob("", "where to write; default: demo/data (synthetic), data_dir/<set>.bin (make_bin), a folder in data_dir (others)", "synthetic pre_process shards make_bin")
+    output: str = knob("", "where to write; default: demo/data (synthetic), data_dir/<set>.bin (make_bin), data_dir/keep.tsv (label_noise), a folder in data_dir (others)", "synthetic pre_process shards make_bin label_noise")
     identities: int = knob(200, "drawn people to train on", "synthetic", low=2)
     images_per_identity: int = knob(16, "pictures of each of them", "synthetic", low=1)
     lfw_identities: int = knob(100, "drawn people to test on, none of them in training", "synthetic", low=20)
@@ -55,24 +75,35 @@ class Config:
     download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
 
     # the network
-    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval ijb_eval")
+    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval ijb_eval held_out")
     emb_size: int = knob(512, "numbers in an embedding", "train", low=1)
-    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval")
+    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval held_out")
     dropout: float = knob(0.4, "dropout before the embedding layer", "train", low=0, high=0.9)
+    zero_init: bool = knob(False, "each residual block begins as its shortcut: the last BN of its branch starts at zero", "train")
 
     # the margin and the loss
-    margin_m: float = knob(0.5, "ArcFace's additive angular margin, in radians", "train", low=0, high=3.2)
-    margin_s: float = knob(64.0, "scale of the logits", "train", low=0)
-    easy_margin: bool = knob(False, "apply the margin only where the angle is under 90 degrees", "train")
-    focal_loss: bool = knob(False, "focal loss in place of cross entropy", "train")
+    margin: Literal["softmax", "norm_softmax", "sphereface", "sphereface2", "cosface", "arcface", "combined", "curricularface", "magface", "adaface", "elastic_arc", "elastic_cos", "subcenter", "uniface", "unitsface"] = knob("arcface", "the margin, by its paper's name (margins.py)", "train")
+    margin_m: float = knob(0.5, "the margin: radians for arcface, a factor for sphereface ...; another --margin has another default", "train", low=0, high=3.2)
+    margin_s: float = knob(64.0, "scale of the logits; another --margin may have another default", "train", low=0)
+    easy_margin: bool = knob(False, "arcface: apply the margin only where the angle is under 90 degrees", "train")
+    margin_m1: float = knob(1.0, "combined: the angle's factor", "train", low=0.1, high=4)
+    margin_m3: float = knob(0.2, "combined: what is taken off the cosine", "train", low=0, high=2)
+    adaface_h: float = knob(0.333, "adaface: how much an embedding's length moves its margin", "train", low=0)
+    elastic_std: float = knob(0.0125, "elastic_arc, elastic_cos: deviation of the random margin", "train", low=0)
+    subcenters: int = knob(3, "subcenter: centres an identity", "train", low=1)
+    focal_loss: bool = knob(False, "focal loss in place of cross entropy, with any margin of the softmax", "train")
     gamma: float = knob(2.0, "focal loss: exponent; 0 is cross entropy", "train", low=0)
 
     # the training set
-    train_set: str = knob("", "folder with train.rec; default: data_dir/faces_webface_112x112", "train lfw_eval")
+    train_set: str = knob("", "folder with train.rec; default: data_dir/faces_webface_112x112", "train lfw_eval held_out label_noise")
     max_classes: int = knob(0, "train on the identities with most images only; 0: all", "train", low=0)
     valid_fraction: float = knob(0.02, "share of each identity's images held out for validation", "train", low=0, high=0.9)
     cache: Literal["auto", "gpu", "ram", "none"] = knob("auto", "where decoded images are kept; auto: the first that they fit", "train")
-    flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval ijb_eval")
+    flip: bool = knob(True, "train: mirror half of the images; lfw_eval: add the mirror image's embedding", "train lfw_eval ijb_eval held_out")
+
+    keep: str = knob("", "list of pictures with wrong labels left out, made by label_noise.py", "train")
+    hold_out: str = knob("", "list of identities that are not trained on, made by held_out.py; its default: data_dir/held_out.txt", "train held_out")
+    augment: Literal["none", "mild", "adaface"] = knob("none", "further changes on the device: adaface: its crop, low resolution and colour, 0.2 each; mild: weaker, no crop", "train")
 
     # the optimisation
     epochs: int = knob(32, "passes over the training set", "train", low=1)
@@ -84,6 +115,8 @@ class Config:
     lr: float = knob(0.1, "peak learning rate, for the batch size as given", "train", low=0)
     momentum: float = knob(0.9, "SGD momentum", "train", low=0, high=1)
     weight_decay: float = knob(5e-4, "L2 penalty, on every weight", "train", low=0)
+    decay_bn: bool = knob(True, "weight decay on batch normalisation, PReLU and biases, too", "train")
+    ema: float = knob(0.0, "decay of an average of the weights, evaluated beside them (0.999, say); 0: none", "train", low=0, high=0.999999)
     schedule: Literal["step", "cosine", "poly"] = knob("step", "how the learning rate falls", "train")
     milestones: tuple[int, ...] = knob((20, 28), "step schedule: epochs before which lr falls tenfold", "train")
     poly_power: float = knob(2.0, "poly schedule: exponent; 1 is a straight line to zero", "train", low=0)
@@ -98,7 +131,7 @@ class Config:
     resume: str = knob("", "go on with a run: newest (the flag alone), or a run's folder or last.pt", "train")
 
     # lfw_eval.py
-    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval ijb_eval")
+    checkpoint: str = knob("", "ours, an InsightFace state dict, or .onnx; default: the newest run's best.pt", "lfw_eval ijb_eval held_out label_noise")
     against: str = knob("", "a second checkpoint: is the difference to it more than chance?", "lfw_eval")
     lfw: str = knob("", "prepared LFW folder, or a .bin set; default: data_dir/faces_lfw_112x112", "train lfw_eval make_bin")
     pairs: str = knob("", "pairs in LFW's format or as lines 'path1 path2 0/1'; default: pairs.txt in the set's folder, <set>_pairs.txt or pairs.txt in data_dir", "train lfw_eval make_bin")
@@ -110,10 +143,18 @@ class Config:
     threshold: Literal["folds", "best"] = knob("folds", "the best threshold of the other folds, or the best on the very pairs", "lfw_eval")
     lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
     robustness: bool = knob(False, "also the same pairs with JPEG, blur, covers ... on their second pictures: six times the time", "lfw_eval")
-    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval ijb_eval", low=1)
-    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval ijb_eval")
-    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval ijb_eval")
-    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval ijb_eval")
+    eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval ijb_eval held_out label_noise", low=1)
+    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval ijb_eval held_out")
+    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval ijb_eval held_out")
+    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval ijb_eval held_out")
+
+    # held_out.py
+    make_pairs: int = knob(0, "choose identities and write their list and so many pairs; 0: test on all pairs of the identities listed", "held_out", low=0)
+    held_out_identities: int = knob(500, "identities to hold out", "held_out", low=20)
+    hard_negatives: bool = knob(False, "mismatched pairs: a picture and the stranger whom --checkpoint finds most alike", "held_out")
+
+    # label_noise.py
+    max_angle: float = knob(90.0, "a picture further than this from its class centre, in degrees, is dropped", "label_noise", low=0, high=180)
 
     # ijb_eval.py
     ijb: str = knob("", "folder of IJB-B or IJB-C, with meta/ and loose_crop/", "ijb_eval")
@@ -142,7 +183,9 @@ def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> 
         if script in scripts or (script is None and scripts):
             _add_flag(parser, field, hints[field.name])
     given = vars(parser.parse_args(argv))
-    return Config(**given, given=tuple(given))
+    margin_s, margin_m = MARGIN_DEFAULTS[given.get("margin", Config.margin)]
+    values = {"margin_s": margin_s, "margin_m": margin_m, **given}
+    return Config(**values, given=tuple(given))
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import parallel
+from augment import Augment
 from recordio import RecordError, RecordReader
 from utils import FACE_SIZE, UserError, core_count
 
@@ -61,21 +62,28 @@ class Split(NamedTuple):
 
 
 def split(
-    labels: np.ndarray, *, valid_fraction: float, max_classes: int = 0, seed: int = 0
+    labels: np.ndarray,
+    *,
+    valid_fraction: float,
+    max_classes: int = 0,
+    seed: int = 0,
+    used: np.ndarray | None = None,
 ) -> Split:
     """Choose the identities, then hold out images of each for validation.
 
+    Of the pictures with `labels` (n,), those for which `used` (n,) bool is false do not exist.
     `max_classes` keeps the identities with most images (0: all). Each identity gives
     `valid_fraction` of its images, rounded up or down at random so that the sum is right, and keeps
     at least one for training. The result depends on the arguments alone.
     """
-    counts = np.bincount(labels)
+    there = np.arange(len(labels)) if used is None else np.flatnonzero(used)
+    counts = np.bincount(labels[there], minlength=1)
     chosen = np.flatnonzero(counts)
     if 0 < max_classes < len(chosen):
         chosen = np.sort(np.argsort(-counts, kind="stable")[:max_classes])
     new_label = np.full(len(counts), -1)
     new_label[chosen] = np.arange(len(chosen))
-    indices = np.flatnonzero(new_label[labels] >= 0)
+    indices = there[new_label[labels[there]] >= 0]
     labels = new_label[labels[indices]]
 
     rng = np.random.default_rng([seed, 0])
@@ -321,15 +329,16 @@ def train_batches(
     epoch: int,
     first_step: int = 0,
     flip: bool = True,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order.
 
-    Of many processes each gets its slice of every batch.
+    Of many processes each gets its slice of every batch; `augment` changes uint8 pictures.
     """
     steps = range(first_step, steps_per_epoch(len(positions), batch_size))
     parts = store.parts(positions, batch_size, seed, epoch, steps, flip)
     for (positions, _), images in zip(parts, _prefetch(store, parts), strict=True):
-        yield _batch(store, images, positions)
+        yield _batch(store, images, positions, augment)
 
 
 def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
@@ -351,11 +360,15 @@ def slice_of(start: int, size: int) -> slice:
     return slice(start + mine.start, start + mine.stop)
 
 
-def _batch(store: ImageStore, images: Tensor, positions: np.ndarray) -> Batch:
+def _batch(
+    store: ImageStore, images: Tensor, positions: np.ndarray, augment: Augment | None = None
+) -> Batch:
     if store.images is None and store.bad:
         good = ~np.isin(positions, list(store.bad))
         positions = positions[good]
         images = images[torch.from_numpy(good).to(images.device)]
+    if augment is not None:
+        images = augment(images, positions)
     return Batch(normalise(images), store.labels_of(positions), positions)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from augment import Augment
 from checkpoints import save_checkpoint
 from data_gen import ImageStore
 from utils import UserError
@@ -20,15 +21,21 @@ class TrainingError(UserError):
 
 
 def not_finite(
-    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, step: dict[str, Any]
+    path: Path,
+    store: ImageStore,
+    positions: np.ndarray,
+    flipped: np.ndarray,
+    step: dict[str, Any],
+    augment: Augment | None = None,
 ) -> TrainingError:
     """The error of a step whose loss or gradient is not finite; its batch goes into `path`.
 
-    `positions` (n,) are its pictures, `flipped` (n,) bool those that were mirrored; `step` has its
-    loss, gradient_norm, lr, scale, epoch, step, steps, and the random states before it.
+    `positions` (n,) are its pictures, `flipped` (n,) bool those that were mirrored before `augment`
+    changed them; `step` has its loss, gradient_norm, lr, scale, epoch, step, steps, and the random
+    states before it.
     """
     try:
-        save_bad_batch(path, store, positions, flipped, step)
+        save_bad_batch(path, store, positions, flipped, step, augment)
         where = f"the batch is in {path}"
     except (UserError, OSError) as error:  # a full disk must not hide why it was to be written
         where = f"the batch could not be kept ({error})"
@@ -44,7 +51,12 @@ def not_finite(
 
 
 def save_bad_batch(
-    path: Path, store: ImageStore, positions: np.ndarray, flipped: np.ndarray, step: dict[str, Any]
+    path: Path,
+    store: ImageStore,
+    positions: np.ndarray,
+    flipped: np.ndarray,
+    step: dict[str, Any],
+    augment: Augment | None = None,
 ) -> None:
     """Write a batch as the network saw it, and what is known of its step.
 
@@ -52,6 +64,8 @@ def save_bad_batch(
     records [n], and the parts of `step`.
     """
     images = store.fetch(positions, flipped).cpu()
+    if augment is not None:
+        images = augment(images, positions)
     good = np.isin(positions, store.good(positions))  # the others were left out of the step, too
     kept = torch.from_numpy(good)
     labels = store.labels_of(positions).cpu()[kept]

@@ -40,6 +40,7 @@ from templates import (
     roc_points,
     score_pairs,
     tar_at_fars,
+    tar_line,
 )
 from utils import (
     UserError,
@@ -147,12 +148,7 @@ def identify_templates(
 
 def table(report: dict[str, Any]) -> str:
     """What the script prints of a report."""
-    lines = []
-    for far, point in report["tar_at_far"].items():
-        lines.append(
-            f"TAR at FAR {far:<10}{100 * point['tar']:8.3f} %  threshold {point['threshold']:.4f}; "
-            f"rests on {point['impostors']:,} mismatched pairs"
-        )
+    lines = [tar_line(far, point) for far, point in report["tar_at_far"].items()]
     for name, found in report["identification"].items():
         others = "mated probes without their mate" if found["best_non_mates"] else "other probes"
         tpir = ", ".join(f"{100 * rate:.2f} % at {fpir}" for fpir, rate in found["tpir"].items())

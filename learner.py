@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from checkpoints import load_momentum
 from config import Config
+from ema import WeightAverage
 from focal_loss import FocalLoss
-from models import ArcMarginModel, build_model, checkpoint_activations
+from margins import MARGINS, MarginHead, build_head
+from models import build_model, checkpoint_activations
 from parallel import (
     gather_rows,
     gather_shards,
@@ -32,14 +34,15 @@ MANY_LOGITS = 1 << 28  # a gigabyte of them: more are computed in chunks in one 
 class Learner:
     """All that a step changes but its counters.
 
-    With one process the head is ArcMarginModel; with many, or for very many classes, its centres
+    With one process the head is one of margins.py; with many, or for very many classes, its centres
     are sharded (partial_fc.py) and each process computes its slice of the batch.
     """
 
     def __init__(self, cfg: Config, num_classes: int, device: torch.device) -> None:
         self.cfg, self.device, self.num_classes = cfg, device, num_classes
         try:
-            model = build_model(cfg.network, cfg.emb_size, cfg.dropout, cfg.use_se)
+            options = {"dropout": cfg.dropout, "use_se": cfg.use_se, "zero_init": cfg.zero_init}
+            model = build_model(cfg.network, cfg.emb_size, **options)
         except ValueError as error:  # a combination of knobs that no network has
             raise UserError(str(error)) from None
         if cfg.batch_size < 2 * world_size() * cfg.accumulate:
@@ -53,6 +56,7 @@ class Learner:
             model = synchronise_batch_norm(model, device)
         self.model = model.to(device, memory_format=torch.channels_last)
         many = cfg.batch_size * num_classes > MANY_LOGITS
+        many = many and MARGINS[cfg.margin].shardable
         self.sharded = world_size() > 1 or cfg.sample_rate < 1 or many
         self.head = self._build_head().to(device)
         self.replica = replicate(self.model)
@@ -62,18 +66,51 @@ class Learner:
         # The head's weight comes last: see `state`.
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
-            self.parameters,
+            self._groups(),
             lr=cfg.lr,
             momentum=cfg.momentum,
-            weight_decay=cfg.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
+        self.ema = WeightAverage(self.model, cfg.ema) if cfg.ema else None
         self.amp = cfg.amp and has_bfloat16(device)
         self.width = -(-cfg.batch_size // world_size())  # most pictures of a batch for a process
 
-    def _build_head(self) -> ArcMarginModel | PartialFC:
-        cfg, classes = self.cfg, 0 if self.sharded else self.num_classes
-        head = ArcMarginModel(cfg.emb_size, classes, cfg.margin_s, cfg.margin_m, cfg.easy_margin)
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups: what --no-decay-bn spares first, the head's weight last."""
+        decay, spared = self.cfg.weight_decay, []
+        if not self.cfg.decay_bn:
+            spared = [p for p in self.parameters if p.dim() <= 1]
+        others = [p for p in self.parameters if self.cfg.decay_bn or p.dim() > 1]
+        groups = [{"params": spared, "weight_decay": 0.0}] if spared else []
+        return [*groups, {"params": others, "weight_decay": decay}]
+
+    def _build_head(self) -> MarginHead | PartialFC:
+        """The head with the margin that is asked for; UserError where that cannot be."""
+        cfg, kind = self.cfg, MARGINS[self.cfg.margin]
+        knobs = {"margin_m1": cfg.margin_m1, "margin_m3": cfg.margin_m3}
+        knobs |= {"easy_margin": cfg.easy_margin, "adaface_h": cfg.adaface_h}
+        knobs |= {"elastic_std": cfg.elastic_std, "subcenters": cfg.subcenters}
+        for name in knobs:
+            if name in cfg.given and name not in kind.knobs:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"--margin {cfg.margin} has no {flag}; leave it out.")
+        if cfg.focal_loss and not kind.is_softmax:
+            raise UserError(
+                f"--focal-loss weights a softmax, and --margin {cfg.margin} has a loss of its own; "
+                "leave one of them out."
+            )
+        if self.sharded and not kind.shardable:
+            able = ", ".join(name for name, other in MARGINS.items() if other.shardable)
+            raise UserError(
+                f"--margin {cfg.margin} needs all identities in one process, so neither torchrun "
+                f"nor --sample-rate goes with it; take one of {able}."
+            )
+        classes = 0 if self.sharded else self.num_classes
+        knobs |= {"margin_s": cfg.margin_s, "margin_m": cfg.margin_m}
+        try:
+            head = build_head(cfg.margin, cfg.emb_size, classes, **knobs)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         if not self.sharded:
             return head
         options = {"sample_rate": cfg.sample_rate, "seed": cfg.seed}
@@ -88,6 +125,11 @@ class Learner:
 
     # -------------------------------------------------------------------------- a step
 
+    def train(self, mode: bool = True) -> None:
+        """Be in training mode, or in evaluation mode: network and head."""
+        self.model.train(mode)
+        self.head.train(mode)
+
     def loss(self, images: Tensor, labels: Tensor, width: int) -> HeadLoss:
         """The mean loss (with the margin) of a batch and who is right (without it).
 
@@ -99,10 +141,7 @@ class Learner:
             embedding = forward(images)
         if isinstance(self.head, PartialFC):
             return self.head(embedding, labels, self.criterion, width)
-        cosine = self.head.cosine(embedding)
-        right = cosine.detach().argmax(1) == labels
-        loss = self.criterion(self.head.margin(cosine, labels), labels)
-        return HeadLoss(loss, right.float().sum(), len(labels))
+        return self.head.loss(embedding, labels, self.criterion)
 
     def train_step(
         self, images: Tensor, labels: Tensor, lr: float, step: int
@@ -132,6 +171,8 @@ class Learner:
             group["lr"] = lr
         self.optimizer.step()
         self._update_sampled(lr)
+        if self.ema is not None:
+            self.ema.update(step)
         return sum(losses[1:], losses[0]), sum(rights[1:], rights[0]) / total, norm.detach()
 
     def _clip(self) -> Tensor:
@@ -178,7 +219,8 @@ class Learner:
                 momentum = state["momentum_buffer"]
                 state["momentum_buffer"] = gather_shards(momentum, self.num_classes)
                 optimizer["state"] = {**optimizer["state"], last: state}
-        return {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
+        state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
+        return state if self.ema is None else {**state, "ema": self.ema.state()}
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Go back to what `state` returned, in however many processes that was.
@@ -195,6 +237,8 @@ class Learner:
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict({k: v[shard] for k, v in state["head"].items()})
         load_momentum(self.optimizer, optimizer, path)
+        if self.ema is not None:
+            self.ema.load(state["ema"])
 
     def is_finite(self) -> bool:
         """Whether all weights and running statistics, of all processes, are numbers."""

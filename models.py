@@ -256,15 +256,27 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(
-    network: str, emb_size: int = 512, dropout: float = 0.0, use_se: bool = False
+    network: str,
+    emb_size: int = 512,
+    dropout: float = 0.0,
+    use_se: bool = False,
+    zero_init: bool = False,
 ) -> nn.Module:
     """The backbone called `network` with fresh weights: (N, 3, 112, 112) to (N, emb_size).
 
+    With `zero_init` the last batch normalisation of each residual branch has weight zero, so that
+    every block begins as its shortcut (Goyal et al., 1706.02677, section 5.1).
     Raises ValueError for a name that is not in NETWORKS.
     """
     if network not in NETWORKS:
         raise ValueError(f"There is no network {network!r}; there are {', '.join(NETWORKS)}.")
-    return NETWORKS[network](emb_size=emb_size, dropout=dropout, use_se=use_se)
+    model = NETWORKS[network](emb_size=emb_size, dropout=dropout, use_se=use_se)
+    for block in model.modules() if zero_init else ():
+        if isinstance(block, IRBlock):
+            nn.init.zeros_(block.bn3.weight)
+        elif isinstance(block, Bottleneck) and block.residual:
+            nn.init.zeros_(block.layers[-1][1].weight)
+    return model
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -325,9 +337,10 @@ class ArcMarginModel(nn.Module):
         self.easy_margin = easy_margin
 
     def cosine(self, embedding: Tensor) -> Tensor:
-        """(N, emb_size) to (N, num_classes) cosines, in float32 also under autocast."""
+        """(N, emb_size) to (N, num_classes) cosines, in float32 (or 64) also under autocast."""
         with torch.autocast(embedding.device.type, enabled=False):
-            return F.linear(F.normalize(embedding.float()), F.normalize(self.weight.float()))
+            wide = torch.promote_types(embedding.dtype, torch.float32)
+            return F.linear(F.normalize(embedding.to(wide)), F.normalize(self.weight.to(wide)))
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Cosines (N, num_classes) and classes (N,) to logits (N, num_classes) with the margin."""

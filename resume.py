@@ -21,19 +21,20 @@ from weights import check_weights
 # fmt: off
 # What a resumed run may not change: it would be another run under the old one's name.
 FIXED_ON_RESUME = {
-    "seed", "network", "emb_size", "use_se", "dropout", "margin_m", "margin_s", "easy_margin",
-    "focal_loss", "gamma", "max_classes", "valid_fraction", "flip", "batch_size", "lr", "momentum",
+    "seed", "network", "emb_size", "use_se", "dropout", "margin", "margin_m", "margin_s",
+    "easy_margin", "margin_m1", "margin_m3", "adaface_h", "elastic_std", "subcenters", "focal_loss",
+    "gamma", "max_classes", "valid_fraction", "flip", "augment", "batch_size", "lr", "momentum",
     "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
-    "compile", "accumulate", "sync_bn", "sample_rate",
+    "compile", "accumulate", "sync_bn", "sample_rate", "zero_init", "decay_bn", "ema",
 }
 # What it may: where things are (the training set's contents are compared apart), the machine,
 # what is logged, measured and kept, and how long to go on. No weight depends on these, but for
 # `epochs` under a schedule that ends with them (which train.py says) and for rounding on another
 # `device`.
 FREE_ON_RESUME = {
-    "data_dir", "runs_dir", "images_dir", "train_set", "lfw", "pairs", "device", "workers", "cache",
-    "eval_batch", "log_every", "checkpoint_steps", "checkpoint_minutes", "keep_checkpoints",
-    "resume", "epochs", "checkpoint_activations",
+    "data_dir", "runs_dir", "images_dir", "train_set", "keep", "hold_out", "lfw", "pairs",
+    "device", "workers", "cache", "eval_batch", "log_every", "checkpoint_steps",
+    "checkpoint_minutes", "keep_checkpoints", "resume", "epochs", "checkpoint_activations",
 }
 # fmt: on
 
@@ -43,7 +44,8 @@ PARTS = {
     **dict.fromkeys(("num_classes", "epoch", "step", "steps"), int),
     **{"pictures": str, "precision": str, "window": torch.Tensor},
 }
-POINTS = {"train": 5, "valid": 3, "lfw": 3}
+POINTS = {"train": 5, "valid": 3, "lfw": 3, "ema": 3, "ema_lfw": 3}
+OPTIONAL = {"ema", "ema_lfw"}  # of a run without averaged weights
 BEST = ("epoch", "accuracy", "loss")
 
 
@@ -76,8 +78,8 @@ def open_checkpoint(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
     wrong_part = _wrong_part(checkpoint)
     if wrong_part:
         raise UserError(f"{path} is no checkpoint of this train.py (see its {wrong_part}).")
-    for part in ("model", "head"):
-        check_weights(checkpoint[part], path)
+    for part in ("model", "head", "ema"):
+        check_weights(checkpoint.get(part, {}), path)
     return checkpoint, path
 
 
@@ -94,7 +96,7 @@ def _wrong_part(checkpoint: dict[str, Any]) -> str:
     step, steps, epoch = (checkpoint[name] for name in ("step", "steps", "epoch"))
     best, window, history = (checkpoint[name] for name in ("best", "window", "history"))
     for name, numbers in POINTS.items():
-        points = history.get(name)
+        points = history.get(name, [] if name in OPTIONAL else None)
         if type(points) is not list or not all(_are_numbers(p, numbers) for p in points):
             return "history"
     if not (0 <= step <= steps and epoch >= 0):

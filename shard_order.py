@@ -13,7 +13,7 @@ from torch import Tensor
 import parallel
 from data_gen import ImageStore, Parts, Split
 from shards import ShardReader
-from utils import UserError
+from utils import UserError, splitmix64
 
 LANES = 1024  # most places of the data set that a batch is taken from
 BUFFER = 1 << 16  # pictures within which all lanes together shuffle
@@ -94,12 +94,9 @@ class ShardOrder:
 
 
 def mirrored(numbers: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Which pictures an epoch shows mirrored, about half: a hash of their number (splitmix64)."""
+    """Which pictures an epoch shows mirrored, about half: a hash of their number."""
     salt = np.random.default_rng([seed, 6, epoch]).integers(2**64, dtype=np.uint64)
-    x = numbers.astype(np.uint64) + salt
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) & np.uint64(1) == 1
+    return splitmix64(numbers.astype(np.uint64) + salt) & np.uint64(1) == 1
 
 
 class LazyParts(Sequence):

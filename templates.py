@@ -115,6 +115,14 @@ def tar_at_fars(
     return found
 
 
+def tar_line(far: str, point: dict[str, float]) -> str:
+    """How a FAR and what tar_at_fars found for it are printed."""
+    return (
+        f"TAR at FAR {far:<10}{100 * point['tar']:8.3f} %  threshold {point['threshold']:.4f}; "
+        f"rests on {point['impostors']:,} mismatched pairs"
+    )
+
+
 def roc_points(
     scores: np.ndarray, same: np.ndarray, points: int = 400
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,7 @@ import checks
 from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, Split, split, steps_per_epoch
+from ema_board import log_average, save_best_average
 from embedders import torch_embedder
 from eval_board import log_evaluation, log_projector
 from eval_sets import TestSet, find_pairs, find_set, load_set
@@ -59,6 +60,7 @@ from parallel import (
 )
 from recordio import RecordReader
 from resume import open_checkpoint, resumed_config, run_folder
+from selection import used_pictures
 from shard_order import ShardOrder, ShardStore
 from shards import ShardReader, is_sharded
 from trainer import Trainer
@@ -97,6 +99,8 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
             if epoch == trainer.cfg.epochs:
                 log_projector(writer, result, step)
             line += f"  lfw {report['accuracy']:.2%}"
+        if trainer.learner.ema is not None:
+            line += log_average(trainer, writer, embed, lfw, points)
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
         with trainer.finishing_epoch(points):
@@ -105,6 +109,8 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
             if not best or (accuracy, -loss) > (best["accuracy"], -best["loss"]):
                 trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
                 trainer.save(run_dir / "best.pt")
+            if trainer.learner.ema is not None:
+                save_best_average(trainer, run_dir / "best_ema.pt")
         trainer.save_last(run_dir, writer)
         if any_of(trainer.stop)[0]:
             raise KeyboardInterrupt
@@ -184,11 +190,15 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if is_sharded(folder):
         return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
+    used = used_pictures(reader, keep=cfg.keep, hold_out=cfg.hold_out)
+    if used is not None:
+        print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} pictures.")
     faces = split(
         reader.labels,
         valid_fraction=cfg.valid_fraction,
         max_classes=cfg.max_classes,
         seed=cfg.seed,
+        used=used,
     )
     if faces.num_classes < 2:
         raise UserError(f"{folder} has one identity only; a classifier needs two or more.")
@@ -206,8 +216,10 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
 
 def open_shards(cfg: Config, folder: Path, device: torch.device) -> tuple[ShardStore, Split]:
     """A training set of many record files, of which nothing is decoded ahead."""
-    if cfg.max_classes:
-        raise UserError("--max-classes needs a set in one train.rec; leave it out for shards.")
+    for flag in ("max_classes", "keep", "hold_out"):
+        if getattr(cfg, flag):
+            flag = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{flag} needs a set in one train.rec; leave it out for shards.")
     reader = ShardReader(folder)
     every = max(2, round(1 / cfg.valid_fraction)) if cfg.valid_fraction else 0
     order = ShardOrder(reader.starts, cfg.batch_size, cfg.seed, every)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from augment import augmentation
 from checkpoints import (
     STRANGE,
     random_states,
@@ -98,7 +99,7 @@ class Trainer:
         loss or a gradient is not finite or memory is full.
         """
         cfg = self.cfg
-        self.learner.model.train()
+        self.learner.train()
         batches = train_batches(
             self.store,
             self.train_positions,
@@ -107,6 +108,7 @@ class Trainer:
             epoch=self.epoch,
             first_step=self.step,
             flip=cfg.flip,
+            augment=augmentation(cfg.augment, seed=cfg.seed, epoch=self.epoch),
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
         fixed = fixed_memory(self.learner.optimizer, self.device)
@@ -147,7 +149,8 @@ class Trainer:
         epoch counts as one only once best.pt is written.
         """
         before = self.epoch, self.step, self.best, self.history
-        self.history = {name: kept + points.get(name, []) for name, kept in before[-1].items()}
+        names = {**self.history, **points}
+        self.history = {n: self.history.get(n, []) + points.get(n, []) for n in names}
         self.epoch, self.step = self.epoch + 1, 0
         try:
             yield
@@ -185,7 +188,7 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
         share_buffers(self.learner.model)
-        self.learner.model.eval()
+        self.learner.train(False)
         total_loss = total_right = count = 0.0
         batch_size = self.cfg.eval_batch
         for batch in valid_batches(self.store, self.valid_positions, batch_size=batch_size):
@@ -228,6 +231,7 @@ class Trainer:
                 **{"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number},
                 **{"steps": self.steps, "random": step.random},
             },
+            augmentation(self.cfg.augment, seed=self.cfg.seed, epoch=self.epoch),
         )
 
     def memory_error(self, error: BaseException, fixed: int) -> TrainingError:

@@ -118,6 +118,13 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def splitmix64(numbers: np.ndarray) -> np.ndarray:
+    """A hash of each number, uint64: the mixing function of Steele et al., OOPSLA 2014."""
+    x = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def core_count() -> int:
     """How many CPU cores this process may use; in a container, fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):

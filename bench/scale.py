@@ -129,7 +129,7 @@ def whole_step(network: str, batch: int, people: int, repeats: int) -> float:
     torch.manual_seed(0)
     cfg = Config(network=network, batch_size=batch)
     learner = Learner(cfg, people, CPU)
-    learner.model.train()
+    learner.train()
     images = torch.randn(batch // world_size(), 3, 112, 112)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, people, (len(images),))
@@ -140,7 +140,7 @@ def whole_step(network: str, batch: int, people: int, repeats: int) -> float:
 def network_alone(network: str, size: int, repeats: int) -> tuple[float, int]:
     """Images/s of the network by itself with SGD, and its parameters."""
     learner = Learner(Config(network=network, batch_size=size), 2, CPU)
-    learner.model.train()
+    learner.train()
     images = torch.randn(size, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 2, (size,))
     seconds = median_seconds(lambda: learner.train_step(images, labels, 0.01, 0), repeats)

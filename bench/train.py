@@ -77,7 +77,7 @@ def ours(
     torch.backends.cudnn.benchmark = True
     trainer = make_trainer(network, size, device, compile=compiled)
     images, labels = make_batch(size, device)
-    trainer.learner.model.train()
+    trainer.learner.train()
     return timed(lambda: trainer.train_step(images, labels, 0.01), device, steps)
 
 

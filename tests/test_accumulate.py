@@ -29,7 +29,7 @@ def steps(learner, count=3, evaluation=True):
     """Losses and the weights after some steps."""
     losses = []
     for number in range(count):
-        learner.model.train()
+        learner.train()
         for module in learner.model.modules():
             if evaluation and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

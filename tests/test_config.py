@@ -11,7 +11,17 @@ from conftest import ROOT
 import models
 from config import Config, config_from, parse_args
 
-SCRIPTS = ("synthetic", "pre_process", "shards", "train", "lfw_eval", "make_bin", "ijb_eval")
+SCRIPTS = (
+    "synthetic",
+    "pre_process",
+    "shards",
+    "train",
+    "lfw_eval",
+    "make_bin",
+    "ijb_eval",
+    "held_out",
+    "label_noise",
+)
 
 
 def test_defaults_are_the_papers_recipe():
@@ -70,7 +80,7 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_args(["--help"], script)
     assert ended.value.code == 0
-    offered = set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    offered = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE))
     fields = [f for f in dataclasses.fields(Config) if script in f.metadata.get("scripts", [])]
     assert offered == {f"--{field.name.rstrip('_').replace('_', '-')}" for field in fields}
 
@@ -79,6 +89,7 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
 def test_a_script_reads_every_knob_it_offers(script):
     split = {"train": ("train", "trainer", "learner", "resume")}
     split["pre_process"] = ("pre_process", "jobs")
+    split["label_noise"] = ("label_noise", "train")  # whose way to the training set it goes
     modules = split.get(script, (script,))
     code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)
     read = set(re.findall(r"\bcfg\.(\w+)", code))

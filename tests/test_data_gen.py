@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import data_gen
+from augment import augmentation
 from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
 from record_writer import write_dataset
 from recordio import RecordError, RecordReader, encode_jpeg
@@ -134,6 +135,26 @@ def test_max_classes_keeps_the_largest_and_renumbers_them():
     everyone = split(labels, valid_fraction=0)
     assert everyone.num_classes == 5  # nobody has label 4: no class without images
     assert everyone.labels.max() == 4
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_augmented_batches_begin_anywhere_and_validation_stays_clean(folder, cache):
+    store, faces = store_of(folder, cache)
+    change = augmentation("adaface", seed=0, epoch=3)
+    options = {"batch_size": 8, "seed": 0, "epoch": 3, "augment": change}
+    whole = list(train_batches(store, faces.train, **options))
+    rest = list(train_batches(store, faces.train, **options, first_step=4))
+    for batch, again in zip(whole[4:], rest, strict=True):
+        assert torch.equal(batch.images, again.images)
+    plain = list(train_batches(store, faces.train, **options | {"augment": None}))
+    changed = [
+        not torch.equal(image, same)
+        for batch, other in zip(whole, plain, strict=True)
+        for image, same in zip(batch.images, other.images, strict=True)
+    ]
+    assert 0.2 < np.mean(changed) < 0.8
+    for batch in valid_batches(store, faces.valid, batch_size=8):
+        assert torch.equal(batch.images, normalise(store.fetch(batch.positions)))
 
 
 # ------------------------------------------------------------------------------ bad pictures

@@ -182,7 +182,7 @@ def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkey
     whole = everything(tmp_path / "whole")
     assert {f"faces/{name}" for name in SET} | {"images/9_img.jpg"} <= set(whole)
     names = set()
-    for fail_at in range(1, 500, 3 if stays else 1):
+    for fail_at in range(1, 500, 2 if stays else 1):
         folder = tmp_path / str(fail_at)
         folder.mkdir()
         with monkeypatch.context() as patch:

@@ -153,6 +153,7 @@ def test_half_of_the_pictures_are_mirrored_and_others_each_epoch():
 # ------------------------------------------------------------------------------ training
 
 
+@pytest.mark.slow
 def test_training_on_shards_resumes_with_another_number_of_processes(groups, folder, tmp_path):
     flags = [*FLAGS.split(), "--train-set", str(folder), "--no-amp", "--dropout", "0"]
     flags += ["--sync-bn", "--lr", "0.000001", "--epochs", "1"]

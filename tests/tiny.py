@@ -9,7 +9,7 @@ from recordio import encode_jpeg, write_bin
 # 39 pictures to train on and 9 held out: 4 steps an epoch.
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 3 --device cpu --schedule cosine "
-FLAGS += "--checkpoint-steps 2 --lr 0.02"
+FLAGS += "--checkpoint-steps 2 --lr 0.02 --augment adaface"
 
 
 def write_tiny_set(folder):

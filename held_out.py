@@ -1,0 +1,260 @@
+"""Test on identities that were held out of the training set: pairs of them, and all their pairs.
+
+    python held_out.py --make-pairs 6000        # data/held_out.txt and data/held_out.bin
+    python train.py --hold-out data/held_out.txt --lfw data/held_out.bin
+    python lfw_eval.py --sets lfw,held_out
+    python held_out.py                          # TAR at FAR 1e-3 to 1e-6 over all their pairs
+
+The first writes the list of identities and, as InsightFace's .bin, pairs of them: ten folds that
+share nobody, half of each matched. --hard-negatives takes for mismatched ones the stranger in the
+fold whom --checkpoint finds most alike; it makes the test harder for that model than for others,
+so let no model that is compared choose. The last embeds every picture of the identities and
+compares each with each; it prints a line a FAR and writes runs/<run>/held_out.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from all_pairs import low_far
+from checkpoints import load_checkpoint
+from config import Config, parse_args
+from data_gen import load_images
+from embedders import Embed, InputSpec, load_embedder
+from recordio import RecordReader, write_bin
+from selection import read_held_out, write_held_out
+from shards import is_sharded
+from templates import tar_line
+from utils import (
+    UserError,
+    atomic_write,
+    exit_with_sentence,
+    get_device,
+    keep_freed_memory,
+    make_folder,
+    newest_run,
+)
+
+FOLDS = 10
+LEAST = 4  # pictures of an identity that is held out
+BLOCK = 4096  # pictures in memory at a time
+
+Pair = tuple[int, int]
+
+
+# ------------------------------------------------------------------------------ making pairs
+
+
+def choose_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` classes by chance among those with LEAST pictures or more, ascending.
+
+    Raises UserError where there are too few, or none would be left to train on.
+    """
+    able = np.flatnonzero(np.bincount(labels) >= LEAST)
+    left = len(np.unique(labels)) - count
+    if len(able) < count or left < 2:
+        raise UserError(
+            f"The training set has {len(able):,} identities with {LEAST} pictures or more, and "
+            f"{max(left, 0):,} would be left to train on; hold out fewer (--held-out-identities)."
+        )
+    return np.sort(np.random.default_rng([seed, 8]).choice(able, count, replace=False))
+
+
+def make_pairs(
+    people: np.ndarray, count: int, seed: int, embeddings: np.ndarray | None = None
+) -> list[tuple[Pair, bool]]:
+    """Pairs of pictures and whether they match, fold by fold; people (n,) of the pictures.
+
+    `count` pairs, or as many as every fold can give; a fold has as many of each kind, none twice,
+    and shares nobody with another. Identities give one pair each before any gives a second one.
+    With embeddings (n, d) of unit length mismatched pairs are a picture and its nearest stranger.
+    """
+    rng = np.random.default_rng([seed, 9])
+    folds = np.array_split(rng.permutation(np.unique(people)), FOLDS)
+    found = []
+    for fold in folds:
+        pictures = [rng.permutation(np.flatnonzero(people == person)) for person in fold]
+        strangers = (
+            _random_strangers(pictures, rng)
+            if embeddings is None
+            else _nearest_strangers(pictures, people, embeddings)
+        )
+        each = count // (2 * FOLDS)
+        found.append([_distinct(kind, each) for kind in (_matched(pictures, rng), strangers)])
+    each = min(len(kind) for fold in found for kind in fold)
+    return [
+        (pair, same)
+        for fold in found
+        for kind, same in zip(fold, (True, False), strict=True)
+        for pair in kind[:each]
+    ]
+
+
+def _matched(pictures: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
+    """Every matched pair, in rounds in which each identity has its turn."""
+    waiting = []
+    for mine in pictures:
+        first, second = np.triu_indices(len(mine), 1)
+        waiting.append(iter(rng.permutation(np.stack([mine[first], mine[second]], 1)).tolist()))
+    while waiting:
+        for pairs in waiting.copy():
+            pair = next(pairs, None)
+            if pair is None:
+                waiting.remove(pairs)
+            else:
+                yield pair[0], pair[1]
+
+
+def _random_strangers(pictures: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
+    """Pictures of two people, both by chance, again and again."""
+    for _ in range(100 * sum(map(len, pictures))):
+        a, b = rng.choice(len(pictures), 2, replace=False) if len(pictures) > 1 else (0, 0)
+        if a != b:
+            yield int(rng.choice(pictures[a])), int(rng.choice(pictures[b]))
+
+
+def _nearest_strangers(
+    pictures: list[np.ndarray], people: np.ndarray, embeddings: np.ndarray
+) -> Iterator[Pair]:
+    """A picture and the most alike of another person's, in rounds in which each has their turn."""
+    everyone = np.concatenate(pictures)
+    for turn in range(max(map(len, pictures))):
+        probes = np.array([mine[turn] for mine in pictures if turn < len(mine)])
+        scores = embeddings[probes] @ embeddings[everyone].T
+        scores[people[probes][:, None] == people[everyone]] = -np.inf
+        best = scores.argmax(1)
+        for row, probe in enumerate(probes.tolist()):
+            if np.isfinite(scores[row, best[row]]):
+                yield probe, int(everyone[best[row]])
+
+
+def _distinct(pairs: Iterator[Pair], count: int) -> list[Pair]:
+    """The first `count` pairs, of which none is another one turned round."""
+    found: dict[Pair, Pair] = {}
+    for a, b in pairs:
+        if len(found) == count:
+            break
+        found.setdefault((min(a, b), max(a, b)), (a, b))
+    return list(found.values())
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def open_model(cfg: Config) -> tuple[Embed, dict[str, Any], Path]:
+    """The model that is tested, or that finds strangers alike; what it is, and its file."""
+    checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
+    embed, about = load_embedder(
+        checkpoint,
+        device=get_device(cfg.device),
+        network=cfg.network,
+        use_se=cfg.use_se,
+        flip=cfg.flip,
+        batch=cfg.eval_batch,
+        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
+    )
+    print(f"Model: {checkpoint} ({about['network']})")
+    return embed, about, checkpoint
+
+
+def embed_pictures(
+    reader: RecordReader, places: np.ndarray, embed: Embed, workers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the reader's pictures at `places` (n,) are whole, (n,) bool, and their embeddings.
+
+    Those are (whole, d) float32 of unit length; a block of pictures is in memory at a time.
+    """
+    whole, parts = np.ones(len(places), bool), []
+    for start in tqdm(range(0, len(places), BLOCK), desc="embedding", unit="block"):
+        images, errors = load_images(reader, places[start : start + BLOCK], workers=workers)
+        whole[[start + place for place in errors]] = False
+        kept = torch.from_numpy(whole[start : start + BLOCK])
+        parts.append(embed(images[kept]).float().cpu().numpy())
+    if not whole.all():
+        print(f"Left out: {int((~whole).sum())} pictures that cannot be decoded.")
+    return whole, np.concatenate(parts)
+
+
+def write_pairs(cfg: Config, reader: RecordReader, list_path: Path) -> None:
+    """Choose the identities and write their list and their pairs."""
+    identities = choose_identities(reader.labels, cfg.held_out_identities, cfg.seed)
+    places = np.flatnonzero(np.isin(reader.labels, identities))
+    embeddings = None
+    if cfg.hard_negatives:
+        whole, embeddings = embed_pictures(reader, places, open_model(cfg)[0], cfg.workers)
+        places = places[whole]
+    pairs = make_pairs(reader.labels[places], cfg.make_pairs, cfg.seed, embeddings)
+    if len(pairs) < 2 * FOLDS:
+        raise UserError(
+            f"There are {len(pairs)} pairs in ten folds that share nobody; ask for 20 or more, and "
+            f"hold out at least {2 * FOLDS} identities (--held-out-identities)."
+        )
+    write_held_out(list_path, reader, identities)
+    output = list_path.with_suffix(".bin")
+    jpegs = [reader.jpeg(int(places[side])) for pair, _ in pairs for side in pair]
+    write_bin(output, jpegs, [same for _, same in pairs])
+    hard = "each a picture and its nearest stranger" if cfg.hard_negatives else "by chance"
+    print(
+        f"Wrote {list_path}: {len(identities):,} of {len(np.unique(reader.labels)):,} identities, "
+        f"{len(places):,} pictures\nWrote {output}: {len(pairs):,} pairs in {FOLDS} folds, half "
+        f"of them matched, the mismatched ones {hard}\n"
+        f"Next: python train.py --hold-out {list_path} --lfw {output}"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """What the script prints of a result."""
+    lines = [
+        f"{found['pictures']:,} pictures of {found['identities']:,} identities: "
+        f"{found['matched_pairs']:,} matched and {found['mismatched_pairs']:,} mismatched pairs"
+    ]
+    lines += [tar_line(far, point) for far, point in found["tar_at_far"].items()]
+    return "\n".join(lines + found["refused"])
+
+
+def evaluate(cfg: Config, reader: RecordReader, list_path: Path) -> None:
+    """Compare all pictures of the identities with each other, print a table, write the JSON."""
+    identities = read_held_out(list_path, reader)
+    embed, about, checkpoint = open_model(cfg)
+    ours = about["kind"] == "ours"
+    if ours and not load_checkpoint(checkpoint)["config"].get("hold_out"):
+        print("Warning: this model was trained without --hold-out; it may know these identities.")
+    places = np.flatnonzero(np.isin(reader.labels, identities))
+    whole, embeddings = embed_pictures(reader, places, embed, cfg.workers)
+    start = time.perf_counter()
+    found = low_far(embeddings, reader.labels[places[whole]])
+    seconds = round(time.perf_counter() - start, 2)
+    print(table(found))
+    path = (checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem) / "held_out.json"
+    report = found | about | {"checkpoint": str(checkpoint), "list": str(list_path)}
+    make_folder(path.parent)
+    with atomic_write(path, "w") as file:
+        json.dump(report | {"flip": cfg.flip, "seconds": seconds}, file, indent=1)
+    print(f"Compared in {seconds} s; wrote {path}.")
+
+
+@exit_with_sentence
+def main(cfg: Config) -> None:
+    """Make the pairs, or test on all of them."""
+    keep_freed_memory()
+    folder = Path(cfg.train_set or Path(cfg.data_dir, "faces_webface_112x112"))
+    if is_sharded(folder):
+        raise UserError(
+            f"Identities are held out of a set in one train.rec; {folder} is in shards."
+        )
+    reader = RecordReader(folder)
+    list_path = Path(cfg.hold_out or Path(cfg.data_dir, "held_out.txt"))
+    (write_pairs if cfg.make_pairs else evaluate)(cfg, reader, list_path)
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:], "held_out"))

@@ -1,0 +1,153 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+
+import augment
+from augment import CHANGES, DOWN, ORDERS, RECIPES, UP, Recipe, augmentation, random_numbers
+from augment_grid import drawn_faces
+
+INTERPOLATIONS = {
+    "nearest": cv2.INTER_NEAREST,
+    "bilinear": cv2.INTER_LINEAR,
+    "bicubic": cv2.INTER_CUBIC,
+    "area": cv2.INTER_AREA,
+}
+
+
+@pytest.fixture(scope="module")
+def faces():
+    """12 drawn faces, (12, 3, 112, 112) float32 in 0 to 255."""
+    return drawn_faces(12).permute(0, 3, 1, 2).contiguous().float()
+
+
+def as_pictures(images):
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+# ------------------------------------------------------------------------------ one by one
+
+
+@pytest.mark.parametrize("down", DOWN)
+@pytest.mark.parametrize("up", UP)
+def test_low_resolution_is_opencvs(faces, down, up):
+    # At some sizes (36, 72, 100 ...) OpenCV's nearest, which computes in floating point, takes the
+    # pixel before the one that k * 112 / size says.
+    small = np.array([22, 23, 28, 37, 45, 56, 60, 75, 90, 99, 111, 112])
+    ways = torch.full((12,), DOWN.index(down)), torch.full((12,), UP.index(up))
+    found = augment.lower_resolution(faces, torch.from_numpy(small), *ways)
+    for image, result, size in zip(as_pictures(faces), as_pictures(found), small, strict=True):
+        expected = cv2.resize(image, (size, size), interpolation=INTERPOLATIONS[down])
+        expected = cv2.resize(expected, (112, 112), interpolation=INTERPOLATIONS[up])
+        np.testing.assert_allclose(result, expected.clip(0, 255), atol=0.02)
+
+
+def test_blur_is_opencvs_within_the_picture(faces):
+    sigmas = np.linspace(0.3, 3, 12, dtype=np.float32)
+    found = augment.blur(faces, torch.from_numpy(sigmas))
+    for image, result, sigma in zip(as_pictures(faces), as_pictures(found), sigmas, strict=True):
+
+        def gauss(picture, sigma=float(sigma)):
+            return cv2.GaussianBlur(picture, (61, 61), sigma, borderType=cv2.BORDER_CONSTANT)
+
+        expected = gauss(image) / gauss(np.ones_like(image))
+        np.testing.assert_allclose(result, expected, atol=0.02)
+
+
+def test_jitter_is_torchvisions_in_any_order(faces):
+    rng = np.random.default_rng(0)
+    factors = rng.uniform(0.5, 1.5, (12, 3)).astype(np.float32)
+    orders = ORDERS[np.arange(12) % 6]
+    found = augment.jitter(faces, torch.from_numpy(factors), torch.from_numpy(orders))
+    steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+    for i in range(12):
+        expected = faces[i] / 255
+        for which in orders[i]:
+            expected = steps[which](expected, float(factors[i, which]))
+        torch.testing.assert_close(found[i] / 255, expected, rtol=0, atol=2e-5)
+
+
+def test_grey_is_torchvisions(faces):
+    expected = TF.rgb_to_grayscale(faces / 255, 3)
+    torch.testing.assert_close(augment.grey(faces) / 255, expected, rtol=0, atol=1e-5)
+
+
+def test_crop_keeps_the_rectangle_where_it_is(faces):
+    boxes = augment.crop_boxes(np.random.default_rng(0).random((12, 4)), 0.2)
+    found = augment.crop(faces, torch.from_numpy(boxes))
+    for image, result, (top, left, height, width) in zip(faces, found, boxes, strict=True):
+        expected = torch.zeros_like(image)
+        inside = slice(None), slice(top, top + height), slice(left, left + width)
+        expected[inside] = image[inside]
+        assert torch.equal(result, expected)
+
+
+def test_crops_are_as_large_and_as_wide_as_they_say():
+    boxes = augment.crop_boxes(np.random.default_rng(0).random((20000, 4)), 0.2)
+    assert boxes[:, :2].min() == 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() == 112
+    area, aspect = boxes[:, 2:].prod(1) / 112**2, boxes[:, 3] / boxes[:, 2]
+    assert 0.19 < area.min() < 0.21
+    assert area.max() == 1
+    assert 0.73 < aspect.min() < 0.77
+    assert 1.3 < aspect.max() < 1.36
+    # Uniform below the areas at which sides are cut: a quarter of 0.2 to 1 is 0.2 to 0.4.
+    assert np.mean(area < 0.4) == pytest.approx(0.25, abs=0.015)
+
+
+# ------------------------------------------------------------------------------ a batch
+
+
+def test_random_numbers_are_even_and_apart():
+    drawn = random_numbers(np.arange(20000), seed=0, epoch=0, count=5)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    histogram = np.stack([np.histogram(column, 10, (0, 1))[0] for column in drawn.T])
+    assert np.all(abs(histogram - 2000) < 200)
+    assert np.all(abs(np.corrcoef(drawn.T) - np.eye(5)) < 0.03)
+    for seed, epoch in ((1, 0), (0, 1)):
+        other = random_numbers(np.arange(20000), seed, epoch, 5)
+        assert abs(np.corrcoef(drawn[:, 0], other[:, 0])[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize("name", ["mild", "adaface"])
+def test_a_batch_is_its_pictures_one_by_one(name):
+    faces, positions = drawn_faces(4).repeat(16, 1, 1, 1), np.arange(100, 164)
+    before = faces.clone()
+    change = augmentation(name, seed=3, epoch=2)
+    together = change(faces, positions)
+    assert together.dtype == torch.uint8
+    assert together.shape == faces.shape
+    assert torch.equal(faces, before)
+    shuffled = np.random.default_rng(0).permutation(64)
+    for part in np.array_split(shuffled, 5):
+        alone = change(faces[part], positions[part])
+        # Sums may come out in another order, and half a level to another side.
+        assert (alone.int() - together[part].int()).abs().max() <= 1
+    assert torch.equal(change(faces, positions), together)
+    assert not torch.equal(augmentation(name, seed=3, epoch=3)(faces, positions), together)
+
+
+def test_as_many_pictures_are_changed_as_the_recipe_says():
+    faces, positions = drawn_faces(1).expand(512, -1, -1, -1), np.arange(512)
+    for name, recipe in RECIPES.items():
+        change = augmentation(name, seed=0, epoch=0)
+        if name == "none":
+            assert change is None
+            continue
+        touched = (change(faces, positions) != faces).flatten(1).any(1).float().mean().item()
+        kept = np.prod([1 - getattr(recipe, change) for change in CHANGES])
+        assert touched == pytest.approx(1 - kept, abs=0.06)  # 2.7 standard errors
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_change_changes_a_face_and_leaves_it_a_face(change):
+    faces = drawn_faces(8)
+    recipe = Recipe(**{change: 1.0})
+    changed = augment.augment(faces, np.arange(8), recipe=recipe, seed=0, epoch=0).float()
+    assert (changed != faces).flatten(1).any(1).all()
+    for face, result in zip(faces.float(), changed, strict=True):
+        seen = result.sum(2) > 0  # a crop blackens the rest
+        kept = torch.corrcoef(torch.stack([face[seen].flatten(), result[seen].flatten()]))[0, 1]
+        assert kept > 0.6
