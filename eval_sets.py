@@ -166,17 +166,18 @@ def _load_bin(path: Path) -> TestSet:
     # A face that stands in several pairs is stored once for each: embed it once.
     places: dict[bytes, int] = {}
     where = np.array([places.setdefault(jpeg, len(places)) for jpeg in jpegs])
-    images = np.empty((len(places), 112, 112, 3), np.uint8)
+    pixels = bytearray()  # it grows with what is decoded, not with what the file claims to hold
     numbers = np.unique(where, return_index=True)[1]  # where each face stands first
     for jpeg, place in places.items():
         try:
             image = decode_jpeg(jpeg)
         except RecordError as error:
             raise UserError(f"Picture {numbers[place]} of {path}: {error}") from None
-        if image.shape != images.shape[1:]:
+        if image.shape != (112, 112, 3):
             height, width = image.shape[:2]
             raise UserError(f"{path} holds a picture of {width}x{height}; faces must be 112x112.")
-        images[place] = image
+        pixels += image.tobytes()
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, 112, 112, 3)
     names = [f"{path.stem}/{number}" for number in numbers]
     folds = verification.contiguous_folds(len(same))
     pairs = verification.Pairs(names, where[0::2], where[1::2], np.asarray(same, bool), folds)

@@ -47,6 +47,9 @@ def read_ijb(folder: Path | str) -> Ijb:
         )
     name = found[0].name[:4]
     files, numbers = _named_numbers(found[0], 2)
+    outside = [file for file in files if file.startswith("/") or ".." in file.split("/")]
+    if outside:
+        raise UserError(f"{found[0]} names {outside[0][:80]!r}, which is not in loose_crop/.")
     listed, values = _named_numbers(meta / f"{name}_name_5pts_score.txt", 11)
     if files != listed:
         shorter = min(len(files), len(listed))

@@ -108,7 +108,7 @@ def _read_lines(lines: list[str]) -> IndexTable:
     """All lines at once, several times as fast as one by one; ValueError where one is not whole."""
     names_and_numbers = [line.split("\t", 5) for line in lines]
     columns = list(zip(*names_and_numbers, strict=True)) or [()] * 6
-    if any(cells.count("\t") != len(INDEX_COLUMNS) - 6 for cells in columns[5]):
+    if len(columns) < 6 or any(cells.count("\t") != len(INDEX_COLUMNS) - 6 for cells in columns[5]):
         raise ValueError("a line of more or fewer columns")  # NumPy passes over empty ones
     if any("-" in cell for column in columns[:2] for cell in column):
         raise ValueError("a negative record id or label")  # -1 below means none

@@ -17,7 +17,7 @@ from typing import IO
 from utils import UserError, write_errors
 
 LOCK = ".lock"
-_held: set[IO[str]] = set()
+_held: set[IO[bytes]] = set()
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
     """
     path = Path(folder) / LOCK
     with write_errors(folder):
-        file = path.open("a+", encoding="utf-8", errors="replace")
+        file = path.open("ab+", buffering=0)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,17 +42,17 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
                 ) from None
             time.sleep(0.2)  # it may have the lock and not have signed yet
             file.seek(0)
-            owner = file.read(500).strip() or "another process"
+            owner = file.read(500).decode("utf-8", "replace").strip() or "another process"
             raise UserError(
                 f"{folder} is in use by {owner}; wait until it has ended, or stop it."
             ) from None
         command = " ".join(shlex.join(sys.argv).split())
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         host = socket.gethostname()
+        owner = f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n"
         with write_errors(folder):
             file.truncate(0)
-            line = f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n"
-            os.write(file.fileno(), line.encode(errors="replace"))  # nothing is left for close()
+            file.write(owner.encode("utf-8", "replace"))
         _held.add(file)
         try:
             yield

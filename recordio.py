@@ -63,7 +63,7 @@ def _aligned(position: Any) -> Any:
 def _parts(data: Any, offset: int) -> list[tuple[int, int]] | None:
     """Byte spans of the payload of the record at `offset`; None if no whole record is there."""
     spans: list[tuple[int, int]] = []
-    while offset + 8 <= len(data):
+    while 0 <= offset <= len(data) - 8:
         magic, word = struct.unpack_from("<4sI", data, offset)
         cflag, start, stop = word >> 29, offset + 8, offset + 8 + (word & LENGTH_MASK)
         offset = _aligned(stop)

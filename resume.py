@@ -91,6 +91,8 @@ def _wrong_part(checkpoint: dict[str, Any]) -> str:
     for name, kind in PARTS.items():
         if not isinstance(checkpoint.get(name), kind):
             return name
+    if type(checkpoint.get("processes", 1)) is not int:
+        return "processes"
     step, steps, epoch = (checkpoint[name] for name in ("step", "steps", "epoch"))
     best, window, history = (checkpoint[name] for name in ("best", "window", "history"))
     for name, numbers in POINTS.items():

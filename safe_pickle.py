@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
+import sys
 from typing import IO, Any, ClassVar
 
 import numpy as np
@@ -97,8 +99,17 @@ class _Unpickler(pickle._Unpickler):
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it has a dict or a set")
 
+    def _load_bytearray8(self) -> None:
+        # Python's own sets memory aside for as many bytes as the pickle claims.
+        (size,) = struct.unpack("<Q", self.read(8))
+        data = self.read(min(size, sys.maxsize))
+        if len(data) < size:
+            raise pickle.UnpicklingError("it ends within a bytearray")
+        self.append(bytearray(data))
+
     # Neither is needed; keys of one hash would keep a dict or a set busy for hours.
     dispatch: ClassVar = pickle._Unpickler.dispatch | dict.fromkeys(b"}dsu\x8f\x90\x91", _refuse)
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
 
 
 class _Lists:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,16 @@ from recordio import (
     payload_at,
     record_end,
 )
-from utils import FACE_SIZE, UserError, atomic_write, exit_with_sentence, make_folder
+from utils import (
+    FACE_SIZE,
+    UserError,
+    atomic_write,
+    exit_with_sentence,
+    make_folder,
+    open_to_write,
+    sync,
+    write_errors,
+)
 
 SHARD = "train-*.rec"
 ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes a picture
@@ -71,7 +81,7 @@ class ShardReader:
         declared = self.path / "property"
         numbers = declared.read_text("latin-1").split(",") if declared.is_file() else []
         numbers = [number.strip() for number in numbers]
-        if len(numbers) != 3 or not all(n.isascii() and n.isdigit() for n in numbers):
+        if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
             raise RecordError(f"{declared} should be 'classes,height,width'; shards.py writes it.")
         self.num_classes, height, width = map(int, numbers)
         self.size = (height, width)
@@ -159,8 +169,11 @@ def _checked_entries(path: Path) -> np.ndarray:
         _write_entries(index, entries)
     try:
         entries = np.load(index, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise RecordError(f"{index} cannot be read ({error}); delete it to have it made.") from None
+    except Exception as error:  # NumPy raises half a dozen kinds for damaged headers
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise RecordError(
+            f"{index} cannot be read ({reason}); delete it to have it made."
+        ) from None
     if entries.dtype != ENTRY or entries.ndim != 1 or not len(entries):
         raise RecordError(f"{index} is no index of a record file; delete it to have it made.")
     if record_end(map_file(path), int(entries["offset"][-1])) != path.stat().st_size:
@@ -190,15 +203,17 @@ def write_shards(
     entries = [np.empty(int((numbers == n).sum()), ENTRY) for n in range(count)]
     filled, ends = [0] * count, [0] * count
     names = [folder / f"train-{n:05d}.rec" for n in range(count)]
-    files = [name.with_suffix(".rec.tmp").open("wb") for name in names]
+    files = [open_to_write(name.with_suffix(".rec.tmp"), "wb", name) for name in names]
     for jpeg, label, n in zip(jpegs, labels.tolist(), numbers.tolist(), strict=True):
         record = frame(HEADER.pack(0, label, filled[n], 0) + jpeg)
         files[n].write(record)
         entries[n][filled[n]] = (ends[n], label)
         filled[n], ends[n] = filled[n] + 1, ends[n] + len(record)
     for name, file, found in zip(names, files, entries, strict=True):
+        sync(file, name)
         file.close()
-        name.with_suffix(".rec.tmp").replace(name)
+        with write_errors(name):
+            name.with_suffix(".rec.tmp").replace(name)
         with atomic_write(name.with_suffix(".idx")) as index:
             index.writelines(b"%d\t%d\n" % pair for pair in enumerate(found["offset"].tolist()))
         _write_entries(name.with_suffix(".npy"), found)

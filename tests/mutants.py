@@ -131,6 +131,22 @@ def with_crcs(png: bytes) -> bytes:
     return out + png[at:]
 
 
+FILES = {"set/b/2.jpg": b"b two" * 40, "set/a/1.jpg": b"", "set/张/3.jpg": bytes(700)}
+
+
+ZIPS = [zip_of(FILES, how) for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)]
+TARS = [tar_of({**FILES, "set/" + "n" * 120 + "/4.jpg": b"4"}, form) for form in range(3)]
+JPEGS = [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("JPEG", mode="CMYK")]
+DEEP = cv2.imencode(".png", PIXELS.astype(np.uint16) * 257)[1].tobytes()
+PNGS = [encoded("PNG"), encoded("PNG", animated=True), encoded("PNG", mode="P"), DEEP]
+WEBPS = [encoded("WEBP"), encoded("WEBP", lossless=True), encoded("WEBP", animated=True)]
+TIFFS = [encoded("TIFF"), encoded("TIFF", mode="CMYK"), encoded("TIFF", animated=True)]
+TIFFS += [encoded("TIFF", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate")]
+TIFFS += [encoded("TIFF", mode="1", compression="group4")]
+OTHERS = [encoded("GIF"), encoded("GIF", animated=True), encoded("BMP"), encoded("BMP", mode="P")]
+OTHERS += [encoded("PPM"), encoded("PPM", mode="1"), b"P3 2 1 255\n1 2 3 4 5 6\n"]
+
+
 # ------------------------------------------------------------------------------ values
 
 ODD = [

@@ -6,6 +6,7 @@ import pickle
 import cv2
 import numpy as np
 import pytest
+from bounded import within
 from test_lfw_eval import PEOPLE, data, face_of, name_of, pairs_text  # noqa: F401
 
 import make_bin
@@ -207,3 +208,11 @@ def test_identities_by_name_and_by_chains_of_matched_pairs(data, tmp_path):  # n
     assert (np.equal.outer(groups, groups)[[0, 0, 3, 0, 0], [1, 2, 4, 3, 5]]).tolist() == [
         True, True, True, False, False,
     ]  # fmt: skip
+
+
+def test_a_bin_that_claims_many_pictures_takes_little_memory(tmp_path):
+    """Decoded, these would be 11 GB."""
+    claimed = [b"\xff%06d" % number for number in range(300_000)]
+    write_bin(tmp_path / "x.bin", claimed, [True, False] * 75_000)
+    with pytest.raises(UserError, match=r"Picture 0 of .*x\.bin: its 7 bytes cannot be decoded"):
+        within(300, load_set, tmp_path / "x.bin", "")

@@ -205,6 +205,7 @@ def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkey
         if not finished:
             assert prepare_in(folder) == ""
             assert everything(folder) == whole
+    print(f"{fail_at - 1} calls of pre_process.py failed in turn")
     assert fail_at > 80
     assert {"/faces.part/train.rec", "/faces.part/index.tsv", "/faces.part/property"} <= names
     assert {"/images/0_raw.jpg", "/faces.part/report.json", "/faces"} <= names

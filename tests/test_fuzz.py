@@ -27,16 +27,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutants import (
     CHANGES,
-    PIXELS,
+    JPEGS,
+    OTHERS,
+    PNGS,
     REPLACEMENTS,
+    TARS,
+    TIFFS,
+    WEBPS,
+    ZIPS,
     change,
     changed,
-    encoded,
     replaced,
-    tar_of,
     with_crcs,
     with_sums,
-    zip_of,
 )
 from test_onnx_file import external, model
 from tiny import FLAGS, write_tiny_set
@@ -52,6 +55,7 @@ from pictures import MAX_PIXELS, PictureError, decode_picture
 from record_writer import write_dataset
 from recordio import RecordError, RecordReader, read_bin, record_offsets
 from resume import open_checkpoint, resumed_config
+from shards import ShardReader, write_shards
 from utils import UserError
 from verification import parse_pair_list, parse_pairs
 
@@ -117,12 +121,6 @@ def folder(tmp_path_factory, request):
 
 # ------------------------------------------------------------------------------ archives
 
-FILES = {"set/b/2.jpg": b"b two" * 40, "set/a/1.jpg": b"", "set/张/3.jpg": bytes(700)}
-
-
-ZIPS = [zip_of(FILES, how) for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)]
-TARS = [tar_of({**FILES, "set/" + "n" * 120 + "/4.jpg": b"4"}, form) for form in range(3)]
-
 
 def zipped(tar: bytes) -> bytes:
     return gzip.compress(tar, mtime=0)
@@ -169,16 +167,6 @@ def test_tgz(folder, data):
 
 
 # ------------------------------------------------------------------------------ pictures
-
-JPEGS = [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("JPEG", mode="CMYK")]
-DEEP = cv2.imencode(".png", PIXELS.astype(np.uint16) * 257)[1].tobytes()
-PNGS = [encoded("PNG"), encoded("PNG", animated=True), encoded("PNG", mode="P"), DEEP]
-WEBPS = [encoded("WEBP"), encoded("WEBP", lossless=True), encoded("WEBP", animated=True)]
-TIFFS = [encoded("TIFF"), encoded("TIFF", mode="CMYK"), encoded("TIFF", animated=True)]
-TIFFS += [encoded("TIFF", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate")]
-TIFFS += [encoded("TIFF", mode="1", compression="group4")]
-OTHERS = [encoded("GIF"), encoded("GIF", animated=True), encoded("BMP"), encoded("BMP", mode="P")]
-OTHERS += [encoded("PPM"), encoded("PPM", mode="1"), b"P3 2 1 255\n1 2 3 4 5 6\n"]
 
 
 def try_picture(kind, data):
@@ -247,6 +235,34 @@ def test_record_files(folder, pack, name, data):
     with written(folder, files):
         judge(name, read_pack, folder)
         assert record_offsets(folder / "train.rec")[-1] <= len(files["train.rec"])
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    """train-00000.rec, its indexes and property, by name."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, [*JPEGS, b"no picture"], np.array([0, 0, 1, 2]), 1)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_shards(folder):
+    reader = ShardReader(folder)
+    for i in range(min(len(reader), 100)):
+        with contextlib.suppress(RecordError):
+            assert 0 <= reader.labels_of(np.array([i]))[0] < reader.num_classes
+            assert reader.image(i).dtype == np.uint8
+    reader.fingerprint()
+
+
+@tried
+@given(data=st.data(), name=st.sampled_from(["train-00000.rec", "train-00000.npy", "property"]))
+def test_shards(folder, shard, data, name):
+    files = dict(shard)
+    if data.draw(st.booleans()):
+        del files["train-00000.idx"]
+    files[name] = data.draw(changed(files[name]))
+    with written(folder, files):
+        judge("shards", read_shards, folder)
 
 
 BINS = [

@@ -106,6 +106,8 @@ def test_pairs_are_read_in_blocks_of_any_size(benchmark, changed, monkeypatch, b
         ("face_tid_mid.txt", "5.jpg 14 1", "5.jpg 14", "not lines of a name and 2 numbers"),
         ("face_tid_mid.txt", "5.jpg 14 1", "5.jpg x 1", "not lines of a name and 2 numbers"),
         ("face_tid_mid.txt", "5.jpg", "55.jpg", "they part at line 5"),
+        ("face_tid_mid.txt", "5.jpg", "../../5.jpg", "'../../5.jpg', which is not in loose_crop/"),
+        ("face_tid_mid.txt", "5.jpg", "/etc/5.jpg", "which is not in loose_crop/"),
         ("name_5pts_score.txt", "1.jpg ", "1.jpg nan ", "not lines of a name and 11 numbers"),
         ("template_pair_label.txt", "10 101 0", "10 101", "is not lines 'template template 0/1'"),
         ("template_pair_label.txt", "10 101 0", "10 101 2", "is not lines 'template template 0/1'"),

@@ -107,6 +107,7 @@ def test_columns(tmp_path):
         (lambda text: text.replace("1\t0", "9" * 30 + "\t0", 1), r"Line 2 .* beyond all bounds"),
         (lambda text: text.replace("1\t0", "9" * 5000 + "\t0", 1), r"Line 2 .* cannot be read"),
         (lambda text: text.replace("1\t0", "-1\t0", 1), r"Line 2 .* beyond all bounds"),
+        (lambda text: text.split("\n")[0] + "\n1\t0\n" * 2, r"Line 2 .*2 columns, not 20"),
     ],
 )
 def test_damage_is_a_sentence(tmp_path, damage, words):

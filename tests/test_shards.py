@@ -1,10 +1,12 @@
 """Data sets of many record files: the reader, the order, and training on them."""
 
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from faults import FailingDisk
 from tiny import FLAGS, write_tiny_set
 
 import parallel
@@ -179,3 +181,22 @@ def test_a_damaged_picture_is_passed_over(folder, tmp_path, groups):
     printed = groups.run(tmp_path, 2, "run_train", flags)
     assert "48" not in printed[1]
     assert "epoch 1/1" in printed[0]
+
+
+def test_after_any_failing_call_the_files_are_no_set(whole, tmp_path, monkeypatch, capsys):
+    for fail_at in range(1, 400, 3):
+        output = tmp_path / f"{fail_at}"
+        argv = f"--source {whole} --output {output} --shard-images 10"
+        with monkeypatch.context() as patch:
+            disk = FailingDisk(patch, fail_at)
+            try:
+                shards.main(parse_args(argv.split(), "shards"))
+            except SystemExit as ended:
+                assert ended.code == 2
+                assert "cannot be written (" in capsys.readouterr().err
+        if not disk.failed:
+            break
+        # Not even where only the last folder could not be synced are they fewer than all.
+        with contextlib.suppress(RecordError):
+            assert len(ShardReader(output)) == 48
+    assert 50 < fail_at < 390

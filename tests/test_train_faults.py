@@ -6,7 +6,6 @@ Every call of a run that writes, syncs or renames fails in turn; then a file sys
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from faults import FailingDisk
@@ -26,6 +25,7 @@ def folder(tmp_path_factory):
 def start(folder, tmp_path, capsys, monkeypatch):
     """Begin or resume the run of a folder; its exit status and what it complains of."""
     monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
 
     def start(place):
         argv = f"{FLAGS} --epochs 1 --train-set {folder} --images-dir {tmp_path}".split()
@@ -36,9 +36,8 @@ def start(folder, tmp_path, capsys, monkeypatch):
             code = 0
         except SystemExit as ended:
             code = ended.code
-        script = Path(sys.argv[0]).name
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-        return code, "".join(line for line in lines if line.startswith(script))
+        return code, "".join(line for line in lines if line.startswith("train.py:"))
 
     return start
 
