@@ -29,10 +29,10 @@ from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import BLOCK, ImageStore, Split
 from embedders import Embed, load_embedder
-from resume import PARTS, fingerprint, resumed_config
+from resume import check_run, fingerprint, resumed_config
 from selection import KeepList, write_keep
 from shard_order import ShardStore
-from train import open_training_set
+from training_set import open_training_set
 from utils import UserError, exit_with_sentence, get_device, keep_freed_memory, newest_run
 from verification import to_degrees
 
@@ -101,9 +101,7 @@ def main(cfg: Config) -> None:
     keep_freed_memory()
     path = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "last.pt"))
     checkpoint = load_checkpoint(path)
-    missing = PARTS - checkpoint.keys()
-    if missing:
-        raise UserError(f"{path} has no {min(missing)}; a checkpoint of train.py is needed.")
+    check_run(checkpoint, path)
     cfg = resumed_config(cfg, checkpoint, path)
     print(f"Model: {path} ({cfg.network}, epoch {checkpoint['epoch']})")
     device = get_device(cfg.device)

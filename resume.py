@@ -75,12 +75,17 @@ def open_checkpoint(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
         for why in wrong.values():
             print(f"{why.split(';')[0].rstrip('.')}; taking {path.name}, which is older.")
         tidy(run_dir, wrong)
+    check_run(checkpoint, path)
+    return checkpoint, path
+
+
+def check_run(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless a checkpoint is one that train.py can go on from, weights finite."""
     wrong_part = _wrong_part(checkpoint)
     if wrong_part:
         raise UserError(f"{path} is no checkpoint of this train.py (see its {wrong_part}).")
     for part in ("model", "head", "ema"):
         check_weights(checkpoint.get(part, {}), path)
-    return checkpoint, path
 
 
 def _wrong_part(checkpoint: dict[str, Any]) -> str:

@@ -74,7 +74,6 @@ def test_a_list_is_read_as_it_was_written_and_another_sets_refused(noisy, tmp_pa
         read_keep(tmp_path / "none.tsv", reader)
 
 
-@pytest.mark.slow
 def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     cv2.setNumThreads(1)
     folder, wrong, truth = noisy
