@@ -87,9 +87,9 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_reads_every_knob_it_offers(script):
-    split = {"train": ("train", "trainer", "learner", "resume")}
+    split = {"train": ("train", "training_set", "trainer", "learner", "resume")}
     split["pre_process"] = ("pre_process", "jobs")
-    split["label_noise"] = ("label_noise", "train")  # whose way to the training set it goes
+    split["label_noise"] = ("label_noise", "training_set", "resume")
     modules = split.get(script, (script,))
     code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)
     read = set(re.findall(r"\bcfg\.(\w+)", code))
