@@ -120,7 +120,7 @@ class Learner:
     def precision(self) -> str:
         """What it computes in, on what and by what: the same bits come of the same only."""
         kind = "bfloat16" if self.amp else "float32"
-        threads = f" by {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = f", {torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else ""
         return f"{kind} on {self.device.type}{threads}, PyTorch {torch.__version__}"
 
     # -------------------------------------------------------------------------- a step

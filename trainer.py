@@ -306,8 +306,8 @@ class Trainer:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is no state of this run ({reason}); give another.") from None
         processes = checkpoint.get("processes", 1)
-        before = f"{checkpoint['precision']}" + f" by {processes} processes" * (processes > 1)
-        now = f"{self.learner.precision}" + f" by {world_size()} processes" * (world_size() > 1)
+        before = f"{checkpoint['precision']}" + f", {processes} processes" * (processes > 1)
+        now = f"{self.learner.precision}" + f", {world_size()} processes" * (world_size() > 1)
         if before != now:
             print(
                 f"{path} comes from a run in {before}; it goes on in {now}, so its numbers may "

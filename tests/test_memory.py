@@ -64,7 +64,8 @@ import learner, train, trainer
 from config import parse_args
 from torch import nn
 
-learner.build_model = lambda *_: nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 8))
+layers = nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 8)
+learner.build_model = lambda *_, **__: nn.Sequential(*layers)
 before, sizes, log = megabytes(), [], trainer.Trainer.log
 
 def log_and_look(self, *args):
