@@ -40,6 +40,20 @@ MARGIN_DEFAULTS = {
     "unitsface": (64.0, 0.4),
 }
 
+# What each --recipe changes of the defaults, which are the ArcFace paper's; a flag that is given
+# goes before it. "best" is the winner of docs/study.md.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "best": {
+        "margin_s": 32.0,
+        "margin_m": 0.3,
+        "lr": 0.2,
+        "schedule": "poly",
+        "poly_power": 1.0,
+        "warmup_epochs": 0.5,
+    },
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -73,6 +87,9 @@ class Config:
     shard: str = knob("", "prepare one part only, for example 2/8: the second of eight; then --merge", "pre_process")
     merge: bool = knob(False, "put the parts together that --shard made", "pre_process")
     download_lfw: bool = knob(False, "fetch LFW (funneled) and its pairs into data_dir first", "pre_process")
+
+    # what is trained, and how
+    recipe: Literal["paper", "best"] = knob("paper", "where the defaults of the knobs below come from: the paper, or docs/study.md", "train")
 
     # the network
     network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval ijb_eval held_out")
@@ -183,9 +200,18 @@ def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> 
         if script in scripts or (script is None and scripts):
             _add_flag(parser, field, hints[field.name])
     given = vars(parser.parse_args(argv))
-    margin_s, margin_m = MARGIN_DEFAULTS[given.get("margin", Config.margin)]
-    values = {"margin_s": margin_s, "margin_m": margin_m, **given}
-    return Config(**values, given=tuple(given))
+    return Config(**_defaults_of(given), **given, given=tuple(given))
+
+
+def _defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of knobs that were not given and that the recipe or the margin decides."""
+    recipe = RECIPES[given.get("recipe", Config.recipe)]
+    margin = given.get("margin", recipe.get("margin", Config.margin))
+    margin_s, margin_m = MARGIN_DEFAULTS[margin]
+    values = {"margin_s": margin_s, "margin_m": margin_m, **recipe}
+    if margin != recipe.get("margin", margin):  # the recipe's scale is for its own margin
+        values |= {"margin_s": margin_s, "margin_m": margin_m}
+    return {name: value for name, value in values.items() if name not in given}
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

@@ -25,7 +25,7 @@ FIXED_ON_RESUME = {
     "easy_margin", "margin_m1", "margin_m3", "adaface_h", "elastic_std", "subcenters", "focal_loss",
     "gamma", "max_classes", "valid_fraction", "flip", "augment", "batch_size", "lr", "momentum",
     "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
-    "compile", "accumulate", "sync_bn", "sample_rate", "zero_init", "decay_bn", "ema",
+    "compile", "accumulate", "sync_bn", "sample_rate", "zero_init", "decay_bn", "ema", "recipe",
 }
 # What it may: where things are (the training set's contents are compared apart), the machine,
 # what is logged, measured and kept, and how long to go on. No weight depends on these, but for

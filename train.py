@@ -260,6 +260,8 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
         f"Network: {cfg.network}, {parameters / 1e6:.2f} M parameters, on {trainer.device}, "
         f"{'bfloat16' if trainer.learner.amp else 'float32'}; {trainer.steps:,} steps an epoch"
         + (f"; {world_size()} processes" if world_size() > 1 else "")
+        + f"\nRecipe: {cfg.recipe}; {cfg.margin}, s {cfg.margin_s:g}, m {cfg.margin_m:g}; "
+        f"learning rate {cfg.lr:g}, {cfg.schedule} schedule, {cfg.epochs} epochs"
     )
     stop_on_signals(trainer)
     if resumed and is_main():

@@ -4,12 +4,13 @@
         --hold-out data/held_out.txt                        # every arm of ARMS, seeds 0 to 2
     python -m bench.study ... arcface uniface               # some of them
     python -m bench.study ... arcface "mine=--margin cosface --ema 0.99"      # one of your own
-    python -m bench.study ... --network r50 --max-classes 0 --epochs 20 --batch-size 512 --lr 0.1
+    python -m bench.study ... --network r50 --max-classes 0 --epochs 20 --batch-size 512
 
-All arms see as many pictures, of the same identities. A run is tested once, at its end: last.pt,
-and the averaged weights where the arm has --ema, on LFW, on pairs of the identities held out, and
-on all of their pairs. Nothing is chosen by a test. What is done is not done again, so the command
-may be stopped and given once more. The JSON goes to bench/results/study-<device>-<network>.json.
+All arms see as many pictures, of the same identities. An arm's learning rate is for batches of
+512 and its milestones for 32 epochs, as the paper's are; both are scaled. A run is tested once, at
+its end: last.pt, and the averaged weights where the arm has --ema, on LFW, on pairs of the
+identities held out, and on all of their pairs. What is done is not done again, so the command may
+be stopped and given once more. The JSON goes to bench/results/study-<device>-<network>.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tqdm import tqdm
 import verification
 from all_pairs import low_far
 from bench.common import RESULTS, describe_machine
+from config import Config, parse_args
 from data_gen import load_images
 from embedders import Embed, load_embedder
 from eval_sets import TestSet, find_pairs, load_set
@@ -54,15 +56,14 @@ from utils import (
 # The first is what the others are held against: InsightFace's recipe.
 ARMS = {
     "arcface": "",
-    "norm_softmax": "--margin norm_softmax",
     "cosface": "--margin cosface",
     "adaface": "--margin adaface",
     "uniface": "--margin uniface",
-    "sphereface2": "--margin sphereface2",
+    "best": "--recipe best --ema 0.99",
 }
 FARS = ("1e-3", "1e-4", "1e-5")
 PAIRS = 6000  # of the identities held out, as held_out.py --make-pairs 6000 chooses them
-SETTINGS = ("network", "max_classes", "epochs", "batch_size", "lr")
+SETTINGS = ("network", "max_classes", "epochs", "batch_size")
 FOLDING = threading.Lock()  # torch.fx traces one network at a time
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,15 +100,16 @@ def train(args: argparse.Namespace, flags: str, seed: int, folder: Path) -> Path
     if any(folder.glob("*/last.pt")):
         command += ["--resume"]
     else:
-        milestones = [str(round(args.epochs * part / 32)) for part in (20, 28)]
+        cfg, paper = parse_args(shlex.split(flags), "train"), Config()
+        milestones = [str(round(at * args.epochs / paper.epochs)) for at in cfg.milestones]
         command += shlex.split(
-            f"--network {args.network} --max-classes {args.max_classes} --epochs {args.epochs} "
-            f"--batch-size {args.batch_size} --lr {args.lr} --seed {seed} --valid-fraction 0 "
-            f"--device {args.device} --workers {args.threads}"
+            f"{flags} --network {args.network} --max-classes {args.max_classes} --seed {seed} "
+            f"--epochs {args.epochs} --batch-size {args.batch_size} --valid-fraction 0 "
+            f"--lr {cfg.lr * args.batch_size / paper.batch_size} --device {args.device} "
+            f"--workers {args.threads}"
         )
         command += ["--milestones", *milestones, "--train-set", str(args.train_set)]
         command += ["--hold-out", str(args.hold_out), "--data-dir", str(folder)]
-        command += shlex.split(flags)
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     with (folder / "train.log").open("ab") as log:
@@ -191,7 +193,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--network", default="tiny", help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=0.025, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     for flag, default in {"max_classes": 1000, "epochs": 8, "batch_size": 128, "jobs": 1}.items():
         parser.add_argument(

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 import models
-from config import Config, config_from, parse_args
+from config import MARGIN_DEFAULTS, RECIPES, Config, config_from, parse_args
 
 SCRIPTS = (
     "synthetic",
@@ -30,6 +30,20 @@ def test_defaults_are_the_papers_recipe():
     assert (cfg.margin_s, cfg.margin_m, cfg.milestones) == (64.0, 0.5, (20, 28))
     assert (cfg.momentum, cfg.weight_decay, cfg.schedule) == (0.9, 5e-4, "step")
     assert cfg == Config()
+
+
+def test_a_recipe_changes_defaults_and_what_is_given_goes_before_it():
+    best = RECIPES["best"]
+    cfg = parse_args(["--recipe", "best"], "train")
+    assert {name: getattr(cfg, name) for name in best} == best
+    assert cfg == dataclasses.replace(Config(**best), recipe="best", given=("recipe",))
+    assert config_from({**best}) == Config(**best)  # each a knob, within its range
+    assert parse_args(["--recipe", "best", "--lr", "0.5"], "train").lr == 0.5
+    # Another margin comes with a scale of its own.
+    other = next(name for name in MARGIN_DEFAULTS if name != best.get("margin", "arcface"))
+    cfg = parse_args(["--recipe", "best", "--margin", other], "train")
+    assert (cfg.margin_s, cfg.margin_m) == MARGIN_DEFAULTS[other]
+    assert parse_args(["--recipe", "paper"], "train") == Config(given=("recipe",))
 
 
 def test_types_follow_the_fields():
