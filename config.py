@@ -206,11 +206,12 @@ def parse_args(argv: Sequence[str] | None = None, script: str | None = None) -> 
 def _defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """The values of knobs that were not given and that the recipe or the margin decides."""
     recipe = RECIPES[given.get("recipe", Config.recipe)]
-    margin = given.get("margin", recipe.get("margin", Config.margin))
+    its_margin = recipe.get("margin", Config.margin)
+    margin = given.get("margin", its_margin)
     margin_s, margin_m = MARGIN_DEFAULTS[margin]
-    values = {"margin_s": margin_s, "margin_m": margin_m, **recipe}
-    if margin != recipe.get("margin", margin):  # the recipe's scale is for its own margin
-        values |= {"margin_s": margin_s, "margin_m": margin_m}
+    values = {"margin_s": margin_s, "margin_m": margin_m}
+    # A recipe's scale and margin are for its own --margin.
+    values = values | recipe if margin == its_margin else recipe | values
     return {name: value for name, value in values.items() if name not in given}
 
 

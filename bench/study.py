@@ -16,16 +16,17 @@ be stopped and given once more. The JSON goes to bench/results/study-<device>-<n
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import shlex
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,16 @@ ARMS = {
 FARS = ("1e-3", "1e-4", "1e-5")
 PAIRS = 6000  # of the identities held out, as held_out.py --make-pairs 6000 chooses them
 SETTINGS = ("network", "max_classes", "epochs", "batch_size")
-FOLDING = threading.Lock()  # torch.fx traces one network at a time
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class Tests:
     """LFW and the identities held out, decoded."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.lfw: TestSet = load_set(args.lfw, find_pairs(args.lfw, args.lfw.parent))
-        reader = RecordReader(args.train_set)
-        places = np.flatnonzero(np.isin(reader.labels, read_held_out(args.hold_out, reader)))
+    def __init__(self, train_set: Path, lfw: Path, hold_out: Path) -> None:
+        self.lfw: TestSet = load_set(lfw, find_pairs(lfw, lfw.parent))
+        reader = RecordReader(train_set)
+        places = np.flatnonzero(np.isin(reader.labels, read_held_out(hold_out, reader)))
         self.people = reader.labels[places]
         self.faces, bad = load_images(reader, places)
         if bad:
@@ -119,17 +119,23 @@ def train(args: argparse.Namespace, flags: str, seed: int, folder: Path) -> Path
     return newest_run(folder, "last.pt").parent
 
 
-def one_run(args: argparse.Namespace, tests: Tests, name: str, flags: str, seed: int) -> None:
+@functools.cache
+def load_tests(train_set: Path, lfw: Path, hold_out: Path) -> Tests:
+    """The tests, once in each process."""
+    return Tests(train_set, lfw, hold_out)
+
+
+def one_run(args: argparse.Namespace, name: str, flags: str, seed: int) -> None:
     """Train and test one arm with one seed, and write study.json into its folder."""
+    torch.set_num_threads(args.threads)
+    tests = load_tests(args.train_set, args.lfw, args.hold_out)
     folder = args.runs / name / f"s{seed}"
     began = time.time()
     run = train(args, flags, seed, folder)
     found: dict[str, Any] = {"flags": flags, "seconds": round(time.time() - began)}
     for kind, file in {"raw": "last.pt", "ema": "best_ema.pt"}.items():
         if (run / file).is_file():
-            with FOLDING:
-                embed = load_embedder(run / file, device=args.device)[0]
-            found[kind] = tests.run(embed)
+            found[kind] = tests.run(load_embedder(run / file, device=args.device)[0])
     with atomic_write(folder / "study.json", "w") as file:
         json.dump(found, file, indent=1)
 
@@ -220,13 +226,12 @@ def main(argv: Sequence[str]) -> None:
         for name, flags in arms.items()
         if not (args.runs / name / f"s{seed}" / "study.json").is_file()
     ]
-    if todo:
-        torch.set_num_threads(args.threads)
-        tests = Tests(args)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            work = [pool.submit(one_run, args, tests, *run) for run in todo]
-            for run in tqdm(work, unit="run", disable=None):
-                run.result()
+    # Processes, as torch.fx, with which networks are folded, changes what other threads do.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        work = [pool.submit(one_run, args, *run) for run in todo]
+        for run in tqdm(work, unit="run", disable=None):
+            run.result()
     rows = collect(args, arms)
     print(table(rows))
     path = RESULTS / f"study-{args.device.type}-{args.network}.json"

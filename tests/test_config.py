@@ -40,7 +40,7 @@ def test_a_recipe_changes_defaults_and_what_is_given_goes_before_it():
     assert config_from({**best}) == Config(**best)  # each a knob, within its range
     assert parse_args(["--recipe", "best", "--lr", "0.5"], "train").lr == 0.5
     # Another margin comes with a scale of its own.
-    other = next(name for name in MARGIN_DEFAULTS if name != best.get("margin", "arcface"))
+    other = next(name for name in MARGIN_DEFAULTS if name != cfg.margin)
     cfg = parse_args(["--recipe", "best", "--margin", other], "train")
     assert (cfg.margin_s, cfg.margin_m) == MARGIN_DEFAULTS[other]
     assert parse_args(["--recipe", "paper"], "train") == Config(given=("recipe",))
