@@ -51,6 +51,7 @@ from utils import (
     core_count,
     exit_with_sentence,
     get_device,
+    make_folder,
     newest_run,
 )
 
@@ -110,13 +111,28 @@ def train(args: argparse.Namespace, flags: str, seed: int, folder: Path) -> Path
         )
         command += ["--milestones", *milestones, "--train-set", str(args.train_set)]
         command += ["--hold-out", str(args.hold_out), "--data-dir", str(folder)]
-    folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     with (folder / "train.log").open("ab") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
     if code:
         raise UserError(f"{shlex.join(command)} ended with status {code}; see {folder}/train.log.")
     return newest_run(folder, "last.pt").parent
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What all arms of a study have in common."""
+    return {flag: getattr(args, flag) for flag in SETTINGS}
+
+
+def claim(folder: Path, wanted: dict[str, Any]) -> None:
+    """Write what a run is to be into its folder; UserError where another has begun there."""
+    path = folder / "arm.json"
+    if not path.is_file():
+        make_folder(folder)
+        with atomic_write(path, "w") as file:
+            json.dump(wanted, file, indent=1)
+    elif json.loads(path.read_text()) != wanted:
+        raise UserError(f"{folder} has a run of other flags; name another folder with --runs.")
 
 
 @functools.cache
@@ -130,9 +146,10 @@ def one_run(args: argparse.Namespace, name: str, flags: str, seed: int) -> None:
     torch.set_num_threads(args.threads)
     tests = load_tests(args.train_set, args.lfw, args.hold_out)
     folder = args.runs / name / f"s{seed}"
+    claim(folder, {"flags": flags} | settings_of(args))
     began = time.time()
     run = train(args, flags, seed, folder)
-    found: dict[str, Any] = {"flags": flags, "seconds": round(time.time() - began)}
+    found: dict[str, Any] = {"seconds": round(time.time() - began)}
     for kind, file in {"raw": "last.pt", "ema": "best_ema.pt"}.items():
         if (run / file).is_file():
             found[kind] = tests.run(load_embedder(run / file, device=args.device)[0])
@@ -145,7 +162,9 @@ def collect(args: argparse.Namespace, arms: dict[str, str]) -> dict[str, dict[st
     rows: dict[str, dict[str, Any]] = {}
     for name, flags in arms.items():
         for seed in args.seeds:
-            found = json.loads((args.runs / name / f"s{seed}" / "study.json").read_text())
+            folder = args.runs / name / f"s{seed}"
+            claim(folder, {"flags": flags} | settings_of(args))
+            found = json.loads((folder / "study.json").read_text())
             for kind, title in {"raw": name, "ema": f"{name}, averaged"}.items():
                 if kind in found:
                     row = rows.setdefault(title, {"flags": flags, "seeds": {}})
@@ -235,8 +254,7 @@ def main(argv: Sequence[str]) -> None:
     rows = collect(args, arms)
     print(table(rows))
     path = RESULTS / f"study-{args.device.type}-{args.network}.json"
-    settings = {flag: getattr(args, flag) for flag in SETTINGS} | {"seeds": args.seeds}
-    report = {"machine": describe_machine(args.device), "settings": settings, "arms": rows}
+    report = {"machine": describe_machine(args.device), "settings": settings_of(args), "arms": rows}
     with atomic_write(path, "w") as file:
         json.dump(report, file, indent=1)
     print(f"Wrote {path}")

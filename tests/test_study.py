@@ -64,6 +64,9 @@ def test_a_study_is_what_its_scripts_say_and_is_not_done_twice(folder, monkeypat
     assert json.loads((folder / "study-cpu-tiny.json").read_text())["arms"] == report["arms"]
     assert not list(folder.glob("runs/*/*/train.log"))
     with pytest.raises(SystemExit):
+        study.main(["arcface=--lr 0.2", *argv[1:]])
+    assert "other flags" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         study.main(["nobody", *argv])
     assert "no arm 'nobody'" in capsys.readouterr().err
 
