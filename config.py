@@ -92,9 +92,9 @@ class Config:
     recipe: Literal["paper", "best"] = knob("paper", "where the defaults of the knobs below come from: the paper, or docs/study.md", "train")
 
     # the network
-    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval ijb_eval held_out")
+    network: Literal["r18", "r34", "r50", "r100", "r152", "r200", "mobilefacenet", "tiny"] = knob("r50", "backbone; lfw_eval needs it only for state dicts of others", "train lfw_eval ijb_eval held_out label_noise")
     emb_size: int = knob(512, "numbers in an embedding", "train", low=1)
-    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval held_out")
+    use_se: bool = knob(False, "squeeze-and-excitation in each residual block", "train lfw_eval ijb_eval held_out label_noise")
     dropout: float = knob(0.4, "dropout before the embedding layer", "train", low=0, high=0.9)
     zero_init: bool = knob(False, "each residual block begins as its shortcut: the last BN of its branch starts at zero", "train")
 
@@ -161,9 +161,9 @@ class Config:
     lfw_source: str = knob("", "LFW's original pictures, for the galleries; default: what pre_process read", "lfw_eval")
     robustness: bool = knob(False, "also the same pairs with JPEG, blur, covers ... on their second pictures: six times the time", "lfw_eval")
     eval_batch: int = knob(256, "images an evaluation batch", "train lfw_eval ijb_eval held_out label_noise", low=1)
-    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval ijb_eval held_out")
-    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval ijb_eval held_out")
-    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval ijb_eval held_out")
+    input_mean: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel mean that a foreign model expects, in [0, 1]", "lfw_eval ijb_eval held_out label_noise")
+    input_std: tuple[float, float, float] = knob((0.5, 0.5, 0.5), "pixel deviation that it expects, in [0, 1]", "lfw_eval ijb_eval held_out label_noise")
+    bgr: bool = knob(False, "the foreign model expects BGR", "lfw_eval ijb_eval held_out label_noise")
 
     # held_out.py
     make_pairs: int = knob(0, "choose identities and write their list and so many pairs; 0: test on all pairs of the identities listed", "held_out", low=0)
@@ -171,7 +171,8 @@ class Config:
     hard_negatives: bool = knob(False, "mismatched pairs: a picture and the stranger whom --checkpoint finds most alike", "held_out")
 
     # label_noise.py
-    max_angle: float = knob(90.0, "a picture further than this from its class centre, in degrees, is dropped", "label_noise", low=0, high=180)
+    nearer_by: float = knob(12.0, "a picture that is nearer to another class than to its own by more than this, in degrees, is dropped", "label_noise", low=0, high=180)
+    max_angle: float = knob(90.0, "so is one further than this from its class centre, in degrees; a run of --margin subcenter has 75", "label_noise", low=0, high=180)
 
     # ijb_eval.py
     ijb: str = knob("", "folder of IJB-B or IJB-C, with meta/ and loose_crop/", "ijb_eval")

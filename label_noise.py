@@ -1,72 +1,48 @@
 """Find wrong labels with a trained model: each picture's angle to its class centre, and to others'.
 
     python label_noise.py                       # the newest run's last.pt and its training set
-    python label_noise.py --checkpoint runs/<run>/last.pt --output data/keep.tsv
+    python label_noise.py --checkpoint runs/<run>/best.pt --train-set data/faces_other_112x112
+    python label_noise.py --checkpoint model.onnx --input-mean 0.485 0.456 0.406 \\
+        --input-std 0.229 0.224 0.225           # any model of 112x112 faces; the better, the better
     python train.py --keep data/keep.tsv        # without the pictures that were dropped
 
 writes a line a picture: record id, label (both as in train.rec), angle in degrees to the centre of
 its class, the nearest other class, the angle to that, and kept, 0 or 1. A picture is dropped that
-is nearer to another class than to its own, or further from its own than --max-angle; whoever wants
-another rule changes the last column. Centres are the head's rows, as ArcFace trained them.
+is --nearer-by degrees nearer to another class than to its own, or further from its own than
+--max-angle; whoever wants another rule changes the last column.
 
-A network that has trained for long has learnt wrong labels by heart: score with an early epoch, or
-with one that saw fewer of them. Sub-center ArcFace, which gives noise centres of its own, is a
-margin; this works with any.
+A class's centre is the mean direction of its pictures that are kept, without the very picture that
+is compared: none votes for itself, and a head that has learnt wrong labels by heart has no say. In
+a class of one nothing can be found, and its picture stays. In one of two both pictures are as far
+from each other; the one that is like another class goes, if it is, and the other is then alone.
+
+A run of --margin subcenter is judged as its paper does (Deng et al., ECCV 2020): the centre is that
+of the class's K to which most of its pictures are nearest, and --max-angle is 75 degrees.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import load_checkpoint
+from class_centres import Scores, dominant_centres, leave_one_out, score
 from config import Config, parse_args
 from data_gen import BLOCK, ImageStore, Split
-from embedders import Embed, load_embedder
+from embedders import Embed, InputSpec, load_embedder
 from resume import check_run, fingerprint, resumed_config
 from selection import KeepList, write_keep
 from shard_order import ShardStore
 from training_set import open_training_set
 from utils import UserError, exit_with_sentence, get_device, keep_freed_memory, newest_run
-from verification import to_degrees
 
-ROWS = 1024  # pictures compared with all centres at a time
-
-
-class Scores(NamedTuple):
-    """What a model makes of n pictures with labels."""
-
-    angle: np.ndarray  # (n,) float64 degrees to the centre of the picture's class
-    other: np.ndarray  # (n,) int64, the nearest class but its own
-    other_angle: np.ndarray  # (n,) float64 degrees to that
-
-    def kept(self, max_angle: float) -> np.ndarray:
-        """Pictures nearer to their own class than to any other, and within max_angle: (n,) bool."""
-        return (self.angle <= self.other_angle) & (self.angle <= max_angle)
-
-
-@torch.inference_mode()
-def score(embeddings: Tensor, labels: Tensor, centres: Tensor) -> Scores:
-    """Compare embeddings (n, d) of unit length with centres (classes, d) of any length.
-
-    labels (n,) int64; some pictures at a time, with every centre.
-    """
-    directions = F.normalize(centres.float())
-    found = []
-    for start in range(0, len(labels), ROWS):
-        label = labels[start : start + ROWS, None]
-        cosine = embeddings[start : start + ROWS] @ directions.T
-        own = cosine.gather(1, label)[:, 0]
-        best, other = cosine.scatter(1, label, -2.0).max(1)
-        found.append((own, other, best))
-    own, other, best = (torch.cat(column).numpy() for column in zip(*found, strict=True))
-    return Scores(to_degrees(own.astype(np.float64)), other, to_degrees(best.astype(np.float64)))
+DOMINANT_ANGLE = 75.0  # degrees, sub-center ArcFace's
 
 
 def embed_store(store: ImageStore, positions: np.ndarray, embed: Embed) -> Tensor:
@@ -75,46 +51,88 @@ def embed_store(store: ImageStore, positions: np.ndarray, embed: Embed) -> Tenso
     return torch.cat([embed(store.fetch(positions[b : b + BLOCK])).float().cpu() for b in blocks])
 
 
-def check_checkpoint(
-    checkpoint: dict[str, Any], path: Path, store: ImageStore, faces: Split
-) -> None:
-    """Raise UserError unless a checkpoint was trained on these pictures, with a centre a class."""
-    if isinstance(store, ShardStore):
-        raise UserError("label_noise.py needs a training set in one train.rec, not shards.")
+def open_model(cfg: Config, path: Path) -> tuple[Embed, dict[str, Any], Config]:
+    """The model, its checkpoint if train.py wrote it (else empty), and what is to be scored.
+
+    That is the training set of the run as the run used it, or all of the one that is named.
+    """
+    embed, about = load_embedder(
+        path,
+        device=get_device(cfg.device),
+        network=cfg.network,
+        use_se=cfg.use_se,
+        batch=cfg.eval_batch,
+        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
+    )
+    epoch = f", epoch {about['epoch']}" if "epoch" in about else ""
+    print(f"Model: {path} ({about['network']}{epoch})")
+    if about["kind"] != "ours":
+        return embed, {}, cfg
+    checkpoint = load_checkpoint(path)
+    check_run(checkpoint, path)
+    cfg = resumed_config(cfg, checkpoint, path)
+    if "train_set" in cfg.given and cfg.margin != "subcenter":
+        cfg = dataclasses.replace(cfg, keep="", hold_out="", max_classes=0)
+    return embed, checkpoint, cfg
+
+
+def head_rows(
+    checkpoint: dict[str, Any], path: Path, store: ImageStore, faces: Split, subcenters: int
+) -> Tensor:
+    """The centres of a checkpoint's head, (classes·subcenters, d).
+
+    UserError unless they are those of these pictures' classes.
+    """
     pictures = fingerprint(store, store.good(faces.train), store.good(faces.valid))
     if checkpoint["pictures"] != pictures:
         raise UserError(
-            f"{path} was trained on other pictures than {store.reader.path} gives it now; give the "
-            "set it was trained on (--train-set), its --keep and --hold-out lists as they were."
+            f"{path} was trained on other pictures than {store.reader.path} gives it now, and its "
+            "centres are theirs; give the set it was trained on (--train-set), its --keep and "
+            "--hold-out lists as they were."
         )
-    rows = len(checkpoint["head"]["weight"])
-    if rows != faces.num_classes:
+    weight = checkpoint["head"]["weight"].cpu()
+    if len(weight) != faces.num_classes * subcenters:
         raise UserError(
-            f"{path} has {rows:,} centres for {faces.num_classes:,} classes; give one with "
-            "one a class."
+            f"{path} is damaged: it has {len(weight):,} centres for {faces.num_classes:,} classes "
+            f"of {subcenters} each; train again, or give another --checkpoint."
         )
+    return weight
+
+
+def judge(
+    cfg: Config, embeddings: Tensor, labels: Tensor, classes: int, head: Tensor | None
+) -> tuple[Scores, np.ndarray]:
+    """Scores of n pictures and which are kept (n,) bool; head: the rows of sub-centers, if any."""
+    if head is None:
+        return leave_one_out(
+            embeddings, labels, classes,
+            nearer_by=cfg.nearer_by, max_angle=cfg.max_angle, device=get_device(cfg.device),
+        )  # fmt: skip
+    centres = dominant_centres(embeddings, labels, head, classes)
+    found = score(embeddings, labels, centres.to(get_device(cfg.device)))
+    return found, found.kept(cfg.nearer_by, cfg.max_angle)
 
 
 @exit_with_sentence
 def main(cfg: Config) -> None:
-    """Score the training set of a run with its own network and head, and write the list."""
+    """Score a training set by a model's embeddings of it, and write the list."""
     keep_freed_memory()
     path = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "last.pt"))
-    checkpoint = load_checkpoint(path)
-    check_run(checkpoint, path)
-    cfg = resumed_config(cfg, checkpoint, path)
-    print(f"Model: {path} ({cfg.network}, epoch {checkpoint['epoch']})")
-    device = get_device(cfg.device)
-    store, faces = open_training_set(cfg, device)
-    check_checkpoint(checkpoint, path, store, faces)
-    embed = load_embedder(path, device=device, batch=cfg.eval_batch)[0]
+    embed, checkpoint, cfg = open_model(cfg, path)
+    store, faces = open_training_set(cfg, get_device(cfg.device))
+    if isinstance(store, ShardStore):
+        raise UserError("label_noise.py needs a training set in one train.rec, not shards.")
+    head = None
+    if checkpoint and cfg.margin == "subcenter":
+        head = head_rows(checkpoint, path, store, faces, cfg.subcenters)
+        if "max_angle" not in cfg.given:
+            cfg = dataclasses.replace(cfg, max_angle=DOMINANT_ANGLE)
     positions = store.good(np.arange(len(faces.indices)))
     embeddings = embed_store(store, positions, embed)
     whole = np.isin(positions, store.good(positions))  # without a cache, bad ones show only now
     positions, embeddings = positions[whole], embeddings[torch.from_numpy(whole)]
     labels = torch.from_numpy(faces.labels[positions])
-    found = score(embeddings, labels, checkpoint["head"]["weight"].cpu())
-    kept = found.kept(cfg.max_angle)
+    found, kept = judge(cfg, embeddings, labels, faces.num_classes, head)
     output = Path(cfg.output or Path(cfg.data_dir, "keep.tsv"))
     original = np.zeros(faces.num_classes, np.int64)  # classes are numbered anew for training
     original[faces.labels] = store.reader.labels[faces.indices]
@@ -127,11 +145,11 @@ def main(cfg: Config) -> None:
         kept,
     )
     write_keep(output, rows)
-    nearer, far = found.angle > found.other_angle, found.angle > cfg.max_angle
+    nearer, far = found.nearer() > cfg.nearer_by, found.angle > cfg.max_angle
     print(
         f"{len(kept):,} pictures, {np.median(found.angle):.1f} degrees from their class in the "
-        f"median; {nearer.sum():,} are nearer to another class, {far.sum():,} further than "
-        f"{cfg.max_angle:g} degrees from their own\n"
+        f"median; {nearer.sum():,} are {cfg.nearer_by:g} degrees nearer to another class, "
+        f"{far.sum():,} further than {cfg.max_angle:g} degrees from their own\n"
         f"Wrote {output}: {int(kept.sum()):,} kept, {int((~kept).sum()):,} dropped. "
         f"Next: python train.py --keep {output}"
     )

@@ -208,11 +208,12 @@ def onnx_value(name, shape):
     return message((1, name), (2, message((1, message((1, 1), (2, message(*dims)))))))
 
 
-def write_onnx(path, batch, side=112, fixed_reshape=False):
+def write_onnx(path, batch, side=112, fixed_reshape=False, weights=None):
     """A convolution, ReLU, and a linear layer (onnx.proto, opset 17); returns their weights."""
     rng = np.random.default_rng(1)
     kernel = rng.normal(0, 0.05, (4, 3, 16, 16)).astype(np.float32)
     matrix = rng.normal(0, 0.05, (4 * (side // 16) ** 2, 8)).astype(np.float32)
+    kernel, matrix = weights or (kernel, matrix)
     shape = np.array([batch if fixed_reshape else -1, len(matrix)], np.int64)
     strides = (5, message((1, "strides"), (8, 16), (8, 16), (20, 7)))
     graph = message(
@@ -225,7 +226,7 @@ def write_onnx(path, batch, side=112, fixed_reshape=False):
         (5, onnx_tensor("matrix", matrix)),
         (5, onnx_tensor("shape", shape)),
         (11, onnx_value("input", [batch, 3, side, side])),
-        (12, onnx_value("embedding", [batch, 8])),
+        (12, onnx_value("embedding", [batch, matrix.shape[1]])),
     )
     path.write_bytes(message((1, 8), (7, graph), (8, message((1, ""), (2, 17)))))
     return kernel, matrix

@@ -3,13 +3,13 @@
 import cv2
 import numpy as np
 import pytest
-import torch
+from test_embedders import write_onnx
 
 import label_noise
 import train
+from bench.planted_noise import LEAST, judge, judge_list, permuted_labels, plant
 from checkpoints import load_checkpoint
 from config import parse_args
-from label_noise import score
 from record_writer import write_dataset
 from recordio import RecordReader, encode_jpeg
 from selection import KeepList, read_keep, write_keep
@@ -33,22 +33,6 @@ def noisy(tmp_path_factory):
     order = np.argsort(labels, kind="stable")  # records stand by identity
     write_dataset(folder, [jpegs[i] for i in order], labels[order].tolist())
     return folder, wrong[order], truth[order]
-
-
-def test_scores_are_the_angles_one_by_one():
-    rng = np.random.default_rng(0)
-    embeddings = torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(3000, 8))).float())
-    centres, labels = torch.from_numpy(rng.normal(size=(30, 8))).float(), rng.integers(0, 30, 3000)
-    found = score(embeddings, torch.from_numpy(labels), centres)
-    unit = centres.double().numpy() / np.linalg.norm(centres.double().numpy(), axis=1)[:, None]
-    angles = np.degrees(np.arccos(np.clip(embeddings.double().numpy() @ unit.T, -1, 1)))
-    rows = np.arange(3000)
-    np.testing.assert_allclose(found.angle, angles[rows, labels], atol=0.02)
-    angles[rows, labels] = 999
-    np.testing.assert_allclose(found.other_angle, angles.min(1), atol=0.02)
-    assert np.mean(found.other == angles.argmin(1)) > 0.999
-    kept = found.kept(60)
-    assert np.array_equal(kept, (found.angle <= found.other_angle) & (found.angle <= 60))
 
 
 def test_a_list_is_read_as_it_was_written_and_another_sets_refused(noisy, tmp_path):
@@ -96,17 +80,92 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     capsys.readouterr()
 
     runs = set((tmp_path / "runs").iterdir())
-    flags += f"1 --seed 1 --keep {tmp_path}/keep.tsv"
+    flags += f"1 --seed 1 --keep {tmp_path}/keep.tsv --margin subcenter --subcenters 2"
     train.main(parse_args(flags.split(), "train"))
     printed = capsys.readouterr().out
     assert f"Left out by lists: {dropped.sum()} of 240 pictures." in printed
     (run,) = set((tmp_path / "runs").iterdir()) - runs
     assert load_checkpoint(run / "last.pt")["epoch"] == 1
 
-    used_by = f"--checkpoint {run}/last.pt"
+    used_by = f"--checkpoint {run}/last.pt --output {tmp_path}/second.tsv"
+    label_noise.main(parse_args(used_by.split(), "label_noise"))
+    assert "further than 75 degrees" in capsys.readouterr().out
+    second = np.loadtxt(tmp_path / "second.tsv", skiprows=1)
+    assert len(second) == used.sum()
+    kept = (second[:, 2] - second[:, 4] <= 12.0) & (second[:, 2] <= 75.0)
+    assert np.mean(second[:, 5] == kept) > 0.99  # but for the rounding of what is written
+
     (tmp_path / "keep.tsv").rename(tmp_path / "old.tsv")
     rows = (tmp_path / "old.tsv").read_text().splitlines(keepends=True)
     (tmp_path / "keep.tsv").write_text("".join(rows[:100]))  # another list under the same name
     with pytest.raises(SystemExit):
         label_noise.main(parse_args(used_by.split(), "label_noise"))
     assert "other pictures" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ models of others
+
+
+def write_pattern_model(path):
+    """An ONNX model whose embeddings are the bright and the dark of the 7x7 squares of a picture.
+
+    Its input is BGR with a mean of 0.5: colours are told apart only if that is heeded.
+    """
+    kernel = np.zeros((6, 3, 16, 16), np.float32)
+    for channel in range(3):
+        kernel[2 * channel, channel], kernel[2 * channel + 1, channel] = 1 / 256, -1 / 256
+    write_onnx(path, "n", weights=(kernel, np.eye(6 * 49, dtype=np.float32)))
+
+
+def test_a_model_of_others_finds_what_bench_plants(noisy, tmp_path, capsys):
+    folder, wrong, _ = noisy
+    rows = RecordReader(folder)
+    write_keep(
+        tmp_path / "right.tsv", KeepList(rows.keys, rows.labels, *np.zeros((3, 240)), ~wrong)
+    )
+    keep, planted = tmp_path / "keep.tsv", tmp_path / "planted"
+    plant(folder, planted, share=0.1, seed=0, keep=str(tmp_path / "right.tsv"))
+    assert "216 pictures, 22 of them" in capsys.readouterr().out
+    write_pattern_model(tmp_path / "pattern.onnx")
+    flags = f"--train-set {planted} --checkpoint {tmp_path}/pattern.onnx --output {keep} "
+    flags += f"--data-dir {tmp_path} --device cpu --input-mean 0.5 0.5 0.5 --input-std 1 1 1 --bgr"
+    label_noise.main(parse_args(flags.split(), "label_noise"))
+    assert "194 kept, 22 dropped" in capsys.readouterr().out
+    found = judge_list(planted, keep)
+    assert [row["least"] for row in found] == list(LEAST)
+    assert all(row["recall"] == row["precision"] == row["named"] == 1 for row in found)
+
+
+def test_the_judge_counts_as_by_hand():
+    labels = np.array([0, 0, 0, 1, 1, 2, 3])
+    true = np.array([0, 0, 1, 1, 0, 2, 0])  # three planted; class 3 has nobody that belongs there
+    dropped = np.array([True, False, True, False, True, False, False])
+    other = np.array([1, 1, 1, 2, 3, 0, 0])
+    found = judge(labels, true, dropped, other, 1)
+    counts = {"least": 1, "pictures": 7, "planted": 3, "dropped": 3, "found": 2}
+    shares = {"recall": 0.6667, "precision": 0.6667, "ceiling": 0.6667, "named": 0.5}
+    assert found == counts | shares
+    assert judge(labels, true, dropped, other, 3)["planted"] == 1
+
+
+def test_planted_labels_keep_the_sizes_of_classes():
+    labels = np.repeat(np.arange(30), np.arange(1, 31))
+    planted = permuted_labels(labels, 0.2, seed=0)
+    assert np.array_equal(np.bincount(planted), np.bincount(labels))
+    assert np.sum(planted != labels) == 93
+    assert np.array_equal(planted, permuted_labels(labels, 0.2, seed=0))
+    with pytest.raises(UserError, match="more than half"):
+        permuted_labels(np.array([0] * 90 + [1] * 10), 0.5, seed=0)
+
+
+def test_what_cannot_be_judged_gets_a_sentence(noisy, tmp_path, capsys):
+    where = f"--train-set {tmp_path} --data-dir {tmp_path} --device cpu"
+    write_pattern_model(tmp_path / "pattern.onnx")
+    for checkpoint, why in (("none.onnx", "no checkpoint"), ("pattern.onnx", "train.rec")):
+        flags = f"{where} --checkpoint {tmp_path / checkpoint}"
+        with pytest.raises(SystemExit) as ended:
+            label_noise.main(parse_args(flags.split(), "label_noise"))
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
+    with pytest.raises(UserError, match="not made by plant"):
+        judge_list(noisy[0], tmp_path / "keep.tsv")
