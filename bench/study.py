@@ -60,7 +60,8 @@ ARMS = {
     "arcface": "",
     "cosface": "--margin cosface",
     "adaface": "--margin adaface",
-    "uniface": "--margin uniface",
+    # Without these two its loss may run off in the first steps; its authors have them, too.
+    "uniface": "--margin uniface --clip-norm 10 --zero-init",
     "best": "--recipe best --ema 0.99",
 }
 FARS = ("1e-3", "1e-4", "1e-5")
