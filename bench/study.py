@@ -125,15 +125,19 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {flag: getattr(args, flag) for flag in SETTINGS}
 
 
-def claim(folder: Path, wanted: dict[str, Any]) -> None:
+def claim(args: argparse.Namespace, flags: str, folder: Path) -> None:
     """Write what a run is to be into its folder; UserError where another has begun there."""
+    sets = {"train_set": str(args.train_set), "hold_out": str(args.hold_out)}
+    wanted = {"flags": flags} | settings_of(args) | sets
     path = folder / "arm.json"
     if not path.is_file():
         make_folder(folder)
         with atomic_write(path, "w") as file:
             json.dump(wanted, file, indent=1)
     elif json.loads(path.read_text()) != wanted:
-        raise UserError(f"{folder} has a run of other flags; name another folder with --runs.")
+        raise UserError(
+            f"{folder} has a run of other flags or of another set; name another folder with --runs."
+        )
 
 
 @functools.cache
@@ -147,7 +151,7 @@ def one_run(args: argparse.Namespace, name: str, flags: str, seed: int) -> None:
     torch.set_num_threads(args.threads)
     tests = load_tests(args.train_set, args.lfw, args.hold_out)
     folder = args.runs / name / f"s{seed}"
-    claim(folder, {"flags": flags} | settings_of(args))
+    claim(args, flags, folder)
     began = time.time()
     run = train(args, flags, seed, folder)
     found: dict[str, Any] = {"seconds": round(time.time() - began)}
@@ -164,7 +168,7 @@ def collect(args: argparse.Namespace, arms: dict[str, str]) -> dict[str, dict[st
     for name, flags in arms.items():
         for seed in args.seeds:
             folder = args.runs / name / f"s{seed}"
-            claim(folder, {"flags": flags} | settings_of(args))
+            claim(args, flags, folder)
             found = json.loads((folder / "study.json").read_text())
             for kind, title in {"raw": name, "ema": f"{name}, averaged"}.items():
                 if kind in found:
