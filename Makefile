@@ -23,7 +23,7 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 
 demo: $(INSTALLED)
 	rm -rf demo
-	$(RUN) synthetic.py --output demo/data
+	$(RUN) -m tools.synthetic --output demo/data
 	$(RUN) pre_process.py --data-dir demo/data --images-dir demo/images
 	$(RUN) train.py $(DEMO) --network tiny --epochs 6 --batch-size 128 --margin-s 32 \
 		--margin-m 0.3 --schedule poly --poly-power 1 --warmup-epochs 1 --clip-norm 5 --dropout 0 \
@@ -37,7 +37,7 @@ test-slow: $(INSTALLED)
 	$(RUN) -m pytest -q -m slow
 
 fuzz: $(INSTALLED)
-	FUZZ_EXAMPLES=1000 $(RUN) -m pytest -q tests/test_fuzz.py
+	FUZZ_EXAMPLES=1000 $(RUN) -m pytest -q tests/fileio/test_fuzz.py
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .
@@ -48,4 +48,4 @@ pictures:
 	rm -rf images/demo
 	mkdir -p images/demo
 	cp demo/images/*.png demo/images/*.jpg images/demo/
-	$(RUN) augment_grid.py images/demo/augment_grid.jpg
+	$(RUN) -m tools.augment_grid images/demo/augment_grid.jpg

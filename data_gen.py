@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-from augment import Augment
-from recordio import RecordError, RecordReader
+from distributed import process_group as parallel
+from fileio.recordio import RecordError, RecordReader
+from training.augment import Augment
 from utils import FACE_SIZE, UserError, core_count
 
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3

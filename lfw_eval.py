@@ -35,17 +35,23 @@ import sklearn
 import torch
 from torch import Tensor
 
-import robustness
-import verification
 from config import Config, parse_args
-from embedders import Embed, InputSpec, load_embedder
-from embedding_cache import EmbeddingCache, model_checksum
-from eval_sets import SetResult, TestSet, find_pairs, find_set, load_set
-from eval_tables import comparison_table, set_table, summary_table
-from figures import plot_angles, plot_corruptions, plot_robustness, plot_roc, write_galleries
-from protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
-from report import provenance, read_training, write_page
-from set_statistics import compare_results, set_statistics
+from evaluation import robustness, verification
+from evaluation.embedders import Embed, InputSpec, load_embedder
+from evaluation.embedding_cache import EmbeddingCache, model_checksum
+from evaluation.evaluate import compare_results, set_statistics
+from evaluation.figures import (
+    plot_angles,
+    plot_corruptions,
+    plot_robustness,
+    plot_roc,
+    write_galleries,
+)
+from evaluation.pair_sets import SetResult, TestSet, find_pairs, find_set, load_set
+from evaluation.protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
+from evaluation.report.page import provenance, read_training, write_page
+from evaluation.tables import comparison_table, set_table, summary_table
+from evaluation.verification import worst_errors
 from utils import (
     UserError,
     atomic_write,
@@ -55,7 +61,6 @@ from utils import (
     make_folder,
     newest_run,
 )
-from verification import worst_errors
 
 GALLERY = 10  # false positives, and false negatives, that are shown
 

@@ -41,17 +41,28 @@ import cv2
 import torch
 from tqdm import tqdm
 
-from align import BLOCK_IMAGES, align_blocks, plan_blocks
-from archives import ArchiveError, Limits, Source, open_source
 from config import Config, parse_args
-from face_detect import FaceDetector
-from index_tsv import check_index
-from jobs import Job, find_jobs
-from journal import Journal, begin, complete, read_report, write_report
-from lfw_download import download_lfw
-from locks import LOCK, locked
-from merge import find_shards, merged_blocks, shard_blocks, shard_folder
-from outcome import (
+from distributed.process_group import (
+    is_main,
+    local_device,
+    local_world_size,
+    process_group,
+    rank,
+    together,
+    world_size,
+)
+from fileio.archives import ArchiveError, Limits, Source, open_source
+from fileio.index_tsv import check_index
+from fileio.locks import LOCK, locked
+from fileio.recordio import RecordReader
+from preprocessing.dataset_writer import Journal, begin, complete, read_report, write_report
+from preprocessing.detector import FaceDetector
+from preprocessing.index_pack import index_pack
+from preprocessing.lfw_download import download_lfw
+from preprocessing.merge_parts import find_shards, merged_blocks, shard_blocks, shard_folder
+from preprocessing.pipeline import BLOCK_IMAGES, align_blocks, plan_blocks
+from preprocessing.sources import Job, find_jobs
+from preprocessing.summary import (
     check_finished,
     count,
     is_taken,
@@ -61,17 +72,6 @@ from outcome import (
     timing,
     write_pairs,
 )
-from parallel import (
-    is_main,
-    local_device,
-    local_world_size,
-    process_group,
-    rank,
-    together,
-    world_size,
-)
-from ready_pack import index_pack
-from recordio import RecordReader
 from utils import (
     UserError,
     core_count,

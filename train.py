@@ -32,20 +32,9 @@ from typing import Any
 
 import torch
 
-import checks
-from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import steps_per_epoch
-from ema_board import log_average, save_best_average
-from embedders import torch_embedder
-from eval_board import log_evaluation, log_projector
-from eval_sets import TestSet, find_pairs, find_set, load_set
-from events import EventLog, NoWriter, cut_events
-from failures import TrainingError, gpu_memory, out_of_memory
-from figures import plot_curves
-from lfw_eval import evaluate_lfw
-from locks import locked
-from parallel import (
+from distributed.process_group import (
     any_of,
     from_main,
     is_main,
@@ -57,10 +46,21 @@ from parallel import (
     together,
     world_size,
 )
-from resume import open_checkpoint, resumed_config, run_folder
-from shard_order import ShardStore
-from trainer import Trainer
-from training_set import open_training_set
+from evaluation.embedders import torch_embedder
+from evaluation.figures import plot_curves
+from evaluation.pair_sets import TestSet, find_pairs, find_set, load_set
+from evaluation.tensorboard_log import log_evaluation, log_projector
+from fileio.checkpoint_file import load_checkpoint
+from fileio.locks import locked
+from lfw_eval import evaluate_lfw
+from training import data_checks as checks
+from training.dataset import open_training_set
+from training.epochs import log_average, save_best_average
+from training.event_log import EventLog, NoWriter, cut_events
+from training.resume import open_checkpoint, resumed_config, run_folder
+from training.run import Trainer
+from training.sharded_dataset import ShardStore
+from training.step_errors import TrainingError, gpu_memory, out_of_memory
 from utils import (
     UserError,
     exit_with_sentence,

@@ -22,15 +22,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pre_process
-from align import align_face
 from bench.common import Row, alone, arguments, clock, finish, peak_memory, ratio
 from bench.compare_mtcnn import PEERS, read_images, run_peer
-from bench.drawn import drawn_archive
+from bench.synthetic_inputs import drawn_archive
 from config import Config
-from face_detect import FaceDetector, find_face
-from journal import read_report
-from pictures import decode_picture
-from recordio import encode_jpeg
+from fileio.images import decode_picture
+from fileio.recordio import encode_jpeg
+from preprocessing.dataset_writer import read_report
+from preprocessing.detector import FaceDetector, find_face
+from preprocessing.pipeline import align_face
 from utils import core_count, exit_with_sentence
 
 BATCH = 64

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from augment import CHANGES, RECIPES, Recipe, augment
-from augment_grid import drawn_faces
 from bench.common import Row, alone, arguments, clock, finish
 from bench.train import ours
+from tools.augment_grid import drawn_faces
+from training.augment import CHANGES, RECIPES, Recipe, augment
 from utils import exit_with_sentence, keep_freed_memory
 
 

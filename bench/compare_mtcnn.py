@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 import torch
 
-from archives import ArchiveError, open_source
-from face_detect import FaceDetector, Faces, choose_face
+from fileio.archives import ArchiveError, open_source
+from preprocessing.detector import FaceDetector, Faces, choose_face
 from utils import UserError, exit_with_sentence
 
 PEER_SCRIPT = Path(__file__).with_name("peer_detect.py")

@@ -33,13 +33,13 @@ from bench.common import (
     ratio,
     synchronise,
 )
-from bench.drawn import drawn_records
+from bench.synthetic_inputs import drawn_records
 from data_gen import load_images
-from embedders import torch_embedder
+from evaluation.embedders import torch_embedder
+from evaluation.verification import contiguous_folds, pair_scores, verify
+from fileio.recordio import RecordReader
 from models import build_model
-from recordio import RecordReader
 from utils import exit_with_sentence, keep_freed_memory
-from verification import contiguous_folds, pair_scores, verify
 
 LFW_FACES, PAIRS = 7701, 6000
 

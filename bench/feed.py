@@ -32,9 +32,9 @@ from bench.common import (
     ratio,
     synchronise,
 )
-from bench.drawn import drawn_records
+from bench.synthetic_inputs import drawn_records
 from data_gen import FACE_BYTES, ImageStore, load_images, normalise, split, train_batches
-from recordio import RecordReader, decode_jpeg
+from fileio.recordio import RecordReader, decode_jpeg
 from utils import core_count, exit_with_sentence, keep_freed_memory
 
 BATCH = 512

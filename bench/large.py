@@ -26,12 +26,12 @@ import torch
 from torch import nn
 
 from bench.common import alone, describe_machine, peak_memory
-from bench.drawn import drawn_records
+from bench.synthetic_inputs import drawn_records
+from fileio.recordio import RecordReader
+from fileio.shards import ENTRY, ShardReader, write_shards
+from heads.partial_fc import CHUNK, PartialFC
 from models import ArcMarginModel
-from partial_fc import CHUNK, PartialFC
-from recordio import RecordReader
-from shard_order import ShardOrder, ShardStore
-from shards import ENTRY, ShardReader, write_shards
+from training.sharded_dataset import ShardOrder, ShardStore
 from utils import exit_with_sentence, keep_freed_memory
 
 PER_FILE = 50_000

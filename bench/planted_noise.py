@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from bench.common import RESULTS
-from record_writer import write_dataset
-from recordio import RecordReader
-from selection import read_keep, used_pictures
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader
+from training.sample_lists import read_keep, used_pictures
 from utils import UserError, atomic_write, exit_with_sentence
 
 TRUTH = "planted.tsv"

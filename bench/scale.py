@@ -39,10 +39,10 @@ from torch import nn
 from bench.common import RESULTS, describe_machine
 from bench.large import head_memory
 from config import Config
-from learner import Learner
+from distributed.process_group import process_group, world_size
+from heads.partial_fc import PartialFC
 from models import ArcMarginModel
-from parallel import process_group, world_size
-from partial_fc import PartialFC
+from training.engine import Learner
 from utils import core_count, exit_with_sentence, keep_freed_memory
 
 CPU = torch.device("cpu")

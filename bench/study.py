@@ -34,17 +34,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import verification
-from all_pairs import low_far
 from bench.common import RESULTS, describe_machine
 from config import Config, parse_args
 from data_gen import load_images
-from embedders import Embed, load_embedder
-from eval_sets import TestSet, find_pairs, load_set
-from held_out import make_pairs
+from evaluation import verification
+from evaluation.all_pairs import low_far
+from evaluation.embedders import Embed, load_embedder
+from evaluation.pair_sets import TestSet, find_pairs, load_set
+from fileio.recordio import RecordReader
 from lfw_eval import evaluate_lfw
-from recordio import RecordReader
-from selection import read_held_out
+from tools.held_out import make_pairs
+from training.sample_lists import read_held_out
 from utils import (
     UserError,
     atomic_write,

@@ -13,9 +13,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from record_writer import write_dataset
-from recordio import encode_jpeg
-from synthetic import Task, draw_picture
+from fileio.record_writer import write_dataset
+from fileio.recordio import encode_jpeg
+from tools.synthetic import Task, draw_picture
 from utils import core_count
 
 PEOPLE = 16

@@ -37,7 +37,7 @@ from bench.common import (
 from config import Config
 from data_gen import Split
 from models import ArcMarginModel, build_model
-from trainer import Trainer
+from training.run import Trainer
 from utils import exit_with_sentence, has_bfloat16, keep_freed_memory, seed_everything
 
 CLASSES = 10572

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration import refusal
+from evaluation.calibration import refusal
 
 LOW_FARS = ("1e-3", "1e-4", "1e-5", "1e-6")
 ROWS, COLUMNS = 1024, 8192  # pairs worked on at a time: 32 MB of scores

@@ -1,6 +1,6 @@
 """From a score to a probability and to an operating point: pure maths, no files.
 
-    from calibration import calibrate, operating_points
+    from evaluation.calibration import calibrate, operating_points
     calibrate(scores, pairs.same, pairs.folds)["ece"]
     points, refused = operating_points(scores, pairs.same)
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-import verification
+from evaluation import verification
 
 BINS = 15  # of equal width, as in Guo et al., "On calibration of modern neural networks" (2017)
 OPERATING_FARS = ("1e-1", "1e-2", "1e-3", "1e-4")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from verification import to_degrees
+from evaluation.verification import to_degrees
 
 ROWS = 1024  # pictures compared with all centres at a time
 # The first rounds drop only what is so many degrees surer than asked: a wrong picture must not take

@@ -1,6 +1,6 @@
 """A checkpoint of any kind to one function: aligned faces in, embeddings out.
 
-    from embedders import load_embedder
+    from evaluation.embedders import load_embedder
     embed, kind = load_embedder("runs/20250101-120000-r50-s0/best.pt", device=torch.device("cpu"))
     embed(faces)  # (n, 112, 112, 3) uint8 RGB -> (n, d) float32, each of length 1
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint
 from data_gen import normalise
+from fileio.checkpoint_file import load_checkpoint
+from fileio.onnx_file import check_onnx
+from fileio.weights import check_weights
 from models import build_model
-from onnx_file import check_onnx
 from utils import UserError
-from weights import check_weights
 
 Embed = Callable[[Tensor], Tensor]
 

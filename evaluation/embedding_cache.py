@@ -1,6 +1,6 @@
 """Embeddings that need not be computed twice, kept by the checksums of the model and the faces.
 
-    from embedding_cache import EmbeddingCache, model_checksum
+    from evaluation.embedding_cache import EmbeddingCache, model_checksum
     cache = EmbeddingCache(Path("runs/<run>/embeddings"), "best", model_checksum(checkpoint))
     views = cache.views(embed, test_set.name, test_set.images, flip=True)    # (2, n, d) float32
 
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from embedders import Embed
-from onnx_file import check_onnx
+from evaluation.embedders import Embed
+from fileio.onnx_file import check_onnx
 from utils import atomic_write, make_folder
 
 

@@ -1,6 +1,6 @@
 """What a model's scores on a set are worth: intervals, calibration, operating points, comparisons.
 
-    from set_statistics import compare_results, set_statistics
+    from evaluation.evaluate import compare_results, set_statistics
     result.report.update(set_statistics(result, seed=0))
     compare_results(result, other, seed=0)["verdict"]
 
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from calibration import calibrate, operating_points
-from eval_sets import SetResult, identity_groups
-from significance import compare, identity_weights, intervals, judged_rightly
+from evaluation.calibration import calibrate, operating_points
+from evaluation.pair_sets import SetResult, identity_groups
+from evaluation.significance import compare, identity_weights, intervals, judged_rightly
 
 RESAMPLES = 1000
 

@@ -1,6 +1,6 @@
 """Folders of aligned faces, prepared by pre_process.py or plain pictures, and looking them up.
 
-    from face_folders import open_faces
+    from evaluation.face_folders import open_faces
     faces = open_faces("data/faces_lfw_112x112")
     faces.find(["Aaron_Eckhart/Aaron_Eckhart_0001"], "pairs.txt")    # numbers of faces.names
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from index_tsv import IndexTable, read_index
-from recordio import RecordError, RecordReader, decode_jpeg
+from evaluation.verification import SUFFIXES, without_suffix
+from fileio.index_tsv import IndexTable, read_index
+from fileio.recordio import RecordError, RecordReader, decode_jpeg
 from utils import FACE_SIZE, UserError
-from verification import SUFFIXES, without_suffix
 
 
 class PictureFolder:

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from archives import ArchiveError, open_source
-from pictures import PictureError, decode_picture
-from recordio import encode_jpeg
+from evaluation.verification import Pairs, Roc, picture_name, to_degrees
+from fileio.archives import ArchiveError, open_source
+from fileio.images import PictureError, decode_picture
+from fileio.recordio import encode_jpeg
 from utils import atomic_write, make_folder
-from verification import Pairs, Roc, picture_name, to_degrees
 
 MATCHED, MISMATCHED = "#0072b2", "#d55e00"  # told apart by the colour-blind, too (Okabe and Ito)
 

@@ -1,6 +1,6 @@
 """The metadata of IJB-B and IJB-C in the layout in which it is passed around.
 
-    from ijb_files import read_ijb
+    from evaluation.ijb_files import read_ijb
     ijb = read_ijb("data/IJBC")
 
 A folder has loose_crop/ with the pictures and meta/ with, for x of ijbb or ijbc,

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from verification import Pairs
+from evaluation.verification import Pairs
 
 BINS = 5
 

@@ -1,6 +1,6 @@
 """The sets that verification is tested on: prepared folders with a pairs file, and .bin files.
 
-    from eval_sets import load_set
+    from evaluation.pair_sets import load_set
     test_set = load_set("data/faces_lfw_112x112", "data/pairs.txt")    # or "data/cfp_fp.bin"
     test_set.images, test_set.pairs.same
 
@@ -21,10 +21,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-import verification
 from data_gen import load_images
-from face_folders import open_faces
-from recordio import RecordError, decode_jpeg, read_bin
+from evaluation import verification
+from evaluation.face_folders import open_faces
+from fileio.recordio import RecordError, decode_jpeg, read_bin
 from utils import UserError
 
 

@@ -1,6 +1,6 @@
 """The conventions in which verification numbers are quoted, each by name: pure maths, no files.
 
-    from protocols import PROTOCOLS, evaluate_views
+    from evaluation.protocols import PROTOCOLS, evaluate_views
     scores, report, folds = evaluate_views(views, pairs, PROTOCOLS["insightface"])
 
 Numbers of one model differ by some hundredths of a point between conventions, so a report names
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import verification
-from verification import Folds, Pairs
+from evaluation import verification
+from evaluation.verification import Folds, Pairs
 
 CHUNK = 65536  # pairs scored at a time
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import verification
-from embedders import Embed
-from significance import judged_rightly
-from verification import Pairs
+from evaluation import verification
+from evaluation.embedders import Embed
+from evaluation.significance import judged_rightly
+from evaluation.verification import Pairs
 
 Faces = np.ndarray  # (n, 112, 112, 3) uint8 RGB
 

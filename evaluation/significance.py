@@ -1,6 +1,6 @@
 """Is a number, or a difference between two models, more than chance? Pure maths, no files.
 
-    from significance import identity_weights, intervals, compare
+    from evaluation.significance import identity_weights, intervals, compare
     weights = identity_weights(groups, pairs.first, pairs.second, resamples=1000, seed=0)
     intervals(scores, pairs.same, right, weights)["accuracy"]     # (low, high), 95 %
 
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import binomtest
 
-from verification import FARS
+from evaluation.verification import FARS
 
 LEVEL = 0.95
 BLOCK = 100  # resamples worked on at a time: 100 x 6,000 pairs x 8 bytes is 5 MB an array

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from eval_sets import SetResult
+from evaluation.pair_sets import SetResult
 
 
 def percent(value: float) -> str:

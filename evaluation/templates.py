@@ -1,6 +1,6 @@
 """Templates of many pictures, as IJB-B and IJB-C compare them: pure maths, no files.
 
-    from templates import build_templates, score_pairs, tar_at_fars, identify
+    from evaluation.templates import build_templates, score_pairs, tar_at_fars, identify
     ids, embeddings = build_templates(features, template_of, media_of)
     tar_at_fars(score_pairs(embeddings, first, second), same)
 

@@ -13,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-import verification
-from eval_sets import SetResult
-from figures import roc_picture
+from evaluation import verification
+from evaluation.figures import roc_picture
+from evaluation.pair_sets import SetResult
 
 HARDEST = 8  # pairs of each kind that are shown
 PROJECTED = 1000  # faces in the projector

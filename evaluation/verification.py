@@ -1,6 +1,6 @@
 """Face verification as LFW does it: scores, thresholds, folds, ROC. Pure maths, no files.
 
-    from verification import parse_pairs, pair_scores, verify
+    from evaluation.verification import parse_pairs, pair_scores, verify
     pairs = parse_pairs(Path("data/pairs.txt").read_text("utf-8"))
     verify(pair_scores(embeddings, pairs.first, pairs.second), pairs.same, pairs.folds)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from archive_names import clean_name
+from fileio.archive_names import clean_name
 from utils import UserError
 
 NAMES_KEPT = 50  # names listed for each reason

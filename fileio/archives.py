@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from archive_names import decode_name
-from archive_source import DAMAGE, LIMITS, ArchiveError, Entry, Limits, Source, Tally
+from fileio.archive_names import decode_name
+from fileio.archive_source import DAMAGE, LIMITS, ArchiveError, Entry, Limits, Source, Tally
 
 __all__ = ["ArchiveError", "Entry", "Limits", "Source", "Tally", "open_source"]
 

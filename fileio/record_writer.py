@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recordio import HEADER, LABEL_LIMIT, RecordError, frame, labels_record, record_offsets
+from fileio.recordio import HEADER, LABEL_LIMIT, RecordError, frame, labels_record, record_offsets
 from utils import FACE_SIZE, atomic_write, open_to_write, sync, write_errors
 
 

@@ -1,6 +1,6 @@
 """InsightFace's containers, read and written without mxnet: train.rec/.idx/property and *.bin sets.
 
-    from recordio import RecordReader
+    from fileio.recordio import RecordReader
     reader = RecordReader("data/faces_webface_112x112")
     reader.image(0), reader.labels[0], reader.num_classes
 
@@ -24,8 +24,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from pictures import PictureError, decode_picture
-from safe_pickle import load_two_lists
+from fileio.images import PictureError, decode_picture
+from fileio.safe_pickle import load_two_lists
 from utils import UserError, atomic_write
 
 MAGIC = struct.pack("<I", 0xCED7230A)

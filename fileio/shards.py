@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config, parse_args
-from recordio import (
+from fileio.recordio import (
     HEADER,
     RecordError,
     RecordReader,

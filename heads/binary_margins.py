@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from angular_margins import CosFace, Criterion, MarginHead
+from heads.softmax_margins import CosFace, Criterion, MarginHead
 
 
 def true_places(cosine: Tensor, label: Tensor) -> Tensor:

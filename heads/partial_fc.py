@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from parallel import gather_rows, part, rank, reduce_
+from distributed.process_group import gather_rows, part, rank, reduce_
 
 # Logits computed at a time; with what the margin makes of them, five times as many numbers.
 CHUNK = 1 << 24

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from angular_margins import (
+from heads.binary_margins import SphereFace2, UniFace, UniTSFace
+from heads.softmax_margins import (
     AdaFace,
     ArcFace,
     Combined,
@@ -26,7 +27,6 @@ from angular_margins import (
     SphereFace,
     SubcenterArc,
 )
-from binary_margins import SphereFace2, UniFace, UniTSFace
 
 MARGINS: dict[str, type[MarginHead]] = {
     "softmax": Softmax,

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from heads.partial_fc import HeadLoss
 from models import ArcMarginModel
-from partial_fc import HeadLoss
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from align import Aligned
-from archives import Entry, Tally
-from index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
-from locks import LOCK
-from record_writer import RecordWriter
-from recordio import record_offsets
+from fileio.archives import Entry, Tally
+from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
+from fileio.locks import LOCK
+from fileio.record_writer import RecordWriter
+from fileio.recordio import record_offsets
+from preprocessing.pipeline import Aligned
 from utils import UserError, atomic_write, open_to_write, sync, sync_folder, write_errors
 
 NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte

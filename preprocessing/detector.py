@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtcnn_networks import ONet, PNet, RNet
-from mtcnn_ops import (
+from preprocessing.mtcnn_networks import ONet, PNet, RNet
+from preprocessing.mtcnn_ops import (
     CELL,
     area_resize,
     crop,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from archives import Tally
-from index_tsv import INDEX_HEADER, IndexRow, format_index_row
-from recordio import RecordError, RecordReader, decode_jpeg
+from fileio.archives import Tally
+from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
+from fileio.recordio import RecordError, RecordReader, decode_jpeg
 from utils import FACE_SIZE, UserError, atomic_write, core_count
 
 STEP = 4096  # records checked at a time

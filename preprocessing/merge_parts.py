@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from align import Aligned
-from archives import Entry
-from index_tsv import INDEX_HEADER
-from journal import read_report, whole_rows
-from parallel import part
-from recordio import HEADER, map_file, payload_at, record_offsets
+from distributed.process_group import part
+from fileio.archives import Entry
+from fileio.index_tsv import INDEX_HEADER
+from fileio.recordio import HEADER, map_file, payload_at, record_offsets
+from preprocessing.dataset_writer import read_report, whole_rows
+from preprocessing.pipeline import Aligned
 from utils import UserError
 
 Block = tuple[int, int]

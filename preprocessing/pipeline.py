@@ -17,10 +17,10 @@ from typing import NamedTuple, TypeVar
 import cv2
 import numpy as np
 
-from archives import ArchiveError, Entry, Source
-from face_detect import Detection, FaceDetector, central_crop_points, find_face
-from pictures import PictureError, decode_picture
-from recordio import encode_jpeg
+from fileio.archives import ArchiveError, Entry, Source
+from fileio.images import PictureError, decode_picture
+from fileio.recordio import encode_jpeg
+from preprocessing.detector import Detection, FaceDetector, central_crop_points, find_face
 from utils import UserError, core_count, is_out_of_memory, similarity_transform, warp_face
 
 BLOCK_IMAGES = 256

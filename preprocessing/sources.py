@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import Config
-from journal import read_report
+from preprocessing.dataset_writer import read_report
 from utils import UserError
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from archives import Source, Tally, open_source
 from config import Config
-from jobs import Job
-from journal import FACE, read_report
-from locks import LOCK
-from pictures import decode_picture
-from recordio import RecordReader, encode_jpeg
+from fileio.archives import Source, Tally, open_source
+from fileio.images import decode_picture
+from fileio.locks import LOCK
+from fileio.recordio import RecordReader, encode_jpeg
+from preprocessing.dataset_writer import FACE, read_report
+from preprocessing.sources import Job
 from utils import UserError, atomic_write, make_folder, write_errors
 
 FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")

@@ -1,15 +1,12 @@
-"""What every test shares: the root on the path, and the folder of real faces if there is one."""
+"""What every test shares: the folder of real faces if there is one, and groups of processes."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from groups import Groups
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tests.helpers.groups import Groups
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +20,7 @@ def real_faces() -> Path:
 
 @pytest.fixture(scope="session")
 def groups() -> Iterator[Groups]:
-    """Starts groups of processes, as torchrun does; see tests/parallel_cases.py."""
+    """Starts groups of processes, as torchrun does; see tests/helpers/parallel_cases.py."""
     groups = Groups()
     yield groups
     groups.close()

@@ -6,10 +6,10 @@ import typing
 
 import pytest
 import torch
-from conftest import ROOT
 
 import models
 from config import MARGIN_DEFAULTS, RECIPES, Config, config_from, parse_args
+from tests.helpers.paths import ROOT
 
 SCRIPTS = (
     "synthetic",
@@ -101,10 +101,13 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_reads_every_knob_it_offers(script):
-    split = {"train": ("train", "training_set", "trainer", "learner", "resume")}
-    split["pre_process"] = ("pre_process", "jobs")
-    split["label_noise"] = ("label_noise", "training_set", "resume")
-    modules = split.get(script, (script,))
+    split = {"train": ("train", "training/dataset", "training/run", "training/engine")}
+    split["train"] += ("training/resume",)
+    split["pre_process"] = ("pre_process", "preprocessing/sources")
+    split["label_noise"] = ("tools/label_noise", "training/dataset", "training/resume")
+    split["shards"] = ("fileio/shards",)
+    script_file = script if script == "lfw_eval" else f"tools/{script}"
+    modules = split.get(script, (script_file,))
     code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)
     read = set(re.findall(r"\bcfg\.(\w+)", code))
     for field in dataclasses.fields(Config):

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 import data_gen
-from augment import augmentation
 from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
-from record_writer import write_dataset
-from recordio import RecordError, RecordReader, encode_jpeg
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordError, RecordReader, encode_jpeg
+from training.augment import augmentation
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-import figures
 import lfw_eval
-import verification
-from checkpoints import save_checkpoint
 from config import parse_args
-from eval_sets import find_set, load_set
-from index_tsv import INDEX_HEADER, IndexRow, format_index_row
+from evaluation import figures, verification
+from evaluation.pair_sets import find_set, load_set
+from fileio.checkpoint_file import save_checkpoint
+from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
+from fileio.record_writer import write_dataset
+from fileio.recordio import encode_jpeg, write_bin
 from models import build_model
-from record_writer import write_dataset
-from recordio import encode_jpeg, write_bin
+from tests.helpers.paths import ROOT
 from utils import UserError
 
 PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs

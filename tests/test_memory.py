@@ -16,10 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
 
-from record_writer import write_dataset
-from recordio import encode_jpeg
+from fileio.record_writer import write_dataset
+from fileio.recordio import encode_jpeg
+from tests.helpers.paths import ROOT
 
 MEGABYTES = """
 def megabytes():
@@ -30,9 +30,10 @@ def megabytes():
 PREPARE = """
 import os, sys, threading, time
 import numpy as np
-import align, pre_process
+import pre_process
+from preprocessing import pipeline as align
 from config import parse_args
-from face_detect import Detection
+from preprocessing.detector import Detection
 
 points = np.array([[8.0, 9], [16, 9], [12, 13], [9, 17], [15, 17]])
 found = Detection("ok", 0.9, np.array([2.0, 2, 22, 22]), points)
@@ -60,7 +61,9 @@ print("megabytes", peak - before)
 
 TRAIN = """
 import sys
-import learner, train, trainer
+import train
+from training import engine as learner
+from training import run as trainer
 from config import parse_args
 from torch import nn
 

@@ -13,17 +13,17 @@ import zipfile
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT
-from drawn import face, nobody, people, same_pixels, write_zip
 from PIL import Image
 
 import pre_process
 from config import Config
-from index_tsv import read_index
-from jobs import find_jobs, find_sources
-from pictures import decode_picture
+from fileio.images import decode_picture
+from fileio.index_tsv import read_index
+from fileio.recordio import RecordReader
 from pre_process import main, prepare
-from recordio import RecordReader
+from preprocessing.sources import find_jobs, find_sources
+from tests.helpers.paths import ROOT
+from tests.helpers.synthetic_faces import face, nobody, people, same_pixels, write_zip
 from utils import TEMPLATE, UserError, similarity_transform
 
 

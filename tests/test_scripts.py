@@ -8,8 +8,9 @@ import time
 
 import cv2
 import pytest
-from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers.paths import ROOT
 
 TRAIN = "--network tiny --emb-size 32 --batch-size 16 --margin-s 16 --dropout 0 --device cpu"
 
@@ -39,7 +40,7 @@ def demo(tmp_path_factory):
     runs = f"--runs-dir {folder}/runs"
     drawn = "--identities 6 --images-per-identity 6 --lfw-identities 24"
     printed = {
-        "synthetic": run(f"synthetic.py --output {folder}/data {drawn}"),
+        "synthetic": run(f"-m tools.synthetic --output {folder}/data {drawn}"),
         "pre_process": run(f"pre_process.py {where}"),
         "train": run(f"train.py {where} {runs} {TRAIN} --epochs 2 --milestones 1"),
         "lfw_eval": run(f"lfw_eval.py {where} {runs}"),
@@ -126,10 +127,12 @@ def test_no_data_gets_one_sentence_and_status_2(script, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("script", ["synthetic", "pre_process", "train", "lfw_eval"])
+@pytest.mark.parametrize(
+    "script", ["-m tools.synthetic", "pre_process.py", "train.py", "lfw_eval.py"]
+)
 def test_every_script_explains_itself(script):
-    assert "default" in run(f"{script}.py --help")
-    assert "unrecognized" in run(f"{script}.py --no-such-flag", expect=2)
+    assert "default" in run(f"{script} --help")
+    assert "unrecognized" in run(f"{script} --no-such-flag", expect=2)
 
 
 def test_importing_a_script_does_nothing(tmp_path):

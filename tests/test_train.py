@@ -10,14 +10,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, normalise, split, train_batches
+from fileio.checkpoint_file import load_checkpoint
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
 from models import ArcMarginModel, build_model
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
-from schedule import learning_rate
-from trainer import Trainer, TrainingError
+from training.run import Trainer, TrainingError
+from training.schedule import learning_rate
 
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 2 --device cpu"

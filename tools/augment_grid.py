@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augment import CHANGES, RECIPES, Recipe, augment
-from pictures import decode_picture
-from recordio import encode_jpeg
-from synthetic import Task, draw_picture
+from fileio.images import decode_picture
+from fileio.recordio import encode_jpeg
+from tools.synthetic import Task, draw_picture
+from training.augment import CHANGES, RECIPES, Recipe, augment
 from utils import FACE_SIZE, atomic_write, exit_with_sentence, make_folder
 
 FACES = 8

@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from all_pairs import low_far
-from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import load_images
-from embedders import Embed, InputSpec, load_embedder
-from recordio import RecordReader, write_bin
-from selection import read_held_out, write_held_out
-from shards import is_sharded
-from templates import tar_line
+from evaluation.all_pairs import low_far
+from evaluation.embedders import Embed, InputSpec, load_embedder
+from evaluation.templates import tar_line
+from fileio.checkpoint_file import load_checkpoint
+from fileio.recordio import RecordReader, write_bin
+from fileio.shards import is_sharded
+from training.sample_lists import read_held_out, write_held_out
 from utils import (
     UserError,
     atomic_write,

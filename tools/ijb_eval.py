@@ -27,12 +27,11 @@ import torch
 from tqdm import tqdm
 
 from config import Config, parse_args
-from embedders import Embed, InputSpec, load_embedder
-from embedding_cache import model_checksum, open_features, save_features
-from figures import plot_tars
-from ijb_files import Ijb, read_ijb, read_pairs, read_subjects
-from recordio import RecordError, decode_jpeg
-from templates import (
+from evaluation.embedders import Embed, InputSpec, load_embedder
+from evaluation.embedding_cache import model_checksum, open_features, save_features
+from evaluation.figures import plot_tars
+from evaluation.ijb_files import Ijb, read_ijb, read_pairs, read_subjects
+from evaluation.templates import (
     IJB_FARS,
     Identification,
     build_templates,
@@ -42,6 +41,7 @@ from templates import (
     tar_at_fars,
     tar_line,
 )
+from fileio.recordio import RecordError, decode_jpeg
 from utils import (
     UserError,
     atomic_write,

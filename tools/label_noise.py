@@ -31,15 +31,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints import load_checkpoint
-from class_centres import Scores, dominant_centres, leave_one_out, score
 from config import Config, parse_args
 from data_gen import BLOCK, ImageStore, Split
-from embedders import Embed, InputSpec, load_embedder
-from resume import check_run, fingerprint, resumed_config
-from selection import KeepList, write_keep
-from shard_order import ShardStore
-from training_set import open_training_set
+from evaluation.class_centres import Scores, dominant_centres, leave_one_out, score
+from evaluation.embedders import Embed, InputSpec, load_embedder
+from fileio.checkpoint_file import load_checkpoint
+from training.dataset import open_training_set
+from training.resume import check_run, fingerprint, resumed_config
+from training.sample_lists import KeepList, write_keep
+from training.sharded_dataset import ShardStore
 from utils import UserError, exit_with_sentence, get_device, keep_freed_memory, newest_run
 
 DOMINANT_ANGLE = 75.0  # degrees, sub-center ArcFace's

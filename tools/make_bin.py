@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, parse_args
-from eval_sets import find_pairs, load_set, set_name
-from face_folders import open_faces
-from recordio import write_bin
+from evaluation.face_folders import open_faces
+from evaluation.pair_sets import find_pairs, load_set, set_name
+from fileio.recordio import write_bin
 from utils import UserError, exit_with_sentence, make_folder
 
 

@@ -32,7 +32,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from portrait import SIZE, draw_person
+from tools.portrait import SIZE, draw_person
 
 FOLDS = 10
 PAIRS_PER_FOLD = 30  # of each kind; LFW has 300

@@ -12,11 +12,11 @@ import torch
 
 from config import Config
 from data_gen import ImageStore, Split, split
-from parallel import is_main
-from recordio import RecordReader
-from selection import used_pictures
-from shard_order import ShardOrder, ShardStore
-from shards import ShardReader, is_sharded
+from distributed.process_group import is_main
+from fileio.recordio import RecordReader
+from fileio.shards import ShardReader, is_sharded
+from training.sample_lists import used_pictures
+from training.sharded_dataset import ShardOrder, ShardStore
 from utils import UserError
 
 

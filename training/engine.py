@@ -9,13 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoints import load_momentum
 from config import Config
-from ema import WeightAverage
-from focal_loss import FocalLoss
-from margins import MARGINS, MarginHead, build_head
-from models import build_model, checkpoint_activations
-from parallel import (
+from distributed.process_group import (
     gather_rows,
     gather_shards,
     gradients_kept,
@@ -25,7 +20,12 @@ from parallel import (
     synchronise_batch_norm,
     world_size,
 )
-from partial_fc import HeadLoss, PartialFC
+from fileio.checkpoint_file import load_momentum
+from focal_loss import FocalLoss
+from heads.partial_fc import HeadLoss, PartialFC
+from heads.registry import MARGINS, MarginHead, build_head
+from models import build_model, checkpoint_activations
+from training.ema import WeightAverage
 from utils import UserError, has_bfloat16
 
 MANY_LOGITS = 1 << 28  # a gigabyte of them: more are computed in chunks in one process, too

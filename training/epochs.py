@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints import save_checkpoint
-from embedders import Embed
-from eval_sets import TestSet
-from events import EventLog
+from distributed.process_group import from_main
+from evaluation.embedders import Embed
+from evaluation.pair_sets import TestSet
+from fileio.checkpoint_file import save_checkpoint
 from lfw_eval import evaluate_lfw
-from parallel import from_main
-from trainer import Trainer
+from training.event_log import EventLog
+from training.run import Trainer
 
 # What going on with a run needs and evaluation does not; with averaged weights it would be wrong.
 NOT_KEPT = {"head", "optimizer", "ema", "random", "random_of_others", "window"}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoints import LAST, load_checkpoint, load_last, tidy
 from config import Config, config_from
 from data_gen import ImageStore
-from shard_order import ShardStore
+from fileio.checkpoint_file import LAST, load_checkpoint, load_last, tidy
+from fileio.weights import check_weights
+from training.sharded_dataset import ShardStore
 from utils import UserError, newest_run
-from weights import check_weights
 
 # fmt: off
 # What a resumed run may not change: it would be another run under the old one's name.

@@ -15,16 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from augment import augmentation
-from checkpoints import (
-    STRANGE,
-    random_states,
-    save_checkpoint,
-    save_last,
-    set_random_states,
-    set_torch_states,
-    torch_states,
-)
 from config import Config
 from data_gen import (
     ImageStore,
@@ -33,10 +23,7 @@ from data_gen import (
     train_batches,
     valid_batches,
 )
-from events import EventLog, sync_events
-from failures import TrainingError, fixed_memory, gpu_memory, not_finite, out_of_memory
-from learner import Learner
-from parallel import (
+from distributed.process_group import (
     any_of,
     from_main,
     gather_objects,
@@ -46,8 +33,21 @@ from parallel import (
     share_buffers,
     world_size,
 )
-from resume import fingerprint
-from schedule import learning_rate
+from fileio.checkpoint_file import (
+    STRANGE,
+    random_states,
+    save_checkpoint,
+    save_last,
+    set_random_states,
+    set_torch_states,
+    torch_states,
+)
+from training.augment import augmentation
+from training.engine import Learner
+from training.event_log import EventLog, sync_events
+from training.resume import fingerprint
+from training.schedule import learning_rate
+from training.step_errors import TrainingError, fixed_memory, gpu_memory, not_finite, out_of_memory
 from utils import UserError, is_out_of_memory
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recordio import RecordReader
+from fileio.recordio import RecordReader
 from utils import UserError, atomic_write, make_folder
 
 

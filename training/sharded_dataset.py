@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import parallel
 from data_gen import ImageStore, Parts, Split
-from shards import ShardReader
+from distributed import process_group as parallel
+from fileio.shards import ShardReader
 from utils import UserError, splitmix64
 
 LANES = 1024  # most places of the data set that a batch is taken from

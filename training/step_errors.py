@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from augment import Augment
-from checkpoints import save_checkpoint
 from data_gen import ImageStore
+from fileio.checkpoint_file import save_checkpoint
+from training.augment import Augment
 from utils import UserError
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import report_figures as plots
 from config import Config
-from eval_sets import SetResult
-from report_html import name, page, paragraph, section, table, text
-from report_html import plots as side_by_side
-from report_set import SetPages, rate
+from evaluation.pair_sets import SetResult
+from evaluation.report import plots
+from evaluation.report.markup import name, page, paragraph, section, table, text
+from evaluation.report.markup import plots as side_by_side
+from evaluation.report.set_sections import SetPages, rate
 from utils import atomic_write, make_folder
 
 GALLERY = 20  # pairs of each kind in the page, fewer where there are many sets

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from scipy.special import ndtri
 
-from figures import MATCHED, MISMATCHED, draw_robustness
-from verification import Roc, to_degrees
+from evaluation.figures import MATCHED, MISMATCHED, draw_robustness
+from evaluation.verification import Roc, to_degrees
 
 INK, GRID = "#010203", "#040506"  # stand for the page's own
 _VARIABLES = {MATCHED: "--a", MISMATCHED: "--b", INK: "--ink", GRID: "--grid"}

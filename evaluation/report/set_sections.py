@@ -6,16 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-import pair_quality
-import report_figures as plots
-import verification
-from eval_sets import SetResult
-from figures import read_originals
-from pictures import PictureError, decode_picture
-from report_html import name, paragraph, picture, section, table, text
-from report_html import plots as side_by_side
-from significance import judged_rightly
-from verification import to_degrees
+from evaluation import pair_quality, verification
+from evaluation.figures import read_originals
+from evaluation.pair_sets import SetResult
+from evaluation.report import plots
+from evaluation.report.markup import name, paragraph, picture, section, table, text
+from evaluation.report.markup import plots as side_by_side
+from evaluation.significance import judged_rightly
+from evaluation.verification import to_degrees
+from fileio.images import PictureError, decode_picture
 
 CONFUSIONS = 12
 

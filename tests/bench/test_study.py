@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import held_out
 from bench import study
 from config import parse_args
-from embedders import load_embedder
-from eval_sets import load_set
+from evaluation.embedders import load_embedder
+from evaluation.pair_sets import load_set
+from fileio.record_writer import write_dataset
+from fileio.recordio import encode_jpeg, write_bin
 from lfw_eval import evaluate_lfw
-from record_writer import write_dataset
-from recordio import encode_jpeg, write_bin
+from tools import held_out
 
 PEOPLE, EACH = 40, 5
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from tiny import FLAGS, write_tiny_set
 
-import parallel
-from checkpoints import load_checkpoint
-from record_writer import write_dataset
-from recordio import encode_jpeg
+from distributed import process_group as parallel
+from fileio.checkpoint_file import load_checkpoint
+from fileio.record_writer import write_dataset
+from fileio.recordio import encode_jpeg
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import FLAGS, write_tiny_set
 
 # Gentle enough that a rounding error does not grow: the control, one process with each batch
 # backwards, says how much of a difference is rounding.

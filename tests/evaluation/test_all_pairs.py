@@ -3,9 +3,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import all_pairs
-from all_pairs import low_far
-from templates import tar_at_fars
+from evaluation import all_pairs
+from evaluation.all_pairs import low_far
+from evaluation.templates import tar_at_fars
 
 
 def population(people, dimensions=16, noise=0.6, seed=0):

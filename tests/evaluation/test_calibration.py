@@ -3,8 +3,8 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.calibration import calibration_curve
 
-import verification
-from calibration import (
+from evaluation import verification
+from evaluation.calibration import (
     calibrate,
     expected_calibration_error,
     fit_logistic,

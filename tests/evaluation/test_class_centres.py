@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from class_centres import ROUNDS, SURER, dominant_centres, leave_one_out, score
+from evaluation.class_centres import ROUNDS, SURER, dominant_centres, leave_one_out, score
 
 CLASSES = 24
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import embedders as emb
-from checkpoints import save_checkpoint
+from evaluation import embedders as emb
+from fileio.checkpoint_file import save_checkpoint
 from models import build_model
 from utils import UserError
 

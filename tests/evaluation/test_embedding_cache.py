@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedding_cache import EmbeddingCache, load_embeddings, model_checksum
+from evaluation.embedding_cache import EmbeddingCache, load_embeddings, model_checksum
 
 
 class Network:

@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-import pair_quality
-from pair_quality import by_quality, face_qualities, nearest_identities, pair_values, pose
+from evaluation import pair_quality
+from evaluation.pair_quality import (
+    by_quality,
+    face_qualities,
+    nearest_identities,
+    pair_values,
+    pose,
+)
+from evaluation.verification import Pairs
 from utils import TEMPLATE
-from verification import Pairs
 
 # Left eye, right eye, nose, corners of the mouth: x, y, and z towards the viewer, as in a face
 # whose nose stands half an eye distance before the eyes.

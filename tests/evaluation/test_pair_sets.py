@@ -6,13 +6,13 @@ import pickle
 import cv2
 import numpy as np
 import pytest
-from bounded import within
-from test_lfw_eval import PEOPLE, data, face_of, name_of, pairs_text  # noqa: F401
 
-import make_bin
 from config import parse_args
-from eval_sets import find_pairs, find_set, identity_groups, load_set, set_name
-from recordio import encode_jpeg, read_bin, write_bin
+from evaluation.pair_sets import find_pairs, find_set, identity_groups, load_set, set_name
+from fileio.recordio import encode_jpeg, read_bin, write_bin
+from tests.helpers.bounded import within
+from tests.test_lfw_eval import PEOPLE, data, face_of, name_of, pairs_text  # noqa: F401
+from tools import make_bin
 from utils import UserError
 
 

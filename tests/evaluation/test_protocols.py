@@ -5,9 +5,16 @@ import pytest
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
-import verification
-from protocols import PROTOCOLS, Protocol, describe, evaluate_views, fuse_views, score_by_fold
-from verification import Pairs, contiguous_folds
+from evaluation import verification
+from evaluation.protocols import (
+    PROTOCOLS,
+    Protocol,
+    describe,
+    evaluate_views,
+    fuse_views,
+    score_by_fold,
+)
+from evaluation.verification import Pairs, contiguous_folds
 
 
 def made_up(seed, people=60, noise=1.0, pairs=400, dimensions=16):

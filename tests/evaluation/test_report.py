@@ -10,19 +10,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from tiny import hostile_names
 
-import report
-import report_figures
-import report_html
-import report_set
-import robustness
-import verification
-from checkpoints import save_checkpoint
 from config import Config
-from eval_sets import SetResult, TestSet
-from recordio import encode_jpeg
-from set_statistics import set_statistics
+from evaluation import robustness, verification
+from evaluation.evaluate import set_statistics
+from evaluation.pair_sets import SetResult, TestSet
+from evaluation.report import markup as report_html
+from evaluation.report import page as report
+from evaluation.report import plots as report_figures
+from evaluation.report import set_sections as report_set
+from fileio.checkpoint_file import save_checkpoint
+from fileio.recordio import encode_jpeg
+from tests.helpers.tiny import hostile_names
 from utils import TEMPLATE
 
 VOID = {"meta", "img", "br", "link", "hr"}

@@ -6,12 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from drawn import face
 
-import figures
-import robustness
-import verification
-from robustness import CORRUPTIONS, EYES, MOUTH
+from evaluation import figures, robustness, verification
+from evaluation.robustness import CORRUPTIONS, EYES, MOUTH
+from tests.helpers.synthetic_faces import face
 
 
 @pytest.fixture(scope="module")

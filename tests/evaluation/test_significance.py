@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import verification
-from significance import (
+from evaluation import verification
+from evaluation.significance import (
     compare,
     identity_weights,
     interval,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import templates
-from templates import build_templates, identify, roc_points, score_pairs, tar_at_fars
+from evaluation import templates
+from evaluation.templates import build_templates, identify, roc_points, score_pairs, tar_at_fars
 
 
 def made_up(seed, pictures=300, dimensions=8):

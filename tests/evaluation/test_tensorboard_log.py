@@ -6,12 +6,12 @@ from google.protobuf import text_format
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from tensorboard.util.tensor_util import make_ndarray
-from test_report import make_result
-from tiny import hostile_names
 from torch.utils.tensorboard import SummaryWriter
 
-from eval_board import PROJECTED, SPRITE, log_evaluation, log_projector, pair_grid
-from events import cut_events
+from evaluation.tensorboard_log import PROJECTED, SPRITE, log_evaluation, log_projector, pair_grid
+from tests.evaluation.test_report import make_result
+from tests.helpers.tiny import hostile_names
+from training.event_log import cut_events
 
 
 def read(folder):
@@ -96,7 +96,7 @@ def test_the_projector_has_a_picture_and_a_name_for_each_face(tmp_path):
 
 
 def test_no_more_than_a_thousand_faces_are_projected(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval_board.PROJECTED", 10)
+    monkeypatch.setattr("evaluation.tensorboard_log.PROJECTED", 10)
     assert PROJECTED == 1000
     with SummaryWriter(tmp_path) as writer:
         log_projector(writer, make_result(tmp_path), 7)

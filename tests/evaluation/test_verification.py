@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-import verification as ver
+from evaluation import verification as ver
 
 
 def made_up_scores(seed: int, pairs: int = 400, decimals: int = 12):

@@ -16,13 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bounded import within
 
-import archive_source
-import archives
-from archive_names import clean_name, decode_name
-from archives import ArchiveError, Entry, Limits, open_source
-from pictures import PictureError, decode_picture
+from fileio import archive_source, archives
+from fileio.archive_names import clean_name, decode_name
+from fileio.archives import ArchiveError, Entry, Limits, open_source
+from fileio.images import PictureError, decode_picture
+from tests.helpers.bounded import within
 
 FILES = {
     "set/b/2.jpg": b"b two",

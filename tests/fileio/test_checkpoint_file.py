@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
-from checkpoints import (
+from fileio import checkpoint_file as checkpoints
+from fileio.checkpoint_file import (
     DamagedError,
     load_checkpoint,
     load_last,

@@ -22,10 +22,24 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from bounded import limit_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutants import (
+
+import train
+from config import parse_args
+from evaluation.embedders import load_embedder
+from evaluation.verification import parse_pair_list, parse_pairs
+from fileio.archives import ArchiveError, open_source
+from fileio.images import MAX_PIXELS, PictureError, decode_picture
+from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
+from fileio.onnx_file import check_onnx
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordError, RecordReader, read_bin, record_offsets
+from fileio.shards import ShardReader, write_shards
+from models import build_model
+from tests.fileio.test_onnx_file import external, model
+from tests.helpers.bounded import limit_memory
+from tests.helpers.mutants import (
     CHANGES,
     JPEGS,
     OTHERS,
@@ -41,23 +55,9 @@ from mutants import (
     with_crcs,
     with_sums,
 )
-from test_onnx_file import external, model
-from tiny import FLAGS, write_tiny_set
-
-import train
-from archives import ArchiveError, open_source
-from config import parse_args
-from embedders import load_embedder
-from index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
-from models import build_model
-from onnx_file import check_onnx
-from pictures import MAX_PIXELS, PictureError, decode_picture
-from record_writer import write_dataset
-from recordio import RecordError, RecordReader, read_bin, record_offsets
-from resume import open_checkpoint, resumed_config
-from shards import ShardReader, write_shards
+from tests.helpers.tiny import FLAGS, write_tiny_set
+from training.resume import open_checkpoint, resumed_config
 from utils import UserError
-from verification import parse_pair_list, parse_pairs
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 MEGABYTES = 1500  # an animated WebP of as many pixels as are allowed takes 1 GB

@@ -4,11 +4,12 @@ import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("guided.py")
+from tests.helpers.paths import ROOT
+
+SCRIPT = ROOT / "tests" / "helpers" / "guided.py"
 KINDS = ("zip", "tar", "picture", "bin", "index.tsv", "pairs", "pair-list", "onnx")
 KINDS += ("train.rec", "train.idx", "train-00000.npy")
 

@@ -8,12 +8,12 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from bounded import within
-from drawn import face
 from PIL import Image
 
-from align import align_face
-from pictures import PictureError, decode_picture, picture_size
+from fileio.images import PictureError, decode_picture, picture_size
+from preprocessing.pipeline import align_face
+from tests.helpers.bounded import within
+from tests.helpers.synthetic_faces import face
 
 
 @pytest.fixture(scope="module")

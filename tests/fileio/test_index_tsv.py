@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-import record_writer
-import recordio
-from index_tsv import (
+from fileio import record_writer, recordio
+from fileio.index_tsv import (
     INDEX_COLUMNS,
     INDEX_HEADER,
     IndexRow,

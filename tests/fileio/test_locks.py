@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from locks import LOCK, locked
+from fileio.locks import LOCK, locked
 from utils import UserError
 
 

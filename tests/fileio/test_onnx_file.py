@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from bounded import within
-from test_embedders import CPU, message, onnx_node, onnx_tensor, onnx_value
 
-import embedders
-from onnx_file import check_onnx
+from evaluation import embedders
+from fileio.onnx_file import check_onnx
+from tests.evaluation.test_embedders import CPU, message, onnx_node, onnx_tensor, onnx_value
+from tests.helpers.bounded import within
 from utils import UserError
 
 WEIGHTS = np.random.default_rng(0).normal(0, 0.01, (3 * 112 * 112, 4)).astype(np.float32)

@@ -8,12 +8,11 @@ import threading
 import cv2
 import numpy as np
 import pytest
-from bounded import within
 
-import record_writer
-import recordio
-from record_writer import RecordWriter
-from recordio import RecordError, RecordReader, decode_jpeg, encode_jpeg
+from fileio import record_writer, recordio
+from fileio.record_writer import RecordWriter
+from fileio.recordio import RecordError, RecordReader, decode_jpeg, encode_jpeg
+from tests.helpers.bounded import within
 from utils import UserError
 
 MAGIC = 0xCED7230A

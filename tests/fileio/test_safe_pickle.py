@@ -9,9 +9,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from bounded import within
 
-from safe_pickle import load_two_lists
+from fileio.safe_pickle import load_two_lists
+from tests.helpers.bounded import within
 
 IMAGES = [b"\xff\xd8a\x00", b"", b"\xe9\n", b"x" * 300]
 SAME = [True, False]

@@ -6,16 +6,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from faults import FailingDisk
-from tiny import FLAGS, write_tiny_set
 
-import parallel
-import shards
-from checkpoints import load_checkpoint
 from config import parse_args
-from recordio import RecordError, RecordReader
-from shard_order import ShardOrder, mirrored
-from shards import ShardReader, write_shards
+from distributed import process_group as parallel
+from fileio import shards
+from fileio.checkpoint_file import load_checkpoint
+from fileio.recordio import RecordError, RecordReader
+from fileio.shards import ShardReader, write_shards
+from tests.helpers.faults import FailingDisk
+from tests.helpers.tiny import FLAGS, write_tiny_set
+from training.sharded_dataset import ShardOrder, mirrored
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import zipfile
 
 import pytest
 import torch
-from bounded import within
 
-from checkpoints import save_checkpoint
-from embedders import load_embedder
+from evaluation.embedders import load_embedder
+from fileio.checkpoint_file import save_checkpoint
+from fileio.weights import check_weights
 from models import build_model
+from tests.helpers.bounded import within
 from utils import UserError
-from weights import check_weights
 
 CPU = torch.device("cpu")
 

@@ -6,22 +6,22 @@ import typing
 import numpy as np
 import pytest
 import torch
-from tiny import FLAGS, assert_same, write_tiny_set
 from torch import nn
 from torch.nn import functional as F
 
 import config
 import lfw_eval
 import train
-from checkpoints import load_checkpoint
 from config import MARGIN_DEFAULTS, Config, parse_args
 from data_gen import ImageStore, split
+from fileio.checkpoint_file import load_checkpoint
+from fileio.recordio import RecordReader
 from focal_loss import FocalLoss
-from margins import MARGINS, build_head
+from heads.partial_fc import PartialFC
+from heads.registry import MARGINS, build_head
 from models import ArcMarginModel
-from partial_fc import PartialFC
-from recordio import RecordReader
-from trainer import Trainer
+from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
+from training.run import Trainer
 from utils import UserError
 
 CLASSES, EMB, PI = 5, 8, math.pi

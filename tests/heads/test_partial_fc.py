@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoints import load_checkpoint
+from fileio.checkpoint_file import load_checkpoint
 from focal_loss import FocalLoss
+from heads.partial_fc import PartialFC, _initial_rows
 from models import ArcMarginModel
-from partial_fc import PartialFC, _initial_rows
 
 CLASSES, EMB = 11, 6  # 11 classes: shards of different sizes for any number of processes
 

@@ -11,7 +11,7 @@ SERVER = Path(__file__).with_name("processes.py")
 
 
 class Groups:
-    """Runs cases of tests/parallel_cases.py in groups of processes."""
+    """Runs cases of tests/helpers/parallel_cases.py in groups of processes."""
 
     def __init__(self):
         self.process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """Files of strangers by a fuzzer that sees which lines each input reaches: Atheris, if installed.
 
     pip install atheris
-    python tests/guided.py bin -max_total_time=60
+    python tests/helpers/guided.py bin -max_total_time=60
 
 Kinds are those of SEEDS below. It goes on until an input ends in anything but a result or one of
 our errors, and takes libFuzzer's flags.
@@ -14,17 +14,15 @@ from pathlib import Path
 
 import atheris
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-OURS = ["archive_names", "archive_source", "archives", "index_tsv", "onnx_file", "pictures"]
-OURS += ["recordio", "safe_pickle", "shards", "verification", "pickle", "tarfile", "zipfile"]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+OURS = ["fileio", "evaluation.verification", "pickle", "tarfile", "zipfile"]
 with atheris.instrument_imports(include=OURS):
-    import test_fuzz as fuzz
-    from mutants import JPEGS, OTHERS, PNGS, TARS, TIFFS, WEBPS, ZIPS
-    from test_guided import KINDS
-    from test_onnx_file import external, model
-
-    from record_writer import write_dataset
-    from shards import write_shards
+    from fileio.record_writer import write_dataset
+    from fileio.shards import write_shards
+    from tests.fileio import test_fuzz as fuzz
+    from tests.fileio.test_guided_fuzz import KINDS
+    from tests.fileio.test_onnx_file import external, model
+    from tests.helpers.mutants import JPEGS, OTHERS, PNGS, TARS, TIFFS, WEBPS, ZIPS
 
 ONNX = model(external("matrix", "x.onnx", offset="0"), nodes=[external("a", "b")])
 SEEDS = {

@@ -1,6 +1,6 @@
 """Sessions of train.py that end by SIGKILL at a chosen moment, each in a process of its own.
 
-    python tests/killer.py
+    python tests/helpers/killer.py
 
 It imports everything once and then forks for each line of its standard input, a JSON object with
 `argv` of train.py, the working folder `cwd`, and how to kill it: `seconds` after its start, or
@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

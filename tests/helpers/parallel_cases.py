@@ -1,4 +1,4 @@
-"""What the processes of tests/processes.py do; each writes what it found into its folder."""
+"""What the processes of processes.py do; each writes what it found into its folder."""
 
 import os
 import signal
@@ -7,16 +7,23 @@ import torch
 from torch import nn
 
 import models
-import parallel
 import pre_process
 import train
-import trainer
-from checkpoints import save_checkpoint
 from config import parse_args
 from data_gen import Batch
+from distributed import process_group as parallel
+from distributed.process_group import (
+    gather_objects,
+    gather_shards,
+    is_main,
+    part,
+    process_group,
+    world_size,
+)
+from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
-from parallel import gather_objects, gather_shards, is_main, part, process_group, world_size
-from partial_fc import PartialFC
+from heads.partial_fc import PartialFC
+from training import run as trainer
 
 
 def run_train(argv, frozen_statistics=False, backwards=False):
@@ -48,7 +55,7 @@ def run_train(argv, frozen_statistics=False, backwards=False):
 
 def sharded_heads(orders):
     """Each process takes its slice of the batches; rank 0 writes loss and whole gradients."""
-    from test_partial_fc import CLASSES, EMB, MARGINS, problem
+    from tests.heads.test_partial_fc import CLASSES, EMB, MARGINS, problem
 
     found = {}
     with process_group("cpu"):

@@ -1,10 +1,10 @@
 """Groups of processes, as torchrun starts them, without its seconds of imports.
 
-    python tests/processes.py
+    python tests/helpers/processes.py
 
 It imports everything once and then, for each line of its standard input, forks the processes of a
 group: a JSON object with `ranks` (0: one process that knows of no group), a working folder `cwd`,
-`case`, a function of tests/parallel_cases.py, and its `arguments`; `kill`, a rank to send SIGKILL
+`case`, a function of parallel_cases.py, and its `arguments`; `kill`, a rank to send SIGKILL
 after `seconds`. It answers with the list of wait statuses. What rank r prints is in
 `cwd`/printed-r.txt.
 """
@@ -19,10 +19,11 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import parallel_cases
 import torch
+
+from tests.helpers import parallel_cases
 
 
 def free_port():

@@ -5,7 +5,7 @@ import zipfile
 
 import numpy as np
 
-from synthetic import Task, draw_picture
+from tools.synthetic import Task, draw_picture
 
 
 @functools.cache

@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from drawn import nobody, people, write_zip
 
-from align import Aligned
-from archives import Entry
-from index_tsv import read_index
-from journal import Journal, begin, complete, read_report, write_report
-from recordio import RecordReader
+from fileio.archives import Entry
+from fileio.index_tsv import read_index
+from fileio.recordio import RecordReader
+from preprocessing.dataset_writer import Journal, begin, complete, read_report, write_report
+from preprocessing.pipeline import Aligned
+from tests.helpers.paths import ROOT
+from tests.helpers.synthetic_faces import nobody, people, write_zip
 from utils import UserError
 
 ENTRIES = [Entry(f"s/{i // 3}/{i}.jpg", str(i // 3), 1, None) for i in range(10)]
@@ -160,7 +160,11 @@ def test_complete_gives_the_name(tmp_path):
 # at one place; then once more to the end.  Blocks are small so that there are several.
 KILLER = """
 import json, os, signal, sys
-import align, journal, outcome, pre_process, record_writer
+import pre_process
+from preprocessing import pipeline as align
+from preprocessing import dataset_writer as journal
+from preprocessing import summary as outcome
+from fileio import record_writer
 from config import parse_args
 
 source, folder = sys.argv[1:]

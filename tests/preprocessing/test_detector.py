@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import face_detect
-import mtcnn_networks
-import mtcnn_ops
-from face_detect import Detection, FaceDetector, Faces, choose_face, find_face
+from preprocessing import detector as face_detect
+from preprocessing import mtcnn_networks, mtcnn_ops
+from preprocessing.detector import Detection, FaceDetector, Faces, choose_face, find_face
 from utils import TEMPLATE, UserError, similarity_transform, warp_face
 
 

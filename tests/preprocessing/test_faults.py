@@ -13,15 +13,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from drawn import write_zip
-from faults import FailingDisk
 
-import align
 import pre_process
 from config import Config
-from face_detect import Detection
-from figures import _figure, _save
-from recordio import encode_jpeg, write_bin
+from evaluation.figures import _figure, _save
+from fileio.recordio import encode_jpeg, write_bin
+from preprocessing import pipeline as align
+from preprocessing.detector import Detection
+from tests.helpers.faults import FailingDisk
+from tests.helpers.synthetic_faces import write_zip
 from utils import TEMPLATE, UserError, atomic_write
 
 SET = ("train.rec", "train.idx", "property", "index.tsv")

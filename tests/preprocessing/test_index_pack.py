@@ -5,13 +5,13 @@ import json
 import cv2
 import numpy as np
 import pytest
-from drawn import face
 
 from config import Config
-from index_tsv import INDEX_HEADER, read_index
+from fileio.index_tsv import INDEX_HEADER, read_index
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
 from pre_process import main
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
+from tests.helpers.synthetic_faces import face
 
 LABELS = [0, 0, 1, 2, 2, 2]
 
@@ -99,7 +99,7 @@ def test_packs_that_cannot_be_used_are_a_sentence(tmp_path, capsys):
 
 
 def test_a_real_pack_of_other_code(real_faces, tmp_path):
-    import recordio
+    from fileio import recordio
 
     reader = recordio.RecordReader(real_faces / "faces_mixed_112x112")
     some = range(0, len(reader), len(reader) // 300)

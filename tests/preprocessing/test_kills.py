@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from drawn import nobody, people, write_zip
+
+from tests.helpers.paths import ROOT
+from tests.helpers.synthetic_faces import nobody, people, write_zip
 
 SET = ("train.rec", "train.idx", "property", "index.tsv")
 

@@ -7,12 +7,12 @@ import tarfile
 import threading
 
 import pytest
-from drawn import face
 from sklearn.datasets import _base, _lfw
 
 from config import Config
-from lfw_download import download_lfw
 from pre_process import find_jobs, main
+from preprocessing.lfw_download import download_lfw
+from tests.helpers.synthetic_faces import face
 from utils import UserError
 
 PAIRS = b"10\t300\n"

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-from drawn import nobody, people, write_zip
 
-import align
 import pre_process
 from config import Config
-from merge import find_shards, shard_folder
+from preprocessing import pipeline as align
+from preprocessing.merge_parts import find_shards, shard_folder
+from tests.helpers.synthetic_faces import nobody, people, write_zip
 
 FILES = ("train.rec", "train.idx", "property", "index.tsv")
 

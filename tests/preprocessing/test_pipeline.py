@@ -3,10 +3,13 @@
 import cv2
 import numpy as np
 import pytest
-from drawn import face, nobody, people, same_pixels, write_zip
 
-import align
-from align import (
+from fileio.archives import ArchiveError, Entry, open_source
+from fileio.images import decode_picture
+from fileio.recordio import decode_jpeg
+from preprocessing import pipeline as align
+from preprocessing.detector import CENTRAL_CROP, Detection, FaceDetector, find_face
+from preprocessing.pipeline import (
     Picture,
     align_blocks,
     align_face,
@@ -17,10 +20,7 @@ from align import (
     run_ahead,
     search_batch,
 )
-from archives import ArchiveError, Entry, open_source
-from face_detect import CENTRAL_CROP, Detection, FaceDetector, find_face
-from pictures import decode_picture
-from recordio import decode_jpeg
+from tests.helpers.synthetic_faces import face, nobody, people, same_pixels, write_zip
 from utils import TEMPLATE, similarity_transform, warp_face
 
 ENTRY = Entry("s/a/1.jpg", "a", 1, None)

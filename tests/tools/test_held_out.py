@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-import held_out
 import train
-from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import split
-from eval_sets import load_set
-from held_out import choose_identities, make_pairs
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
-from selection import read_held_out, used_pictures, write_held_out
+from evaluation.pair_sets import load_set
+from fileio.checkpoint_file import load_checkpoint
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
+from tools import held_out
+from tools.held_out import choose_identities, make_pairs
+from training.sample_lists import read_held_out, used_pictures, write_held_out
 from utils import UserError
 
 PEOPLE, EACH = 60, 5

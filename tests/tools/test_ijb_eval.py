@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import ijb_eval
 from config import parse_args
-from ijb_files import read_ijb, read_pairs, read_subjects
+from evaluation.ijb_files import read_ijb, read_pairs, read_subjects
 from models import build_model
+from tools import ijb_eval
 from utils import TEMPLATE, UserError
 
 PEOPLE, PICTURES = 6, 30
@@ -93,7 +93,7 @@ def test_metadata_is_read_in_the_order_of_the_pictures(benchmark):
 @pytest.mark.parametrize("newline", ["\n", ""])
 def test_pairs_are_read_in_blocks_of_any_size(benchmark, changed, monkeypatch, block, newline):
     expected = read_pairs(read_ijb(benchmark), np.r_[10:16, 100:106])
-    monkeypatch.setattr("ijb_files.BLOCK", block)
+    monkeypatch.setattr("evaluation.ijb_files.BLOCK", block)
     folder = changed("ijbc_template_pair_label.txt", "15 105 1\n", f"15 105 1{newline}")
     found = read_pairs(read_ijb(folder), np.r_[10:16, 100:106])
     for column, whole in zip(found, expected, strict=True):

@@ -3,16 +3,16 @@
 import cv2
 import numpy as np
 import pytest
-from test_embedders import write_onnx
 
-import label_noise
 import train
 from bench.planted_noise import LEAST, judge, judge_list, permuted_labels, plant
-from checkpoints import load_checkpoint
 from config import parse_args
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
-from selection import KeepList, read_keep, write_keep
+from fileio.checkpoint_file import load_checkpoint
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
+from tests.evaluation.test_embedders import write_onnx
+from tools import label_noise
+from training.sample_lists import KeepList, read_keep, write_keep
 from utils import UserError
 
 PEOPLE, EACH, WRONG = 12, 20, 24

@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 import pytest
 
-import synthetic
 from config import parse_args
-from face_detect import FaceDetector
-from synthetic import Task, draw_picture, make_names, make_pairs, make_person
+from preprocessing.detector import FaceDetector
+from tests.helpers.paths import ROOT
+from tools import synthetic
+from tools.synthetic import Task, draw_picture, make_names, make_pairs, make_person
 from utils import UserError
 
 FLAGS = [
@@ -154,7 +155,7 @@ def test_too_small_a_population_is_a_sentence(tmp_path):
 
 
 def test_importing_does_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(synthetic.__file__)[:-13]!r}); import synthetic; "
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools import synthetic; "
     code += "print('torch' in sys.modules, 'config' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from config import Config
-from learner import Learner
 from models import build_model, checkpoint_activations
+from training.engine import Learner
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,18 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-import augment
-from augment import CHANGES, DOWN, ORDERS, RECIPES, UP, Recipe, augmentation, random_numbers
-from augment_grid import drawn_faces
+from tools.augment_grid import drawn_faces
+from training import augment
+from training.augment import (
+    CHANGES,
+    DOWN,
+    ORDERS,
+    RECIPES,
+    UP,
+    Recipe,
+    augmentation,
+    random_numbers,
+)
 
 INTERPOLATIONS = {
     "nearest": cv2.INTER_NEAREST,

@@ -4,15 +4,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from drawn import face
 
-import checks
-from align import align_face
 from data_gen import ImageStore, split
-from face_detect import FaceDetector, find_face
-from pictures import decode_picture
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
+from fileio.images import decode_picture
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
+from preprocessing.detector import FaceDetector, find_face
+from preprocessing.pipeline import align_face
+from tests.helpers.synthetic_faces import face
+from training import data_checks as checks
 from utils import UserError
 
 

@@ -1,16 +1,16 @@
 import pytest
 import torch
-from tiny import FLAGS, assert_same, write_tiny_set
 from torch import nn
 
 import lfw_eval
 import train
-from checkpoints import load_checkpoint
 from config import Config, parse_args
-from ema import WeightAverage
-from events import _frames
-from learner import Learner
+from fileio.checkpoint_file import load_checkpoint
 from models import Bottleneck, IRBlock, build_model
+from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
+from training.ema import WeightAverage
+from training.engine import Learner
+from training.event_log import _frames
 
 CPU = torch.device("cpu")
 

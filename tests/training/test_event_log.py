@@ -6,14 +6,14 @@ import struct
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io import gfile
-from tiny import FLAGS, write_tiny_set
 from torch.utils.tensorboard import SummaryWriter
 
-import events
 import train
-from checkpoints import load_checkpoint
 from config import parse_args
-from events import cut_events
+from fileio.checkpoint_file import load_checkpoint
+from tests.helpers.tiny import FLAGS, write_tiny_set
+from training import event_log as events
+from training.event_log import cut_events
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monke
         steps = [epoch * 4 + step for epoch, step, *_ in checkpoint["history"]["train"]]
         saved.append((points, steps, list(waiting)))
 
-    monkeypatch.setattr("trainer.save_last", look)
+    monkeypatch.setattr("training.run.save_last", look)
     code, _ = start("--epochs", "3", "--checkpoint-steps", "1", "--log-every", "1")
     assert code == 0
     assert len(saved) == 1 + 3 * 5  # at the start, after every step and after every epoch

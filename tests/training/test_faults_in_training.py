@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from faults import FailingDisk
-from tiny import FLAGS, assert_same, write_tiny_set
 
 import train
-from checkpoints import load_checkpoint
 from config import parse_args
+from fileio.checkpoint_file import load_checkpoint
+from tests.helpers.faults import FailingDisk
+from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 
 
 @pytest.fixture(scope="module")

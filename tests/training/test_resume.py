@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import FLAGS, assert_same, write_tiny_set
 
-import events
-import resume
 import train
-from checkpoints import load_checkpoint
 from config import Config, parse_args
 from data_gen import ImageStore, split
-from locks import locked
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
-from resume import FIXED_ON_RESUME, FREE_ON_RESUME, fingerprint
+from fileio.checkpoint_file import load_checkpoint
+from fileio.locks import locked
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
+from training import event_log as events
+from training import resume
+from training.resume import FIXED_ON_RESUME, FREE_ON_RESUME, fingerprint
 from utils import UserError
 
 
@@ -37,12 +37,12 @@ def folder(tmp_path_factory):
 
 
 class Killer:
-    """Sessions of train.py in the processes of tests/killer.py."""
+    """Sessions of train.py in the processes of tests/helpers/killer.py."""
 
     def __init__(self, folder):
         self.flags = [*FLAGS.split(), "--train-set", str(folder)]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "killer.py")],
+            [sys.executable, str(ROOT / "tests" / "helpers" / "killer.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -140,13 +140,21 @@ def assert_same_run(cwd, unbroken):
 
 # Each session ends at one of these, the next goes on.
 FAULTS = [
-    {"at": "trainer:Trainer.train_step", "count": 4},  # a step after a checkpoint
+    {"at": "training.run:Trainer.train_step", "count": 4},  # a step after a checkpoint
     {"at": "os:fsync", "count": 2},  # a checkpoint is written, not yet on disk under its name
-    {"at": "checkpoints:_move_up", "count": 1, "after": True},  # the old one has moved up
-    {"at": "trainer:Trainer.validate", "count": 1},  # the epoch's last step and its end
+    {
+        "at": "fileio.checkpoint_file:_move_up",
+        "count": 1,
+        "after": True,
+    },  # the old one has moved up
+    {"at": "training.run:Trainer.validate", "count": 1},  # the epoch's last step and its end
     {"at": "lfw_eval:summarise", "count": 1, "after": True},  # valid/ is logged, lfw/ is not
     {"at": "train:log_evaluation", "count": 1, "after": True},  # all of it is logged, not saved
-    {"at": "trainer:Trainer.save", "count": 1, "after": True},  # best.pt is new, last.pt is not
+    {
+        "at": "training.run:Trainer.save",
+        "count": 1,
+        "after": True,
+    },  # best.pt is new, last.pt is not
     {"at": "pathlib:Path.replace", "count": 3},
 ]
 
@@ -170,7 +178,7 @@ def test_a_compiled_run_killed_and_compiled_anew_ends_as_the_unbroken_one(
     compiled = ("--compile", "on", "--checkpoint-steps", "1")
     assert not killer.run(tmp_path / "unbroken", *compiled)
     kills = [
-        killer.run(tmp_path / "killed", *more, at="trainer:Trainer.train_step", count=3)
+        killer.run(tmp_path / "killed", *more, at="training.run:Trainer.train_step", count=3)
         for more in (compiled, ("--compile", "auto"))
     ]
     assert kills == [True, True]

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import FLAGS, assert_same, write_tiny_set
 
 import train
-from checkpoints import load_checkpoint
 from config import parse_args
 from data_gen import ImageStore, LoadingError, split, train_batches
-from failures import GpuMemory, asked_bytes, batch_that_fits, out_of_memory
-from record_writer import write_dataset
-from recordio import RecordReader, encode_jpeg
-from trainer import Trainer
+from fileio.checkpoint_file import load_checkpoint
+from fileio.record_writer import write_dataset
+from fileio.recordio import RecordReader, encode_jpeg
+from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
+from training.run import Trainer
+from training.step_errors import GpuMemory, asked_bytes, batch_that_fits, out_of_memory
 from utils import UserError, is_out_of_memory
 
 CUDA = (
@@ -114,7 +114,7 @@ def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, mon
 def test_a_batch_that_cannot_be_kept_does_not_hide_the_reason(start, capsys, monkeypatch):
     fail_at(monkeypatch, 1, lambda trainer, images: images * math.inf)
     full = UserError("bad_batch.pt cannot be written (No space left on device).")
-    monkeypatch.setattr("failures.save_checkpoint", lambda *_: raise_it(full))
+    monkeypatch.setattr("training.step_errors.save_checkpoint", lambda *_: raise_it(full))
     run, code = start()
     assert code == 2
     error = capsys.readouterr().err
@@ -197,7 +197,7 @@ def test_errors_of_full_memory_are_known_and_read():
 
 def test_a_full_gpu_ends_the_run_with_a_sentence_and_what_was_saved(start, capsys, monkeypatch):
     memory = GpuMemory(free=2**30, peak=12 * 2**30, reserved=13 * 2**30)
-    monkeypatch.setattr("trainer.gpu_memory", lambda device: memory)
+    monkeypatch.setattr("training.run.gpu_memory", lambda device: memory)
     with monkeypatch.context() as patch:
         fail_at(patch, 4, lambda *_: raise_it(torch.OutOfMemoryError(CUDA)))
         run, code = start()

@@ -1,0 +1,1 @@
+"""The process group of torchrun and its collectives; imports the root's leaf modules only."""

@@ -1,0 +1,1 @@
+"""From embeddings to numbers and the report page; imports neither preprocessing nor heads."""

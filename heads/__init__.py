@@ -1,0 +1,1 @@
+"""Every margin by its paper's name, and Partial FC; imports nothing above distributed."""

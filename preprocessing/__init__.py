@@ -1,0 +1,1 @@
+"""From archives to aligned records; imports nothing above fileio and distributed."""

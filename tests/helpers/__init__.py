@@ -1,0 +1,1 @@
+"""What tests share: small data sets, hostile files, groups of processes."""

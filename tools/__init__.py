@@ -1,0 +1,1 @@
+"""Further commands, python -m tools.NAME; they parse, wire and print."""

@@ -1,0 +1,1 @@
+"""One training run; imports everything below but preprocessing."""
