@@ -5,7 +5,7 @@
     store = ImageStore(reader, faces.indices, device)
     for batch in train_batches(store, faces.train, batch_size=512, seed=0, epoch=0): ...
 
-A picture is decoded once, into a uint8 cache on the GPU or in memory (or, where neither holds the
+An image is decoded once, into a uint8 cache on the GPU or in memory (or, where neither holds the
 set, again and again by threads); mirroring and normalisation work on whole batches on the device.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,35 +26,37 @@ from tqdm import tqdm
 
 from distributed import process_group as parallel
 from fileio.recordio import RecordError, RecordReader
-from training.augment import Augment
 from utils import FACE_SIZE, UserError, core_count
 
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3
-BLOCK = 8192  # pictures decoded before they are copied to a GPU
-CHUNK = 32  # pictures a thread takes at a time
+BLOCK = 8192  # images decoded before they are copied to a GPU
+CHUNK = 32  # images a thread takes at a time
 NORMALISED = ((np.arange(256) - 127.5) / 127.5).astype(np.float32)  # by the byte of a pixel
 
 
 class LoadingError(UserError):
-    """A thread that loads pictures died of something that is not a picture's fault."""
+    """A thread that loads images died of something that is not an image's fault."""
 
 
 class Batch(NamedTuple):
-    """What the training loop sees of `n` pictures."""
+    """What the training loop sees of `n` images."""
 
     images: Tensor  # (n, 3, 112, 112) float32 in [-1, 1], channels_last
     labels: Tensor  # (n,) int64
     positions: np.ndarray  # (n,) rows of the store, for naming records
 
 
-# Of each batch the pictures' positions (n,), and which of them are mirrored.
+# Augmentation of a batch: uint8 images (n, 112, 112, 3) and their positions (n,) to images.
+Augment = Callable[[Tensor, np.ndarray], Tensor]
+
+# Of each batch the images' positions (n,), and which of them are mirrored.
 Parts = Sequence[tuple[np.ndarray, np.ndarray | None]]
 
 
 class Split(NamedTuple):
-    """Which pictures of a record file are used, and for what."""
+    """Which images of a record file are used, and for what."""
 
-    indices: np.ndarray  # (n,) int64, pictures of the reader that are used at all
+    indices: np.ndarray  # (n,) int64, images of the reader that are used at all
     labels: np.ndarray  # (n,) int64 classes of those, 0 ... num_classes - 1
     num_classes: int
     train: np.ndarray  # positions in `indices`
@@ -71,7 +73,7 @@ def split(
 ) -> Split:
     """Choose the identities, then hold out images of each for validation.
 
-    Of the pictures with `labels` (n,), those for which `used` (n,) bool is false do not exist.
+    Of the images with `labels` (n,), those for which `used` (n,) bool is false do not exist.
     `max_classes` keeps the identities with most images (0: all). Each identity gives
     `valid_fraction` of its images, rounded up or down at random so that the sum is right, and keeps
     at least one for training. The result depends on the arguments alone.
@@ -104,7 +106,7 @@ def load_images(
     workers: int = 0,
     progress: str = "",
 ) -> tuple[Tensor, dict[int, str]]:
-    """Decode pictures by threads: ((n, 112, 112, 3) uint8 RGB, {place: why it stayed black}).
+    """Decode images by threads: ((n, 112, 112, 3) uint8 RGB, {place: why it stayed black}).
 
     They end on `device`; of a set that goes to a GPU, main memory holds one block at a time.
     `progress` is the title of a progress bar, none if empty.
@@ -130,9 +132,9 @@ def _decode(
     pool: ThreadPoolExecutor,
     bar: tqdm | None = None,
 ) -> dict[int, str]:
-    """Decode pictures into `out` (n, 112, 112, 3) by threads; returns {place: what is wrong}.
+    """Decode images into `out` (n, 112, 112, 3) by threads; returns {place: what is wrong}.
 
-    Raises RecordError for a picture of another size.
+    Raises RecordError for an image of another size.
     """
 
     def decode_some(start: int) -> dict[int, str]:
@@ -172,7 +174,7 @@ def available_memory() -> int:
 
 
 def choose_cache(count: int, device: torch.device) -> str:
-    """Where `count` decoded pictures go: "gpu", "ram" or "none", the first that they fit."""
+    """Where `count` decoded images go: "gpu", "ram" or "none", the first that they fit."""
     size = count * FACE_BYTES
     # Half of the GPU stays for the network, the head and its activations.
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 2:
@@ -181,9 +183,9 @@ def choose_cache(count: int, device: torch.device) -> str:
 
 
 class ImageStore:
-    """Pictures of a record file by position, as uint8 tensors on the device.
+    """Images of a record file by position, as uint8 tensors on the device.
 
-    `cache` is "gpu", "ram", "none" or "auto". Pictures that cannot be decoded are listed in `bad`
+    `cache` is "gpu", "ram", "none" or "auto". Images that cannot be decoded are listed in `bad`
     (position → why); with a cache that is known from the start, without one as they are met.
     """
 
@@ -218,7 +220,7 @@ class ImageStore:
             )
 
     def fetch(self, positions: np.ndarray, mirrored: np.ndarray | None = None) -> Tensor:
-        """Pictures at `positions` (n,): (n, 112, 112, 3) uint8 on the device.
+        """Images at `positions` (n,): (n, 112, 112, 3) uint8 on the device.
 
         Those for which `mirrored` (n,) bool is true come as their mirror images.
         """
@@ -256,14 +258,14 @@ class ImageStore:
         return out
 
     def labels_of(self, positions: np.ndarray) -> Tensor:
-        """The classes (n,) of the pictures at `positions`, on the device."""
+        """The classes (n,) of the images at `positions`, on the device."""
         index = torch.from_numpy(positions).to(self.device, non_blocking=True)
         return self.labels.index_select(0, index)
 
     def whole_batch(
         self, positions: np.ndarray, batch_size: int, seed: int, epoch: int, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A step's pictures, all processes', and which of them are mirrored: (batch_size,) both."""
+        """A step's images, all processes', and which of them are mirrored: (batch_size,) both."""
         order, mirrored = epoch_order(positions, seed, epoch)
         whole = slice(step * batch_size, (step + 1) * batch_size)
         return order[whole], mirrored[whole]
@@ -283,15 +285,15 @@ class ImageStore:
         return [(order[s], mirrored[s] if flip else None) for s in slices]
 
     def width(self, batch_size: int) -> int:
-        """The most pictures of a batch that a process computes."""
+        """The most images of a batch that a process computes."""
         return -(-batch_size // parallel.world_size())
 
     def good(self, positions: np.ndarray) -> np.ndarray:
-        """`positions` without those of pictures known to be bad."""
+        """`positions` without those of images known to be bad."""
         return positions[~np.isin(positions, list(self.bad))] if self.bad else positions
 
     def names(self, positions: np.ndarray) -> list[int]:
-        """The record ids of the pictures at `positions`."""
+        """The record ids of the images at `positions`."""
         return self.reader.keys[self.indices[positions]].tolist()
 
 
@@ -307,7 +309,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Whole batches in an epoch; the rest of the shuffled pictures waits for the next."""
+    """Whole batches in an epoch; the rest of the shuffled images waits for the next."""
     return max(1, count // batch_size)
 
 
@@ -333,7 +335,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order.
 
-    Of many processes each gets its slice of every batch; `augment` changes uint8 pictures.
+    Of many processes each gets its slice of every batch; `augment` changes uint8 images.
     """
     steps = range(first_step, steps_per_epoch(len(positions), batch_size))
     parts = store.parts(positions, batch_size, seed, epoch, steps, flip)
@@ -342,7 +344,7 @@ def train_batches(
 
 
 def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
-    """All pictures at `positions` in order, the last batch as small as it comes.
+    """All images at `positions` in order, the last batch as small as it comes.
 
     Of many processes each gets its slice of every batch.
     """
@@ -355,7 +357,7 @@ def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) 
 
 
 def slice_of(start: int, size: int) -> slice:
-    """This process's part of the `size` pictures from `start` on."""
+    """This process's part of the `size` images from `start` on."""
     mine = parallel.part(size)
     return slice(start + mine.start, start + mine.stop)
 
@@ -373,7 +375,7 @@ def _batch(
 
 
 def _prefetch(store: ImageStore, parts: Parts) -> Iterator[Tensor]:
-    """Fetch one batch ahead in a thread where pictures have to be decoded or moved."""
+    """Fetch one batch ahead in a thread where images have to be decoded or moved."""
     if store.images is not None and store.images.device == store.device:
         yield from (store.fetch(*part) for part in parts)
         return
@@ -394,6 +396,6 @@ def _result(loading: Future[Tensor]) -> Tensor:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise LoadingError(
-            f"A thread that loads pictures died ({reason}); see to it that there is memory and "
+            f"A thread that loads images died ({reason}); see to it that there is memory and "
             "that the training set can be read, or take fewer --workers."
         ) from error

@@ -55,7 +55,7 @@ from evaluation.verification import worst_errors
 from utils import (
     UserError,
     atomic_write,
-    exit_with_sentence,
+    exit_on_user_error,
     get_device,
     keep_freed_memory,
     make_folder,
@@ -193,7 +193,7 @@ def choose_sets(cfg: Config) -> list[Path]:
             "nor a file or folder of that name; correct --sets."
         )
     if not (cfg.lfw or cfg.sets) and found[0].suffix == ".bin":
-        print(f"LFW's pictures are not prepared; using {found[0]} instead.")
+        print(f"LFW's images are not prepared; using {found[0]} instead.")
     return found
 
 
@@ -308,7 +308,7 @@ def write_report(
     return f"{path}, {page}"
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
     """Evaluate one checkpoint; write the report, the figures and the galleries."""
     keep_freed_memory()

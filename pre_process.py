@@ -1,4 +1,4 @@
-"""Prepare the training set and LFW: each picture's face found, aligned to 112x112, and packed.
+"""Prepare the training set and LFW: each image's face found, aligned to 112x112, and packed.
 
     python pre_process.py                      # whatever of the two lies in data/
     python pre_process.py --download-lfw       # fetch LFW first
@@ -10,10 +10,10 @@
 takes data/CASIA-WebFace.zip (.tar, .tar.gz, .tgz, or a folder) to data/faces_webface_112x112/, and
 data/lfw-funneled.tgz (or lfw-deepfunneled, or lfw; the same kinds) to data/faces_lfw_112x112/:
 train.rec, train.idx, property, index.tsv and report.json in each.  A ready train.rec is checked and
-indexed, not aligned again.  Ten pictures before and after alignment go to images/0_raw.jpg,
+indexed, not aligned again.  Ten images before and after alignment go to images/0_raw.jpg,
 images/0_img.jpg and so on.  A bar shows images/s; at the end it prints, for each set,
 
-    CASIA-WebFace.zip: 638 pictures in 4.1 s, 155 images/s on cpu
+    CASIA-WebFace.zip: 638 images in 4.1 s, 155 images/s on cpu
       kept 637 of 32 identities in data/faces_webface_112x112 (ok 637)
       passed over 1 (no_face 1)
       data/faces_webface_112x112/report.json names them
@@ -75,7 +75,7 @@ from preprocessing.summary import (
 from utils import (
     UserError,
     core_count,
-    exit_with_sentence,
+    exit_on_user_error,
     get_device,
     make_folder,
     sync_folder,
@@ -93,7 +93,7 @@ def prepare(
 ) -> dict[str, Any] | None:
     """Prepare one data set; returns its report, or None if it was finished before.
 
-    With `shards`, other processes have aligned the pictures and only putting together is left.
+    With `shards`, other processes have aligned the images and only putting together is left.
     Raises UserError if the output is taken by another source or another process.
     """
     if job.source.suffix == ".rec":
@@ -110,7 +110,7 @@ def prepare(
             print(f"WARNING: {source.damage} What can be read of it is used.", file=sys.stderr)
         if not entries:
             raise ArchiveError(
-                f"{job.source} holds no pictures in folders of identities "
+                f"{job.source} holds no images in folders of identities "
                 f"(passed over: {listed(source.passed.counts) or 'nothing'})."
             )
         with contextlib.ExitStack() as stack:
@@ -132,7 +132,7 @@ def prepare(
 def prepare_shard(
     job: Job, cfg: Config, get_detector: Callable[[], FaceDetector], number: int, count: int
 ) -> None:
-    """Align part `number` (from 1) of `count` of a data set's pictures, for others to merge."""
+    """Align part `number` (from 1) of `count` of a data set's images, for others to merge."""
     shard = shard_folder(job.output, number, count)
     if is_taken(job.output):
         check_finished(job, cfg)
@@ -156,11 +156,11 @@ def prepare_shard(
         images = sum(stop - start for start, stop in blocks)
         write_report(part, begun | {"images": images} | timing(images, started))
         complete(part, shard)
-    print(f"{shard}: {images:,} pictures.")
+    print(f"{shard}: {images:,} images.")
 
 
 def plan(source: Source, cfg: Config) -> list[tuple[int, int]]:
-    """The blocks of a source's pictures, the same for every process."""
+    """The blocks of a source's images, the same for every process."""
     return plan_blocks(source.entries(), max(BLOCK_IMAGES, cfg.detect_batch))
 
 
@@ -237,7 +237,7 @@ def describe(job: Job, source: Source, cfg: Config) -> dict[str, Any]:
 
 
 def check_there(source: Path, before: os.stat_result) -> None:
-    """UserError unless the source is still what it was: a disk that has gone is no bad picture."""
+    """UserError unless the source is still what it was: a disk that has gone is no bad image."""
     try:
         now = source.stat()
         same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
@@ -272,7 +272,7 @@ def align_source(
     with contextlib.closing(Journal(part, entries, blocks)) as journal:
         resumed_at = journal.images
         if resumed_at:
-            print(f"{job.source.name}: going on after {resumed_at:,} of {len(entries):,} pictures.")
+            print(f"{job.source.name}: going on after {resumed_at:,} of {len(entries):,} images.")
         if shards:
             merged = merged_blocks(shards, entries, blocks, begun)
             for block in itertools.islice(merged, journal.done, None):
@@ -281,7 +281,7 @@ def align_source(
             align_into(journal, job, source, blocks, cfg, get_detector(), there)
         if not journal.counts:
             raise UserError(
-                f"not one of the {len(entries):,} pictures in {job.source} gave a face "
+                f"not one of the {len(entries):,} images in {job.source} gave a face "
                 f"({listed(journal.statuses.counts)}; {part / 'index.tsv'} names each)."
             )
         journal.finish()
@@ -301,10 +301,10 @@ def align_source(
     return report
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
     """Prepare what there is, one set after the other; a set that fails does not stop the other."""
-    # every picture is one task of a pool: threads inside OpenCV would only compete
+    # every image is one task of a pool: threads inside OpenCV would only compete
     cv2.setNumThreads(1)
     # what it cannot decode is counted by name: no need to print it
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -353,7 +353,7 @@ def prepare_together(
 
 
 def shard_of(cfg: Config) -> tuple[int, int]:
-    """Which part of the pictures is this process's, from 1, and of how many."""
+    """Which part of the images is this process's, from 1, and of how many."""
     if not cfg.shard:
         return rank() + 1, world_size()
     found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", cfg.shard)

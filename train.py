@@ -63,7 +63,7 @@ from training.sharded_dataset import ShardStore
 from training.step_errors import TrainingError, gpu_memory, out_of_memory
 from utils import (
     UserError,
-    exit_with_sentence,
+    exit_on_user_error,
     is_out_of_memory,
     keep_freed_memory,
     seed_everything,
@@ -204,7 +204,7 @@ def choose_compile(cfg: Config, device: torch.device, steps: int) -> str:
 def config_table(cfg: Config) -> str:
     """The configuration as a Markdown table, for TensorBoard."""
     rows = [f"| {name} | {value} |" for name, value in dataclasses.asdict(cfg).items()]
-    return "\n".join(["| knob | value |", "|---|---|", *rows])
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
 def stop_on_signals(trainer: Trainer) -> None:
@@ -239,7 +239,7 @@ def open_trainer(cfg: Config) -> Trainer:
     positions, classes = trainer.train_positions, faces.num_classes
     if isinstance(store, ShardStore):
         some, _ = store.whole_batch(positions, cfg.batch_size, cfg.seed, 0, 0)
-        together(lambda: checks.check_pictures(store, some[: checks.SAMPLE]))
+        together(lambda: checks.check_images(store, some[: checks.SAMPLE]))
     else:
         together(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
     return trainer
@@ -282,7 +282,7 @@ def events_of(run_dir: Path, trainer: Trainer) -> contextlib.AbstractContextMana
     return EventLog(run_dir, trainer.global_step + 1)
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
     """Train one run from its beginning or from where it stopped."""
     keep_freed_memory()

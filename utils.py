@@ -25,7 +25,7 @@ import torch
 FACE_SIZE = 112
 
 # ArcFace's template for 112x112: left eye, right eye, nose, left and right mouth corner as they
-# appear in the picture, (x, y) in pixels (deepinsight/insightface, utils/face_align.py).
+# appear in the image, (x, y) in pixels (deepinsight/insightface, utils/face_align.py).
 TEMPLATE = np.array(
     [
         [38.2946, 51.6963],
@@ -41,7 +41,7 @@ class UserError(Exception):
     """Something the user can cause and mend; its text is a sentence that says how."""
 
 
-def exit_with_sentence(main: Callable[..., Any]) -> Callable[..., Any]:
+def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a script's main: what a user can cause becomes one sentence and exit status 2.
 
     That is UserError, OSError and full memory, a GPU's or the machine's. A sudden Ctrl-C ends with
@@ -313,7 +313,7 @@ def newest_run(runs_dir: Path | str, file: str) -> Path:
     if not found:
         raise UserError(
             f"No run in {runs_dir}/ has a {file} yet; train first (python train.py), name a file, "
-            "or try everything on drawn faces (make demo)."
+            "or try everything on synthetic faces (make demo)."
         )
     return max(found, key=lambda p: (p.parent.name[:15], p.stat().st_mtime))
 
@@ -322,7 +322,7 @@ def similarity_transform(points: np.ndarray, template: np.ndarray = TEMPLATE) ->
     """The least-squares similarity (rotation, scale, translation) that takes points to a template.
 
     `points` (..., k, 2) in pixels, `template` (k, 2); returns (..., 2, 3) float64 matrices that
-    take picture coordinates to template coordinates, never with a reflection. In two dimensions
+    take image coordinates to template coordinates, never with a reflection. In two dimensions
     there is a closed form of Umeyama's solution ("Least-squares estimation of transformation
     parameters between two point patterns", 1991). Points that all coincide have no scale; they give
     a matrix of zeros.
@@ -344,5 +344,5 @@ def similarity_transform(points: np.ndarray, template: np.ndarray = TEMPLATE) ->
 
 
 def warp_face(image: np.ndarray, matrix: np.ndarray, size: int = FACE_SIZE) -> np.ndarray:
-    """Cut a (size, size, 3) face out of an (H, W, 3) uint8 picture: bilinear, zeros outside."""
+    """Cut a (size, size, 3) face out of an (H, W, 3) uint8 image: bilinear, zeros outside."""
     return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)

@@ -3,9 +3,9 @@
     bash bench/peers.sh                 # once: mtcnn and facenet-pytorch in .venv-peers
     python -m bench.align --data data/lfw-deepfunneled.tgz
 
-Peers (left out without their environment) detect on the same decoded pictures, in turn with ours,
+Peers (left out without their environment) detect on the same decoded images, in turn with ours,
 in the batches that suit them.  The last row is the whole of pre_process.py: an archive of the same
-pictures in, finished records out.  The JSON goes to bench/results/align-<device>.json.
+images in, finished records out.  The JSON goes to bench/results/align-<device>.json.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from bench.common import Row, alone, arguments, clock, finish, peak_memory, rati
 from bench.compare_mtcnn import PEERS, read_images, run_peer
 from bench.synthetic_inputs import drawn_archive
 from config import Config
-from fileio.images import decode_picture
+from fileio.images import decode_image
 from fileio.recordio import encode_jpeg
 from preprocessing.dataset_writer import read_report
 from preprocessing.detector import FaceDetector, find_face
 from preprocessing.pipeline import align_face
-from utils import core_count, exit_with_sentence
+from utils import core_count, exit_on_user_error
 
 BATCH = 64
 PEER_BATCHES = {"mtcnn": 16, "facenet-pytorch": 64}  # the fastest of 1, 16, 64 each
 
 
 def detect_all(images: np.ndarray, device: torch.device, repeats: int, min_face: float) -> tuple:
-    """Seconds of each run of find_face on all pictures, and peak bytes."""
+    """Seconds of each run of find_face on all images, and peak bytes."""
     detector = FaceDetector(device, min_face)
 
     def work() -> None:
@@ -58,7 +58,7 @@ def whole(archive: Path, device: torch.device) -> tuple[float, int]:
 
 
 def flops_of(images: np.ndarray) -> float:
-    """Arithmetic of detection, a picture; the networks' convolutions and products."""
+    """Arithmetic of detection, an image; the networks' convolutions and products."""
     detector = FaceDetector("cpu")
     with FlopCounterMode(display=False) as counter:
         detector._detect(torch.from_numpy(images), 40.0, detector.thresholds)
@@ -73,7 +73,7 @@ def small_stages(images: np.ndarray, jpegs: list[bytes], args) -> list[Row]:
     pairs = [(i, f.points) for i, f in zip(images, found, strict=False) if f.points is not None]
     faces = [align_face(image, points) for image, points in pairs]
     stages = {
-        "decode a 250x250 JPEG": (count, lambda: [decode_picture(j) for j in jpegs[:count]]),
+        "decode a 250x250 JPEG": (count, lambda: [decode_image(j) for j in jpegs[:count]]),
         "warp": (len(pairs), lambda: [align_face(*pair) for pair in pairs]),
         "encode at 112x112": (len(pairs), lambda: [encode_jpeg(face) for face in faces]),
     }
@@ -83,7 +83,7 @@ def small_stages(images: np.ndarray, jpegs: list[bytes], args) -> list[Row]:
     ]
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Time the stages, the peers and the whole."""
     args = arguments("align", __doc__, argv, images=500)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
     rows.append(Row("pre_process.py, zip to records", n, total, flops=flops, memory=memory[1]))
     extra = {f"detection, times {name}": ratio(times, ours) for name, times in peers.items()}
     extra |= {f"the whole, times {name}": ratio(times, total) for name, times in peers.items()}
-    extra |= {"GFLOP of detection, a picture": flops / 1e9, "cores": core_count()}
+    extra |= {"GFLOP of detection, an image": flops / 1e9, "cores": core_count()}
     finish(args, rows, extra)
 
 

@@ -3,7 +3,7 @@
     python -m bench.augment                                 # beside r50's step of 32 images
     python -m bench.augment --network tiny --batch 128
 
-A change by itself is timed on every picture of a batch, a recipe as it comes: by chance. A slow
+A change by itself is timed on every image of a batch, a recipe as it comes: by chance. A slow
 change counts little that falls on few. The JSON goes to
 bench/results/augment-<device>-<network>.json.
 """
@@ -20,7 +20,7 @@ from bench.common import Row, alone, arguments, clock, finish
 from bench.train import ours
 from tools.augment_grid import drawn_faces
 from training.augment import CHANGES, RECIPES, Recipe, augment
-from utils import exit_with_sentence, keep_freed_memory
+from utils import exit_on_user_error, keep_freed_memory
 
 
 def changes(recipe: Recipe, size: int, device: torch.device, repeats: int) -> list[float]:
@@ -35,11 +35,11 @@ def changes(recipe: Recipe, size: int, device: torch.device, repeats: int) -> li
     return clock(work, device, 10 * repeats, 3)
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Time changes, recipes and the step."""
     args = arguments("augment", __doc__, argv, network="r50", batch=32, steps=3)
-    recipes = {f"{change}, every picture": Recipe(**{change: 1.0}) for change in CHANGES}
+    recipes = {f"{change}, every image": Recipe(**{change: 1.0}) for change in CHANGES}
     recipes |= {f"recipe {name}": RECIPES[name] for name in RECIPES if name != "none"}
     rows = [
         Row(name, args.batch, alone(changes, recipe, args.batch, args.device, args.repeats))

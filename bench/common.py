@@ -64,7 +64,7 @@ def arguments(
     parser = argparse.ArgumentParser(
         prog=f"python -m bench.{name}", description=doc.splitlines()[0]
     )
-    parser.add_argument("--data", type=Path, help="real pictures (default: drawn ones)")
+    parser.add_argument("--data", type=Path, help="real images (default: drawn ones)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.add_argument("--repeats", type=int, default=5, help="runs (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="result (default: bench/results/...)")

@@ -1,12 +1,12 @@
-"""Compare face_detect.py with the mtcnn package itself, on the same decoded pictures.
+"""Compare face_detect.py with the mtcnn package itself, on the same decoded images.
 
     bash bench/peers.sh                 # once: TensorFlow and mtcnn in .venv-peers
     python -m bench.compare_mtcnn --data data/lfw-deepfunneled.tgz --images 500
 
-takes pictures of one size spread evenly over an archive (or folder), detects on them with both, in
-turn, and prints a table and a line of JSON: of how many pictures both take the same face (boxes
-that overlap by half), how far the five points are apart, and pictures a second. The package runs
-with its own defaults, in a process of its own, once picture by picture, as it is used, and once
+takes images of one size spread evenly over an archive (or folder), detects on them with both, in
+turn, and prints a table and a line of JSON: of how many images both take the same face (boxes
+that overlap by half), how far the five points are apart, and images a second. The package runs
+with its own defaults, in a process of its own, once image by image, as it is used, and once
 in batches of 16, the largest that pays there.
 """
 
@@ -29,14 +29,14 @@ import torch
 
 from fileio.archives import ArchiveError, open_source
 from preprocessing.detector import FaceDetector, Faces, choose_face
-from utils import UserError, exit_with_sentence
+from utils import UserError, exit_on_user_error
 
 PEER_SCRIPT = Path(__file__).with_name("peer_detect.py")
 PEERS = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python"
 
 
 def read_images(path: Path, count: int) -> tuple[np.ndarray, list[bytes]]:
-    """(count, H, W, 3) RGB pictures of the first one's size, evenly from a source, and their files.
+    """(count, H, W, 3) RGB images of the first one's size, evenly from a source, and their files.
 
     Raises UserError if none can be read.
     """
@@ -54,7 +54,7 @@ def read_images(path: Path, count: int) -> tuple[np.ndarray, list[bytes]]:
                 images.append(image)
                 files.append(data)
     if not images:
-        raise UserError(f"No picture in {path} can be read; give another --data.")
+        raise UserError(f"No image in {path} can be read; give another --data.")
     return np.stack(images), files
 
 
@@ -67,9 +67,9 @@ def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.
     if not PEERS.is_file():
         raise UserError(f"The environment that {name} runs in is missing; run bash bench/peers.sh.")
     with tempfile.TemporaryDirectory() as folder:
-        pictures, result = Path(folder) / "images.npy", Path(folder) / "faces.npz"
-        np.save(pictures, images)
-        command = [str(PEERS), str(PEER_SCRIPT), name, str(pictures), str(result), str(batch)]
+        images_file, result = Path(folder) / "images.npy", Path(folder) / "faces.npz"
+        np.save(images_file, images)
+        command = [str(PEERS), str(PEER_SCRIPT), name, str(images_file), str(result), str(batch)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -78,7 +78,7 @@ def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.
 
 
 def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarray]:
-    """The mtcnn package's faces of each picture; its clocks one by one and batched."""
+    """The mtcnn package's faces of each image; its clocks one by one and batched."""
     rows, one_by_one = run_peer("mtcnn", images, 1)
     _, batched = run_peer("mtcnn", images, 16)
     faces = []
@@ -90,7 +90,7 @@ def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarr
 
 
 def run_ours(images: np.ndarray, batch: int, device: str) -> tuple[list[Faces], np.ndarray]:
-    """This project's faces of each picture; its seconds and CPU seconds."""
+    """This project's faces of each image; its seconds and CPU seconds."""
     detector = FaceDetector(device)
     detector.detect(images[:batch])
     begin = np.array([time.perf_counter(), time.process_time()])
@@ -110,7 +110,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 def compare(
     ours: Sequence[Faces], theirs: Sequence[Faces], size: tuple[int, int]
 ) -> dict[str, Any]:
-    """How far two detectors agree on the face chosen in each picture of (height, width) pixels."""
+    """How far two detectors agree on the face chosen in each image of (height, width) pixels."""
     same, apart = 0, []
     for mine, other in zip(ours, theirs, strict=True):
         i, j = choose_face(mine, *size), choose_face(other, *size)
@@ -126,7 +126,7 @@ def compare(
         "points_median": float(np.median(distance)),
         "points_99": float(np.quantile(distance, 0.99)),
         "points_max": float(distance.max()),
-        "pictures_over_half_a_pixel": int((distance.max(1) > 0.5).sum()),
+        "images_over_half_a_pixel": int((distance.max(1) > 0.5).sum()),
         "faces_ours": sum(len(f.boxes) for f in ours),
         "faces_theirs": sum(len(f.boxes) for f in theirs),
         "without_face_ours": sum(len(f.boxes) == 0 for f in ours),
@@ -136,12 +136,12 @@ def compare(
 
 def print_table(report: dict[str, Any]) -> None:
     """The report as a person reads it."""
-    print(f"{report['images']} pictures of {report['height']}x{report['width']}")
+    print(f"{report['images']} images of {report['height']}x{report['width']}")
     print(f"same face            {report['same_face']:.2%}")
     print(
         f"points apart         median {report['points_median']:.4f}, "
         f"99 % {report['points_99']:.3f}, most {report['points_max']:.2f} pixels; "
-        f"{report['pictures_over_half_a_pixel']} pictures over 0.5"
+        f"{report['images_over_half_a_pixel']} images over 0.5"
     )
     print(f"{'':20} {'ours':>8} {'mtcnn':>8}")
     print(f"{'faces':20} {report['faces_ours']:8} {report['faces_theirs']:8}")
@@ -153,11 +153,11 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"{name:20} {ours:8.1f} {batched:8.1f} batched, {single:.1f} one by one")
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Detect with both and print how far they agree."""
     parser = argparse.ArgumentParser(prog="compare_mtcnn", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="archive or folder of pictures")
+    parser.add_argument("--data", type=Path, required=True, help="archive or folder of images")
     parser.add_argument("--images", type=int, default=500, help="how many (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="our batch (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="our device (default: %(default)s)")

@@ -1,12 +1,12 @@
 """Time lfw_eval.py's work - decode, embed, protocol - against the straightforward loop.
 
-    python -m bench.evaluate                                      # drawn faces, random weights
+    python -m bench.evaluate                                      # synthetic faces, random weights
     python -m bench.evaluate --data data/faces_lfw_112x112        # real faces
     python -m bench.evaluate --network mobilefacenet --faces 7701 # all that LFW has
 
 All embed faces and their mirror images in float32.  The straightforward loop takes them in batches
-of 32, contiguous (NCHW) and with no_grad, decoding and normalising picture by picture; once as each
-face stands there, once as verification scripts have it, both pictures of every pair (LFW: 12,000 of
+of 32, contiguous (NCHW) and with no_grad, decoding and normalising image by image; once as each
+face stands there, once as verification scripts have it, both images of every pair (LFW: 12,000 of
 7,701 faces).  It prints a table, how many times faster this project is, and how far the cosines of
 pairs are apart at most; the JSON goes to bench/results/evaluate-<device>-<network>.json.
 """
@@ -39,7 +39,7 @@ from evaluation.embedders import torch_embedder
 from evaluation.verification import contiguous_folds, pair_scores, verify
 from fileio.recordio import RecordReader
 from models import build_model
-from utils import exit_with_sentence, keep_freed_memory
+from utils import exit_on_user_error, keep_freed_memory
 
 LFW_FACES, PAIRS = 7701, 6000
 
@@ -64,9 +64,9 @@ def make_pairs(faces: int) -> tuple[np.ndarray, ...]:
 def straightforward(
     network: str, folder: Path, faces: int, device: torch.device, in_pairs: bool
 ) -> dict[str, Any]:
-    """Decode and normalise picture by picture, embed 32 at a time, NCHW; seconds by stage.
+    """Decode and normalise image by image, embed 32 at a time, NCHW; seconds by stage.
 
-    `in_pairs`: as many pictures more as LFW's pairs have over its faces.
+    `in_pairs`: as many images more as LFW's pairs have over its faces.
     """
     model, reader = make_model(network, device), RecordReader(folder)
     model(torch.zeros(32, 3, 112, 112, device=device))
@@ -123,7 +123,7 @@ def stages(
     }
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Time all in turn."""
     args = arguments("evaluate", __doc__, argv, network="r50", faces=512)

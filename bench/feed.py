@@ -3,7 +3,7 @@
     python -m bench.feed --data data/faces_webface_112x112
 
 decodes into the cache on one core and on all, then makes batches from it: gathered, mirrored, and
-normalised.  The straightforward loader is a Dataset that decodes, mirrors and normalises a picture
+normalised.  The straightforward loader is a Dataset that decodes, mirrors and normalises an image
 at a time, under a DataLoader with one worker a core.  The JSON goes to
 bench/results/feed-<device>.json.
 """
@@ -35,13 +35,13 @@ from bench.common import (
 from bench.synthetic_inputs import drawn_records
 from data_gen import FACE_BYTES, ImageStore, load_images, normalise, split, train_batches
 from fileio.recordio import RecordReader, decode_jpeg
-from utils import core_count, exit_with_sentence, keep_freed_memory
+from utils import core_count, exit_on_user_error, keep_freed_memory
 
 BATCH = 512
 
 
 class Straightforward(Dataset):
-    """A picture at a time: decode, mirror by chance, normalise, to a (3, 112, 112) tensor."""
+    """An image at a time: decode, mirror by chance, normalise, to a (3, 112, 112) tensor."""
 
     def __init__(self, folder: Path) -> None:
         self.reader = RecordReader(folder)
@@ -58,7 +58,7 @@ class Straightforward(Dataset):
 
 
 def straightforward(folder: Path, device: torch.device) -> float:
-    """Images/s of a DataLoader over at most 8,192 pictures."""
+    """Images/s of a DataLoader over at most 8,192 images."""
     count, began = 0, 0.0
     workers = core_count()
     loader = DataLoader(
@@ -99,7 +99,7 @@ def ours(folder: Path, device: torch.device, cache: str) -> tuple[float, int]:
 
 
 def decoding(folder: Path, repeats: int) -> tuple[list[float], list[float], list[float], int]:
-    """Seconds of decoding: by OpenCV alone, by load_images on one core, and on all; pictures."""
+    """Seconds of decoding: by OpenCV alone, by load_images on one core, and on all; images."""
     cv2.setNumThreads(1)
     reader, cpu = RecordReader(folder), torch.device("cpu")
     count = min(len(reader), 8192)
@@ -114,9 +114,9 @@ def steps(device: torch.device, repeats: int) -> tuple[list[float], list[float]]
     """Seconds of gathering one batch with mirror images, and of normalising it."""
     keep_freed_memory()
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 256, (16384, 112, 112, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (16384, 112, 112, 3), dtype=np.uint8)
     store = object.__new__(ImageStore)
-    store.device, store.images = device, torch.from_numpy(pictures).to(device)
+    store.device, store.images = device, torch.from_numpy(images).to(device)
     store.workers = core_count()
     store.pool = ThreadPoolExecutor(store.workers)
     positions, mirrored = rng.integers(0, 16384, BATCH), rng.random(BATCH) < 0.5
@@ -125,7 +125,7 @@ def steps(device: torch.device, repeats: int) -> tuple[list[float], list[float]]
     return gather, clock(lambda: normalise(batch), device, 20 * repeats, 3)
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Time the stages and the loaders in turn."""
     args = arguments("feed", __doc__, argv)

@@ -2,9 +2,9 @@
 
     python -m bench.ijb
 
-The published size: 469,375 pictures in 23,124 templates, 15,658,489 pairs of which 19,557 match,
+The published size: 469,375 images in 23,124 templates, 15,658,489 pairs of which 19,557 match,
 1,772 + 1,759 people in the galleries and 19,593 probes. The clock covers what ijb_eval.py does once
-the pictures are embedded, from files to numbers; features are 512-d float32, memory-mapped.
+the images are embedded, from files to numbers; features are 512-d float32, memory-mapped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from evaluation.ijb_files import read_ijb, read_pairs
 from evaluation.templates import build_templates, roc_points, score_pairs, tar_at_fars
 from tools.ijb_eval import identify_templates
 
-SIZE = {"pictures": 469_375, "templates": 23_124, "pairs": 15_658_489, "people": 3_531}
+SIZE = {"images": 469_375, "templates": 23_124, "pairs": 15_658_489, "people": 3_531}
 MATCHED = 19_557 / 15_658_489
 FIRST_ID = 10_000  # ids of five digits make lines of one length, which are quick to write
 
@@ -38,15 +38,15 @@ def digits(numbers: np.ndarray) -> np.ndarray:
 
 
 def write_ijb(folder: Path, size: dict[str, int], seed: int = 0) -> None:
-    """Metadata in the layout of IJB-C, and features of pictures in features.npy."""
+    """Metadata in the layout of IJB-C, and features of images in features.npy."""
     rng = np.random.default_rng(seed)
-    pictures, templates, pairs, people = size.values()
+    images, templates, pairs, people = size.values()
     (folder / "meta").mkdir(parents=True)
     person_of = np.append(np.arange(people), rng.integers(0, people, templates - people))
-    more = rng.integers(0, templates, pictures - templates)
+    more = rng.integers(0, templates, images - templates)
     template_of = np.sort(np.append(np.arange(templates), more))
-    media_of = 5 * template_of + rng.integers(0, 5, pictures)
-    write_pictures(folder / "meta", template_of + FIRST_ID, media_of)
+    media_of = 5 * template_of + rng.integers(0, 5, images)
+    write_images(folder / "meta", template_of + FIRST_ID, media_of)
     first, second = rng.integers(0, templates, (2, pairs))
     matched = rng.random(pairs) < MATCHED
     of_person = np.argsort(person_of, kind="stable")
@@ -56,13 +56,13 @@ def write_ijb(folder: Path, size: dict[str, int], seed: int = 0) -> None:
     write_pairs(folder / "meta", first + FIRST_ID, second + FIRST_ID, same)
     write_lists(folder / "meta", person_of, people)
     centres = rng.standard_normal((people, 512), np.float32)
-    features = rng.standard_normal((pictures, 512), np.float32)
+    features = rng.standard_normal((images, 512), np.float32)
     features *= 3
     features += centres[person_of[template_of]]
     save_features(folder / "features.npy", "generated", features)
 
 
-def write_pictures(meta: Path, template_of: np.ndarray, media_of: np.ndarray) -> None:
+def write_images(meta: Path, template_of: np.ndarray, media_of: np.ndarray) -> None:
     """ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt."""
     points = "38.2 51.6 73.5 51.5 56.0 71.7 41.5 92.3 70.7 92.2"
     lines = enumerate(zip(template_of, media_of, strict=True), 1)
@@ -103,7 +103,7 @@ def evaluate(folder: Path) -> dict[str, Any]:
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
     ijb = read_ijb(folder)
-    lap("read the pictures' metadata")
+    lap("read the images' metadata")
     features = open_features(folder / "features.npy", "generated", len(ijb.files))
     lap("check the features' checksum")
     ids, embeddings = build_templates(

@@ -1,11 +1,11 @@
-"""What a million people and WebFace42M's 42 million pictures cost one process.
+"""What a million people and WebFace42M's 42 million images cost one process.
 
     python -m bench.large head --people 1000000         # the classifier: seconds and memory
     python -m bench.large set --images 42000000         # the data set: start, memory, images/s
 
 `head` makes steps of Partial FC's loss, gradient and SGD on random embeddings, and prints the
 table of its computed memory beside the memory that the process took. `set` makes a set of so many
-pictures in files of 50,000: the record files are links to one file of drawn faces, whose labels go
+images in files of 50,000: the record files are links to one file of synthetic faces; labels go
 up to --people; their indexes are files of their own. So the start, the order and the index are
 those of a set of that size, and decoding is real; reading comes from the page cache, not a disk.
 """
@@ -32,7 +32,7 @@ from fileio.shards import ENTRY, ShardReader, write_shards
 from heads.partial_fc import CHUNK, PartialFC
 from models import ArcMarginModel
 from training.sharded_dataset import ShardOrder, ShardStore
-from utils import exit_with_sentence, keep_freed_memory
+from utils import exit_on_user_error, keep_freed_memory
 
 PER_FILE = 50_000
 
@@ -109,7 +109,7 @@ def head(args: argparse.Namespace) -> None:
 
 
 def make_set(folder: Path, images: int, people: int) -> None:
-    """Links to one file of drawn faces, an index for each, and property."""
+    """Links to one file of synthetic faces, an index for each, and property."""
     files = -(-images // PER_FILE)
     with drawn_records(None, 2048) as drawn:
         reader = RecordReader(drawn)
@@ -167,21 +167,21 @@ def data_set(args: argparse.Namespace) -> None:
         found = alone(measure_set, folder, args.batch, args.steps, args.workers)
     images = found["images"]
     print(
-        f"{images:,} pictures of {args.people:,} people in {-(-images // PER_FILE)} files, made in "
-        f"{made:.1f} s; index {ENTRY.itemsize} bytes a picture, {index / 1e6:,.0f} MB on disk\n"
+        f"{images:,} images of {args.people:,} people in {-(-images // PER_FILE)} files, made in "
+        f"{made:.1f} s; index {ENTRY.itemsize} bytes an image, {index / 1e6:,.0f} MB on disk\n"
         f"start: {found['start']:.2f} s, {found['held']:,} held out"
     )
     for when in ("memory", "memory after"):
         own, files = (found[when][kind] for kind in ("Anon", "File"))
         print(
             f"{when} {'' if when == 'memory' else f'{args.steps} batches '}of {args.batch}: "
-            f"{own / 1e6:,.0f} MB of its own, {own / images:.2f} bytes a picture; "
+            f"{own / 1e6:,.0f} MB of its own, {own / images:.2f} bytes an image; "
             f"{files / 1e6:,.0f} MB of mapped files"
         )
     print(f"{found['rate']:,.0f} images/s by {args.workers} core(s), order and labels included")
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Measure what the command line says."""
     parser = argparse.ArgumentParser(

@@ -2,8 +2,8 @@
 
     .venv-peers/bin/python bench/peer_detect.py mtcnn images.npy faces.npz 16
 
-takes (n, H, W, 3) uint8 RGB pictures, detects with the peer's own defaults in batches of the size
-given, and writes for every face a row of picture, box, score, five x and five y (mtcnn only), and
+takes (n, H, W, 3) uint8 RGB images, detects with the peer's own defaults in batches of the size
+given, and writes for every face a row of image, box, score, five x and five y (mtcnn only), and
 what it took: seconds and CPU seconds.
 """
 
@@ -19,8 +19,8 @@ def open_mtcnn():
 
     detector = MTCNN()
 
-    def detect(pictures):
-        found = detector.detect_faces(list(pictures), output_type="numpy", box_format="xyxy")
+    def detect(images):
+        found = detector.detect_faces(list(images), output_type="numpy", box_format="xyxy")
         return np.asarray(found, dtype=np.float64).reshape(-1, 16)
 
     return detect
@@ -32,8 +32,8 @@ def open_facenet():
 
     detector = MTCNN(keep_all=True, device="cpu")
 
-    def detect(pictures):
-        boxes, scores = detector.detect(pictures)
+    def detect(images):
+        boxes, scores = detector.detect(images)
         rows = [np.zeros((0, 16))]
         for i, (box, score) in enumerate(zip(boxes, scores, strict=True)):
             if box is not None:
@@ -45,9 +45,9 @@ def open_facenet():
     return detect
 
 
-def main(name, pictures, result, batch):
-    """Detect, after two pictures that do not count."""
-    images = np.load(pictures)
+def main(name, images_file, result, batch):
+    """Detect, after two images that do not count."""
+    images = np.load(images_file)
     detect = {"mtcnn": open_mtcnn, "facenet-pytorch": open_facenet}[name]()
     detect(images[:2])
     began = np.array([time.perf_counter(), time.process_time()])

@@ -4,7 +4,7 @@
     python label_noise.py --train-set PLANTED --checkpoint MODEL --output keep.tsv
     python -m bench.planted_noise judge --train-set PLANTED --keep keep.tsv --name MODEL
 
-The first takes a share of the pictures and permutes their labels among themselves so that each gets
+The first takes a share of the images and permutes their labels among themselves so that each gets
 one that is not its own (classes keep their sizes); it writes the set anew and the truth beside it,
 planted.tsv. Real sets have wrong labels of their own, which count as errors where they are found:
 give the list that a model makes of the set as it is (plant --keep) to leave those out beforehand.
@@ -25,12 +25,12 @@ import numpy as np
 from bench.common import RESULTS
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
-from training.sample_lists import read_keep, used_pictures
-from utils import UserError, atomic_write, exit_with_sentence
+from training.sample_lists import read_keep, used_images
+from utils import UserError, atomic_write, exit_on_user_error
 
 TRUTH = "planted.tsv"
 COLUMNS = ("record", "label", "true_label")
-LEAST = (1, 3, 5, 10)  # pictures of a class, for numbers without the smallest classes
+LEAST = (1, 3, 5, 10)  # images of a class, for numbers without the smallest classes
 
 
 # ------------------------------------------------------------------------------ planting
@@ -39,13 +39,13 @@ LEAST = (1, 3, 5, 10)  # pictures of a class, for numbers without the smallest c
 def permuted_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Labels (n,) of which a share is permuted among itself, each to another than it was.
 
-    Raises UserError where that cannot be: one class has more than half of the pictures drawn.
+    Raises UserError where that cannot be: one class has more than half of the images drawn.
     """
     rng = np.random.default_rng([seed, 11])
     drawn = rng.choice(len(labels), round(share * len(labels)), replace=False)
     true = labels[drawn]
     if 2 * np.bincount(true, minlength=1).max() > len(true):
-        raise UserError("One class has more than half of the pictures drawn; give another set.")
+        raise UserError("One class has more than half of the images drawn; give another set.")
     new = rng.permutation(true)
     while len(same := np.flatnonzero(new == true)):
         for place in same:
@@ -57,11 +57,11 @@ def permuted_labels(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def plant(train_set: Path, output: Path, *, share: float, seed: int, keep: str = "") -> None:
-    """Write a set with wrong labels, without the pictures that a keep.tsv drops, and the truth."""
+    """Write a set with wrong labels, without the images that a keep.tsv drops, and the truth."""
     reader = RecordReader(train_set)
     if output.resolve() == train_set.resolve():
         raise UserError(f"{output} is the set itself; give another --output.")
-    used = used_pictures(reader, keep=keep)
+    used = used_images(reader, keep=keep)
     there = np.arange(len(reader)) if used is None else np.flatnonzero(used)
     true = reader.labels[there]
     labels = permuted_labels(true, share, seed)
@@ -72,7 +72,7 @@ def plant(train_set: Path, output: Path, *, share: float, seed: int, keep: str =
         file.write("\t".join(COLUMNS) + "\n")
         file.writelines("\t".join(map(str, row)) + "\n" for row in rows)
     print(
-        f"Wrote {output}: {len(there):,} pictures, {np.sum(labels != true):,} of them under "
+        f"Wrote {output}: {len(there):,} images, {np.sum(labels != true):,} of them under "
         f"another's label ({output / TRUTH})\n"
         f"Next: python label_noise.py --train-set {output} --checkpoint ..."
     )
@@ -82,7 +82,7 @@ def plant(train_set: Path, output: Path, *, share: float, seed: int, keep: str =
 
 
 def read_truth(path: Path, reader: RecordReader) -> np.ndarray:
-    """The true labels (n,) of the reader's pictures; UserError where the file has others."""
+    """The true labels (n,) of the reader's images; UserError where the file has others."""
     if not path.is_file():
         raise UserError(f"There is no {path}; the set was not made by plant.")
     record, label, true = np.loadtxt(path, np.int64, skiprows=1, delimiter="\t", ndmin=2).T
@@ -94,9 +94,9 @@ def read_truth(path: Path, reader: RecordReader) -> np.ndarray:
 def judge(
     labels: np.ndarray, true: np.ndarray, dropped: np.ndarray, other: np.ndarray, least: int
 ) -> dict[str, Any]:
-    """Recall and precision of dropped (n,) bool in the classes of `least` pictures or more.
+    """Recall and precision of dropped (n,) bool in the classes of `least` images or more.
 
-    The ceiling of recall counts as lost a picture whose class has none that is rightly there;
+    The ceiling of recall counts as lost an image whose class has none that is rightly there;
     `named` is the share of those found whose true class is the one said, other (n,).
     """
     size = np.bincount(labels)[labels]
@@ -112,11 +112,11 @@ def judge(
         "named": (found & (other == true)).sum() / max(found.sum(), 1),
     }
     share = {name: round(float(value), 4) for name, value in share.items()}
-    return {"least": least, "pictures": int(counted.sum())} | counts | share
+    return {"least": least, "images": int(counted.sum())} | counts | share
 
 
 def judge_list(train_set: Path, keep: Path) -> list[dict[str, Any]]:
-    """What a list is worth on a planted set, for each of LEAST; the pictures listed count alone."""
+    """What a list is worth on a planted set, for each of LEAST; the images listed count alone."""
     reader = RecordReader(train_set)
     true, used = read_truth(train_set / TRUTH, reader), read_keep(keep, reader)
     record, other = np.loadtxt(keep, np.int64, skiprows=1, usecols=(0, 3), ndmin=2).T
@@ -128,12 +128,12 @@ def judge_list(train_set: Path, keep: Path) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """What judge prints."""
     lines = [
-        f"{row['least']:>3} or more  {row['pictures']:9,}  {row['planted']:7,}  "
+        f"{row['least']:>3} or more  {row['images']:9,}  {row['planted']:7,}  "
         f"{row['dropped']:7,}  {row['recall']:6.1%}  ({row['ceiling']:6.1%})  "
         f"{row['precision']:9.1%}  {row['named']:13.1%}"
         for row in rows
     ]
-    head = "classes of   pictures  planted  dropped  recall (ceiling)  precision  rightly named"
+    head = "classes of   images  planted  dropped  recall (ceiling)  precision  rightly named"
     return "\n".join([head, *lines])
 
 
@@ -145,7 +145,7 @@ def save(path: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
         file.write(json.dumps(known | {name: rows}, indent=1) + "\n")
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Plant, or judge."""
     parser = argparse.ArgumentParser(

@@ -43,7 +43,7 @@ from distributed.process_group import process_group, world_size
 from heads.partial_fc import PartialFC
 from models import ArcMarginModel
 from training.engine import Learner
-from utils import core_count, exit_with_sentence, keep_freed_memory
+from utils import core_count, exit_on_user_error, keep_freed_memory
 
 CPU = torch.device("cpu")
 EMB = 512
@@ -229,7 +229,7 @@ def print_table(device: Device, each: int, memory: float) -> list[dict[str, Any]
     return rows
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Print both tables and write them as JSON."""
     parser = argparse.ArgumentParser(

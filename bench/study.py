@@ -1,4 +1,4 @@
-"""Train the arms of a study from the same pictures, several seeds each, and tabulate them.
+"""Train the arms of a study from the same images, several seeds each, and tabulate them.
 
     python -m bench.study --train-set data/faces_webface_112x112 --lfw data/faces_lfw_112x112 \\
         --hold-out data/held_out.txt                        # every arm of ARMS, seeds 0 to 2
@@ -6,7 +6,7 @@
     python -m bench.study ... arcface "mine=--margin cosface --ema 0.99"      # one of your own
     python -m bench.study ... --network r50 --max-classes 0 --epochs 20 --batch-size 512
 
-All arms see as many pictures, of the same identities. An arm's learning rate is for batches of
+All arms see as many images, of the same identities. An arm's learning rate is for batches of
 512 and its milestones for 32 epochs, as the paper's are; both are scaled. A run is tested once, at
 its end: last.pt, and the averaged weights where the arm has --ema, on LFW, on pairs of the
 identities held out, and on all of their pairs. What is done is not done again, so the command may
@@ -49,7 +49,7 @@ from utils import (
     UserError,
     atomic_write,
     core_count,
-    exit_with_sentence,
+    exit_on_user_error,
     get_device,
     make_folder,
     newest_run,
@@ -80,7 +80,7 @@ class Tests:
         self.people = reader.labels[places]
         self.faces, bad = load_images(reader, places)
         if bad:
-            raise UserError(f"{len(bad)} pictures of {reader.path} cannot be decoded.")
+            raise UserError(f"{len(bad)} images of {reader.path} cannot be decoded.")
         pairs = make_pairs(self.people, PAIRS, seed=0)
         self.first, self.second = np.array([pair for pair, _ in pairs]).T
         self.same = np.array([same for _, same in pairs])
@@ -236,7 +236,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Run what is not done yet, `--jobs` at a time, and print and write the table."""
     args = parse(argv)

@@ -38,7 +38,7 @@ from config import Config
 from data_gen import Split
 from models import ArcMarginModel, build_model
 from training.run import Trainer
-from utils import exit_with_sentence, has_bfloat16, keep_freed_memory, seed_everything
+from utils import exit_on_user_error, has_bfloat16, keep_freed_memory, seed_everything
 
 CLASSES = 10572
 
@@ -81,8 +81,8 @@ def ours(
     return timed(lambda: trainer.train_step(images, labels, 0.01), device, steps)
 
 
-def make_trainer(network: str, size: int, device: torch.device, **knobs: Any) -> Trainer:
-    """A Trainer of `CLASSES` identities without pictures."""
+def make_trainer(network: str, size: int, device: torch.device, **settings: Any) -> Trainer:
+    """A Trainer of `CLASSES` identities without images."""
     seed_everything(0)
     everything = np.arange(size * 100)
     faces = Split(everything, everything % CLASSES, CLASSES, everything, everything[:0])
@@ -90,7 +90,7 @@ def make_trainer(network: str, size: int, device: torch.device, **knobs: Any) ->
     store = SimpleNamespace(device=device, reader=reader, indices=everything)
     store.good, store.labels = (lambda positions: positions), torch.from_numpy(faces.labels)
     store.width = lambda batch_size: batch_size
-    return Trainer(Config(network=network, batch_size=size, **knobs), store, faces)
+    return Trainer(Config(network=network, batch_size=size, **settings), store, faces)
 
 
 def timed(step: Callable[[], Any], device: torch.device, steps: int) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def difference(network: str, device: torch.device) -> dict[str, float]:
     }
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Time the steps in turn."""
     args = arguments("train", __doc__, argv, network="r50", batch=32, steps=3)

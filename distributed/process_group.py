@@ -79,7 +79,7 @@ def local_device(name: str) -> torch.device:
 def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
     """Join torchrun's group for the block, if it started this process; only rank 0 prints in it.
 
-    `device` is the knob's value: CPU tensors go by gloo, those of GPUs by NCCL. A process that
+    `device` is the setting's value: CPU tensors go by gloo, those of GPUs by NCCL. A process that
     dies is noticed at once, one that does nothing after `timeout`.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

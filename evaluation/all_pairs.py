@@ -1,4 +1,4 @@
-"""TAR at low FAR over every pair of a set of pictures, millions or more, in bounded memory.
+"""TAR at low FAR over every pair of a set of images, millions or more, in bounded memory.
 
     found = low_far(embeddings, people)
     found["tar_at_far"]["1e-4"]["tar"]

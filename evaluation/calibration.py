@@ -4,7 +4,7 @@
     calibrate(scores, pairs.same, pairs.folds)["ece"]
     points, refused = operating_points(scores, pairs.same)
 
-Scores are cosines; a probability is of both pictures showing one person.
+Scores are cosines; a probability is of both images showing one person.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures that train.py and lfw_eval.py make: curves, histograms, ROC, and galleries."""
+"""The images that train.py and lfw_eval.py make: curves, histograms, ROC, and galleries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from evaluation.verification import Pairs, Roc, picture_name, to_degrees
+from evaluation.verification import Pairs, Roc, image_name, to_degrees
 from fileio.archives import ArchiveError, open_source
-from fileio.images import PictureError, decode_picture
+from fileio.images import ImageError, decode_image
 from fileio.recordio import encode_jpeg
 from utils import atomic_write, make_folder
 
@@ -62,11 +62,11 @@ def plot_angles(path: Path, scores: np.ndarray, same: np.ndarray, report: dict[s
 
 
 def plot_roc(path: Path, curve: Roc, report: dict[str, Any]) -> None:
-    """Write roc_picture to a file."""
-    _save(roc_picture(curve, report), path)
+    """Write roc_figure to a file."""
+    _save(roc_figure(curve, report), path)
 
 
-def roc_picture(curve: Roc, report: dict[str, Any]) -> Figure:
+def roc_figure(curve: Roc, report: dict[str, Any]) -> Figure:
     """TAR over FAR, on a logarithmic scale, with the equal error rate and the reported TARs."""
     mismatched = report["pairs"] - report["matched_pairs"]
     # A FAR of 0 has no place on the scale; it is drawn at the left end, below all other rates.
@@ -94,7 +94,7 @@ def roc_picture(curve: Roc, report: dict[str, Any]) -> Figure:
 
 def plot_robustness(path: Path, found: dict[str, dict[str, Any]]) -> None:
     """Accuracy by corruption; found is robustness.measure's."""
-    figure, axes = _figure("Accuracy with the second picture of each pair made worse")
+    figure, axes = _figure("Accuracy with the second image of each pair made worse")
     draw_robustness(axes, found, "black")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
@@ -118,7 +118,7 @@ def draw_robustness(axes: Any, found: dict[str, dict[str, Any]], ink: str) -> No
 
 
 def plot_corruptions(path: Path, faces: dict[str, np.ndarray]) -> None:
-    """One face under every corruption: robustness.showcase's pictures, named."""
+    """One face under every corruption: robustness.showcase's images, named."""
     columns = 4
     rows = -(-len(faces) // columns)
     figure = Figure(figsize=(8, 2.25 * rows), dpi=120, layout="constrained")
@@ -174,7 +174,7 @@ def write_galleries(
     errors: dict[str, np.ndarray],
     source: str = "",
 ) -> str:
-    """Write both pictures of each wrong pair as {i}_{kind}_0.jpg and {i}_{kind}_1.jpg.
+    """Write both images of each wrong pair as {i}_{kind}_0.jpg and {i}_{kind}_1.jpg.
 
     errors holds the indices of the pairs to show, by kind: "fp" and "fn". The originals come out
     of source, an archive or a folder; the aligned faces (n, 112, 112, 3) stand in for those that it
@@ -201,9 +201,9 @@ def write_galleries(
 
 
 def read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
-    """JPEG bytes of pictures by name, and a sentence where not all of them are there.
+    """JPEG bytes of images by name, and a sentence where not all of them are there.
 
-    source is an archive or a folder; a picture's name is what verification.picture_name makes of
+    source is an archive or a folder; an image's name is what verification.image_name makes of
     its path.
     """
     found: dict[str, bytes] = {}
@@ -211,11 +211,11 @@ def read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]
         return found, "The galleries show aligned faces; --lfw-source can name the originals."
     try:
         with open_source(source) as archive:
-            wanted = [entry for entry in archive.entries() if picture_name(entry.name) in names]
+            wanted = [entry for entry in archive.entries() if image_name(entry.name) in names]
             for entry, data in archive.read(wanted):
                 jpeg = None if isinstance(data, ArchiveError) else _as_jpeg(data)
                 if jpeg:
-                    found[picture_name(entry.name)] = jpeg
+                    found[image_name(entry.name)] = jpeg
     except ArchiveError as error:
         return found, f"The galleries show aligned faces. {error}"
     missing = len(names) - len(found)
@@ -225,10 +225,10 @@ def read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]
 
 
 def _as_jpeg(data: bytes) -> bytes | None:
-    """A picture file as JPEG: untouched where it is one, None where it cannot be decoded."""
+    """An image file as JPEG: untouched where it is one, None where it cannot be decoded."""
     if data.startswith(b"\xff\xd8"):
         return data
     try:
-        return encode_jpeg(decode_picture(data))
-    except PictureError:
+        return encode_jpeg(decode_image(data))
+    except ImageError:
         return None

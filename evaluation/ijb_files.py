@@ -3,7 +3,7 @@
     from evaluation.ijb_files import read_ijb
     ijb = read_ijb("data/IJBC")
 
-A folder has loose_crop/ with the pictures and meta/ with, for x of ijbb or ijbc,
+A folder has loose_crop/ with the images and meta/ with, for x of ijbb or ijbc,
 x_face_tid_mid.txt ("1.jpg template media"), x_name_5pts_score.txt ("1.jpg x1 y1 ... x5 y5 score"),
 x_template_pair_label.txt ("template template 0/1") and, for identification, the lists
 x_1N_gallery_G1.csv, _G2.csv (IJB-B: _S1, _S2) and x_1N_probe_mixed.csv ("template,subject,...").
@@ -23,20 +23,20 @@ BLOCK = 1 << 24  # bytes of a text file that are read at a time
 
 
 class Ijb(NamedTuple):
-    """The pictures of a benchmark, n of them, and where its other files are."""
+    """The images of a benchmark, n of them, and where its other files are."""
 
     name: str  # "ijbb" or "ijbc"
-    images: Path  # the folder of pictures
+    images: Path  # the folder of images
     meta: Path
-    files: list[str]  # (n,) names of pictures
-    points: np.ndarray  # (n, 5, 2) float32, in pixels of the picture
+    files: list[str]  # (n,) names of images
+    points: np.ndarray  # (n, 5, 2) float32, in pixels of the image
     detector_scores: np.ndarray  # (n,) float32
     template_of: np.ndarray  # (n,) int64
     media_of: np.ndarray  # (n,) int64
 
 
 def read_ijb(folder: Path | str) -> Ijb:
-    """What is known of each picture; UserError where a file is missing, damaged, or at odds."""
+    """What is known of each image; UserError where a file is missing, damaged, or at odds."""
     folder = Path(folder)
     meta = folder / "meta"
     found = sorted(meta.glob("ijb[bc]_face_tid_mid.txt"))
@@ -56,7 +56,7 @@ def read_ijb(folder: Path | str) -> Ijb:
         at = next((i for i in range(shorter) if files[i] != listed[i]), shorter)
         raise UserError(
             f"{found[0].name} and {name}_name_5pts_score.txt in {meta} do not list the same "
-            f"pictures: they part at line {at + 1}. Get both again, from one place."
+            f"images: they part at line {at + 1}. Get both again, from one place."
         )
     return Ijb(
         name,
@@ -137,7 +137,7 @@ def _pairs_of(path: Path, text: bytes, ids: np.ndarray, line: int) -> tuple[np.n
         if len(unknown):
             raise UserError(
                 f"Line {line + int(unknown[0]) + 1} of {path} names template "
-                f"{column[unknown[0]]}, which has no picture in {path.name[:4]}_face_tid_mid.txt."
+                f"{column[unknown[0]]}, which has no image in {path.name[:4]}_face_tid_mid.txt."
             )
         columns.append(place.astype(np.int32))
     return *columns, table[2::3].astype(bool)
@@ -163,6 +163,6 @@ def read_subjects(path: Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     unknown = table[ids[place] != table[:, 0], 0]
     if len(unknown):
         raise UserError(
-            f"{path} names {len(unknown)} templates without a picture, {unknown[0]} for one."
+            f"{path} names {len(unknown)} templates without an image, {unknown[0]} for one."
         )
     return place, table[:, 1]

@@ -40,7 +40,7 @@ QUALITIES = {
 def face_qualities(images: Tensor, points: np.ndarray | None) -> dict[str, np.ndarray]:
     """Properties by name, each (n,) float64, of aligned faces (n, 112, 112, 3) uint8 RGB.
 
-    points (n, 5, 2) are those of the detector in the original pictures, nan where it found none;
+    points (n, 5, 2) are those of the detector in the original images, nan where it found none;
     without them there is no pose and no resolution.
     """
     luma = [cv2.cvtColor(face, cv2.COLOR_RGB2GRAY) for face in images.numpy()]

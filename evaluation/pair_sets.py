@@ -37,10 +37,10 @@ class TestSet:
     images: Tensor  # (n, 112, 112, 3) uint8 RGB, in the order of pairs.names
     pairs: verification.Pairs
     missed: int  # faces among them that the detector did not find: cropped centrally
-    source: str = ""  # the archive or folder that the pictures came from, where known
+    source: str = ""  # the archive or folder that the images came from, where known
     # What index.tsv says of each face; None for sets that have none, nan for faces not found.
     faces_status: list[str] | None = None  # "ok", "retried", "central_crop"
-    box: np.ndarray | None = None  # (n, 4) float32, in pixels of the original picture
+    box: np.ndarray | None = None  # (n, 4) float32, in pixels of the original image
     points: np.ndarray | None = None  # (n, 5, 2) float32, likewise
     identity: list[str] | None = None
 
@@ -97,7 +97,7 @@ def load_set(path: Path | str, pairs_path: Path | str, workers: int = 0) -> Test
     """Decode the faces of a folder that its pairs file names, or all of a .bin set.
 
     A .bin carries its pairs, and its folds are contiguous tenths. Raises UserError where files are
-    missing or damaged, or where the pairs name pictures that the folder has not.
+    missing or damaged, or where the pairs name images that the folder has not.
     """
     path = Path(path)
     test_set = _load_bin(path) if path.suffix == ".bin" else _load_folder(path, pairs_path, workers)
@@ -152,7 +152,7 @@ def _load_folder(folder: Path, pairs_path: Path | str, workers: int) -> TestSet:
 
 
 def _source_of(report: Path) -> str:
-    """What pre_process.py read the pictures from, empty where no report tells."""
+    """What pre_process.py read the images from, empty where no report tells."""
     if not report.is_file():
         return ""
     try:
@@ -172,10 +172,10 @@ def _load_bin(path: Path) -> TestSet:
         try:
             image = decode_jpeg(jpeg)
         except RecordError as error:
-            raise UserError(f"Picture {numbers[place]} of {path}: {error}") from None
+            raise UserError(f"Image {numbers[place]} of {path}: {error}") from None
         if image.shape != (112, 112, 3):
             height, width = image.shape[:2]
-            raise UserError(f"{path} holds a picture of {width}x{height}; faces must be 112x112.")
+            raise UserError(f"{path} holds an image of {width}x{height}; faces must be 112x112.")
         pixels += image.tobytes()
     images = np.frombuffer(pixels, np.uint8).reshape(-1, 112, 112, 3)
     names = [f"{path.stem}/{number}" for number in numbers]

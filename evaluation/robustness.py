@@ -1,8 +1,8 @@
-"""How well a model stands up to worse pictures: the same pairs, the second of each made worse.
+"""How well a model stands up to worse images: the same pairs, the second of each made worse.
 
     python lfw_eval.py --robustness
 
-The first picture of a pair stays as it is (the gallery), the second (the probe) is compressed,
+The first image of a pair stays as it is (the gallery), the second (the probe) is compressed,
 blurred, shrunk and enlarged again, made grey, brighter or darker, covered at the eyes or the mouth,
 or moved. Each of the ten `CORRUPTIONS` is a pure function of aligned faces.
 """
@@ -24,7 +24,7 @@ from evaluation.verification import Pairs
 
 Faces = np.ndarray  # (n, 112, 112, 3) uint8 RGB
 
-# What covers a face, in pixels of the aligned picture (x1, y1, x2, y2): the template's eyes are at
+# What covers a face, in pixels of the aligned image (x1, y1, x2, y2): the template's eyes are at
 # (38, 52) and (74, 52), the corners of its mouth at (42, 92) and (71, 92).
 EYES, MOUTH = (22, 41, 91, 62), (32, 80, 81, 105)
 GREY = 128  # of the cover: next to zero in every model's input
@@ -66,7 +66,7 @@ def grey(faces: Faces) -> Faces:
 
 
 def brightness(faces: Faces, factor: float = 1.4) -> Faces:
-    """Every level times a factor, clipped at 255 as an overexposed picture is."""
+    """Every level times a factor, clipped at 255 as an overexposed image is."""
     levels = np.rint(np.arange(256) * factor).clip(0, 255).astype(np.uint8)
     return levels[faces]
 
@@ -127,7 +127,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Verification results by corruption, "clean" first; they can go into JSON.
 
-    images (n, 112, 112, 3) uint8 and their embeddings (n, d), which serve as the first pictures;
+    images (n, 112, 112, 3) uint8 and their embeddings (n, d), which serve as the first images;
     the second ones are corrupted and embedded once for each corruption. accuracy has thresholds
     fitted to the corrupted pairs of the other folds, accuracy_as_set those fitted to clean ones: a
     system in use keeps the threshold that it was set to.
@@ -137,7 +137,7 @@ def measure(
     found = {"clean": numbers}
     faces, second = np.unique(pairs.second, return_inverse=True)
     probes = images.numpy()[faces]
-    # The rows of the second pictures come after those of the first ones.
+    # The rows of the second images come after those of the first ones.
     second = second + len(embeddings)
     for name, corrupt in CORRUPTIONS.items():
         worse = embed(torch.from_numpy(corrupt(probes))).float().cpu().numpy()
@@ -167,7 +167,7 @@ def _of(
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """What measure found, one line a corruption."""
-    lines = ["second picture of a pair   accuracy       +-   threshold as set      EER   cosine"]
+    lines = ["second image of a pair   accuracy       +-   threshold as set      EER   cosine"]
     lines += [
         f"{name:<24}{100 * row['accuracy']:9.3f} %  {100 * row['standard_error']:5.3f}"
         f"  {100 * row['accuracy_as_set']:15.3f} %{100 * row['eer']:8.3f} %"

@@ -1,13 +1,13 @@
-"""Templates of many pictures, as IJB-B and IJB-C compare them: pure maths, no files.
+"""Templates of many images, as IJB-B and IJB-C compare them: pure maths, no files.
 
     from evaluation.templates import build_templates, score_pairs, tar_at_fars, identify
     ids, embeddings = build_templates(features, template_of, media_of)
     tar_at_fars(score_pairs(embeddings, first, second), same)
 
-A template is all pictures and frames of a person that are compared at once. Frames of one video
+A template is all images and frames of a person that are compared at once. Frames of one video
 (one media) are averaged first, so that a long video does not outvote a photograph (Whitelam et al.,
 "IARPA Janus Benchmark-B", 2017; Maze et al., "IARPA Janus Benchmark-C", 2018). Arrays of the size
-of all pictures or all pairs are worked on in chunks: features may be memory-mapped.
+of all images or all pairs are worked on in chunks: features may be memory-mapped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils import core_count
 
 IJB_FARS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 FPIRS = ("0.1", "0.01")
-ROWS = 16384  # pictures worked on at a time: 32 MB of 512-d float32
+ROWS = 16384  # images worked on at a time: 32 MB of 512-d float32
 PAIRS = 2048  # pairs at a time: 4 MB a side, which a core's cache can hold
 
 
@@ -35,9 +35,9 @@ def build_templates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of templates (t,) int64, ascending, and their embeddings (t, d) float32 of unit length.
 
-    features (n, d) of pictures, with template and media ids (n,). A template's is the sum over its
-    media of the mean within each; weights (n,), detector scores say, scale pictures. With
-    unit_length False a picture counts by the length of its feature, which is short where the
+    features (n, d) of images, with template and media ids (n,). A template's is the sum over its
+    media of the mean within each; weights (n,), detector scores say, scale images. With
+    unit_length False an image counts by the length of its feature, which is short where the
     network is unsure. Raises ValueError for features that are not finite.
     """
     order = np.lexsort((media_of, template_of))

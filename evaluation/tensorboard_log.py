@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import verification
-from evaluation.figures import roc_picture
+from evaluation.figures import roc_figure
 from evaluation.pair_sets import SetResult
 
 HARDEST = 8  # pairs of each kind that are shown
@@ -46,7 +46,7 @@ def log_evaluation(writer: SummaryWriter, result: SetResult, step: int) -> None:
 
 def roc_image(scores: np.ndarray, same: np.ndarray, report: dict) -> np.ndarray:
     """The ROC curve as pixels (h, w, 3) uint8."""
-    canvas = FigureCanvasAgg(roc_picture(verification.roc(scores, same), report))
+    canvas = FigureCanvasAgg(roc_figure(verification.roc(scores, same), report))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
@@ -68,9 +68,9 @@ def pair_grid(result: SetResult, pairs: np.ndarray) -> np.ndarray:
 
 
 def log_projector(writer: SummaryWriter, result: SetResult, step: int) -> None:
-    """Up to 1,000 faces with their pictures and names for TensorBoard's embedding projector.
+    """Up to 1,000 faces with their images and names for TensorBoard's embedding projector.
 
-    They are those of the people with most pictures, whole people at a time, so that there is
+    They are those of the people with most images, whole people at a time, so that there is
     something to see. An older projection of the run is no longer listed.
     """
     names = result.test_set.pairs.names
@@ -81,7 +81,7 @@ def log_projector(writer: SummaryWriter, result: SetResult, step: int) -> None:
     writer.add_embedding(
         torch.from_numpy(result.embeddings[shown]),
         metadata=rows,
-        metadata_header=["person", "picture"],
+        metadata_header=["person", "image"],
         label_img=_sprites(result.test_set.images[shown]),
         global_step=step,
         tag="lfw/faces",

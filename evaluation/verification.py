@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
-SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}  # of pictures
+SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}  # of images
 FARS = ("1e-3", "1e-2")  # 1e-4 means nothing on the 3,000 impostor pairs of LFW
 
 
 class Pairs(NamedTuple):
-    """Pairs of pictures: indices into names, whether each is one person, and its fold."""
+    """Pairs of images: indices into names, whether each is one person, and its fold."""
 
     names: list[str]  # "Name/Name_0001", without a suffix, in order of first appearance
     first: np.ndarray  # (pairs,) int64, indices into names
@@ -71,8 +71,8 @@ def parse_pairs(text: str) -> Pairs:
             same.append(False)
         if len(words) != 4 or not (_is_number(words[1]) and _is_number(words[3])):
             raise ValueError(f"line {number} is no pair: {line[:80]!r}")
-        for side, name, picture in ((first, *words[:2]), (second, *words[2:])):
-            side.append(index.setdefault(f"{name}/{name}_{int(picture):04d}", len(index)))
+        for side, name, image in ((first, *words[:2]), (second, *words[2:])):
+            side.append(index.setdefault(f"{name}/{name}_{int(image):04d}", len(index)))
     folds = np.repeat(np.arange(num_folds), 2 * count)
     return Pairs(list(index), np.array(first), np.array(second), np.array(same), folds)
 
@@ -100,7 +100,7 @@ def parse_pair_list(text: str) -> Pairs:
 
 
 def without_suffix(path: str) -> str:
-    """A picture's path without its suffix: "./a.b/c.d.jpg" is "a.b/c.d", and so it stays."""
+    """An image's path without its suffix: "./a.b/c.d.jpg" is "a.b/c.d", and so it stays."""
     path = path.replace("\\", "/").removeprefix("./")
     stem, _, suffix = path.rpartition(".")
     return stem if suffix.lower() in SUFFIXES else path
@@ -110,8 +110,8 @@ def _is_number(word: str) -> bool:
     return word.isdecimal() and len(word) < 10
 
 
-def picture_name(source: str) -> str:
-    """What pairs.txt calls a picture: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
+def image_name(source: str) -> str:
+    """What pairs.txt calls an image: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
     return "/".join(without_suffix(source).split("/")[-2:])
 
 

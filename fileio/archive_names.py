@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 MAX_NAME = 4096  # characters: no file system has longer ones
 MAX_DEPTH = 64  # folders in folders
 JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
-# What lies beside pictures in the usual archives; any other file is tried as a picture.
+# What lies beside images in the usual archives; any other file is tried as an image.
 JUNK_SUFFIXES = {
     *(".txt", ".csv", ".tsv", ".json", ".xml", ".yml", ".yaml", ".md", ".html", ".pdf", ".doc"),
     *(".lst", ".mat", ".npy", ".npz", ".pkl", ".db", ".ini", ".log", ".py", ".m", ".sh"),
@@ -30,7 +30,7 @@ def decode_name(raw: bytes) -> str:
 
 
 def clean_name(name: str) -> tuple[str, str]:
-    """A name without `.` and empty parts, and why it is no picture's ("" if it may be one)."""
+    """A name without `.` and empty parts, and why it is no image's ("" if it may be one)."""
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     parts = [p for p in name.split("/") if p not in ("", ".")]
     clean = "/".join(parts)

@@ -1,11 +1,11 @@
-"""What archives and folders of pictures have in common: entries, their order, limits, tallies.
+"""What archives and folders of images have in common: entries, their order, limits, tallies.
 
     source = open_source("data/CASIA-WebFace.zip")  # of archives.py, which knows the kinds
     source.entries()  # sorted by identity and name
     source.passed.counts  # {"not_a_picture": 3}
 
 Archives come from strangers: a name is never a path that gets opened, and no list, header or
-picture file may take more memory than the limits here.
+image file may take more memory than the limits here.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fileio.archive_names import clean_name
 from utils import UserError
 
 NAMES_KEPT = 50  # names listed for each reason
-MAX_LIST = 4 << 30  # bytes that a list of names may take: about ten million pictures
-ENTRY_BYTES = 300  # what a picture's place in the list takes, without its name
+MAX_LIST = 4 << 30  # bytes that a list of names may take: about ten million images
+ENTRY_BYTES = 300  # what an image's place in the list takes, without its name
 SLACK = 64 << 20  # bytes that anything may unpack to, whatever its ratio
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a picture file may be, and how many times its packed bytes anything may unpack to.
+    """How large an image file may be, and how many times its packed bytes anything may unpack to.
 
     Photographs hardly shrink when packed; archive bombs unpack a thousandfold and more.
     """
@@ -63,7 +63,7 @@ DAMAGE = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One picture file: its name inside the source, whose it is, its size in bytes."""
+    """One image file: its name inside the source, whose it is, its size in bytes."""
 
     name: str
     identity: str
@@ -91,7 +91,7 @@ class Tally:
 
 
 class Source:
-    """The pictures of one archive or folder; its kinds differ in `_members` and `_read`.
+    """The images of one archive or folder; its kinds differ in `_members` and `_read`.
 
     `damage` is a sentence where the archive is cut short or damaged (empty where it is whole): what
     can be read of it is there all the same.
@@ -106,7 +106,7 @@ class Source:
         self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:
-        """All picture files, sorted by (identity, name).  Raises ArchiveError."""
+        """All image files, sorted by (identity, name).  Raises ArchiveError."""
         if self._entries is None:
             self._entries = self._list()
         return self._entries
@@ -127,7 +127,7 @@ class Source:
                 yield entry, ArchiveError(sentence, "too_large")
 
     def fingerprint(self) -> str:
-        """A hash of all names and sizes: the same pictures give the same one."""
+        """A hash of all names and sizes: the same images give the same one."""
         digest = hashlib.sha256()
         for entry in self.entries():
             digest.update(f"{entry.name}\0{entry.size}\n".encode())
@@ -187,7 +187,7 @@ class Source:
         return sorted(entries, key=lambda e: (e.identity, e.name))
 
     def _count_empty(self, folders: set[str], files: Iterable[str]) -> None:
-        """Count the innermost folders without a picture."""
+        """Count the innermost folders without an image."""
         empty = folders - {""}
         for name in [*files, *folders]:
             parent = name.rpartition("/")[0]

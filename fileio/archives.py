@@ -1,4 +1,4 @@
-"""Read the pictures of a .zip, .tar, .tar.gz/.tgz or a folder in place, in a fixed order.
+"""Read the images of a .zip, .tar, .tar.gz/.tgz or a folder in place, in a fixed order.
 
     with open_source("data/CASIA-WebFace.zip") as source:
         for entry, data in source.read(source.entries()):
@@ -7,10 +7,10 @@
 Nothing is extracted: names inside an archive are data, never paths that get opened.  An entry's
 identity is the name of the folder it lies in; where two folders in different places share a name,
 both go by their whole path inside the source, so that no two people are merged.  Whatever is not a
-picture file (links, devices, `..` and absolute names, lists, system files, empty folders) is passed
+image file (links, devices, `..` and absolute names, lists, system files, empty folders) is passed
 over and counted with its reason in `source.passed`.  Archive bombs are refused: `Limits` says what
 they are, and --max-file-mb and --max-ratio of pre_process.py raise it.  A zip in a zip is no
-picture and stays packed.
+image and stays packed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fileio.archive_source import DAMAGE, LIMITS, ArchiveError, Entry, Limits, S
 
 __all__ = ["ArchiveError", "Entry", "Limits", "Source", "Tally", "open_source"]
 
-MAX_HEADER = 1 << 20  # bytes that tar may read between one picture and the next
+MAX_HEADER = 1 << 20  # bytes that tar may read between one image and the next
 IN_MEMORY = 64 << 20  # an unsorted .tgz is put in order in memory up to here, then on disk
 STEP = 1 << 20  # bytes that are passed over at a time
 DEFLATE = 1032  # bytes that one may unpack to, at most
@@ -132,7 +132,7 @@ class ZipSource(Source):
         for entry in entries:
             info = entry.handle
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                # zipfile unpacks those with no limit; pictures gain nothing by them.
+                # zipfile unpacks those with no limit; images gain nothing by them.
                 yield self._error(entry, "it is compressed by other means than Deflate")
                 continue
             try:
@@ -151,9 +151,9 @@ class ZipSource(Source):
 class TarSource(Source):
     """A .tar or .tar.gz archive.
 
-    A compressed one cannot be sought in.  It is gone through once for the list; pictures that stand
+    A compressed one cannot be sought in.  It is gone through once for the list; images that stand
     in sorted order (as LFW's do) are then streamed.  Others are copied, one after the other, into a
-    temporary file without a name (in memory when small), which holds pictures alone and vanishes
+    temporary file without a name (in memory when small), which holds images alone and vanishes
     with the process however that ends.
     """
 

@@ -29,10 +29,10 @@ _SEAL_SIZE = len("sha256:") + 64
 
 
 # What PyTorch raises for states that are none of its own: for `except`.
-STRANGE = (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
+INCOMPATIBLE = (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
 
 
-class DamagedError(UserError):
+class CorruptCheckpointError(UserError):
     """A file that is no whole checkpoint, whatever is tried; the one before it may be."""
 
 
@@ -70,12 +70,12 @@ def _plain(value: Any) -> Any:
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint; its pickle may hold tensors and plain values only (`weights_only=True`).
 
-    A file with a checksum must match it; those of others have none. Raises DamagedError if the file
-    is not there, is damaged or is no checkpoint, UserError if it cannot be read here and now.
+    A file with a checksum must match it; third-party files have none. Raises CorruptCheckpointError
+    if the file is missing, corrupt or no checkpoint, UserError if it cannot be read here and now.
     """
     path = Path(path)
     if not path.is_file():
-        raise DamagedError(f"There is no checkpoint at {path}.")
+        raise CorruptCheckpointError(f"There is no checkpoint at {path}.")
     try:
         with path.open("rb") as file:
             _check(file, path)
@@ -90,11 +90,13 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
         # A disk that is away for a moment is no damage. Torch itself looks beyond the end (EINVAL).
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"{path} cannot be read: {what_failed(error)}") from None
-        raise DamagedError(
+        raise CorruptCheckpointError(
             f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another one."
         ) from None
     if not isinstance(checkpoint, dict):
-        raise DamagedError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict.")
+        raise CorruptCheckpointError(
+            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint's dict."
+        )
     return checkpoint
 
 
@@ -117,7 +119,9 @@ def _check(file: IO[bytes], path: Path) -> None:
     file.seek(max(0, size - _SEAL_SIZE))
     seal = _SEAL.match(file.read(_SEAL_SIZE))
     if seal and _sha256(file, size - _SEAL_SIZE) != seal[1].decode():
-        raise DamagedError(f"{path} is damaged (its checksum does not match); give another one.")
+        raise CorruptCheckpointError(
+            f"{path} is damaged (its checksum does not match); give another one."
+        )
     file.seek(0)
 
 
@@ -158,16 +162,16 @@ def _older(run_dir: Path) -> list[Path]:
 def load_last(run_dir: Path) -> tuple[dict[str, Any], Path, dict[Path, str]]:
     """The newest checkpoint of a run that is whole, its path, and {newer one: what is wrong}.
 
-    Raises DamagedError, on the newest, where none is whole, and UserError where one cannot be read
-    here and now: an older one in its place would lose what it holds.
+    Raises CorruptCheckpointError, on the newest, where none is complete, and UserError where one
+    cannot be read here and now: an older one in its place would lose what it holds.
     """
     wrong: dict[Path, str] = {}
     for path in (run_dir / LAST, *_older(run_dir)):
         try:
             return load_checkpoint(path), path, wrong
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             wrong[path] = str(error)
-    raise DamagedError(next(iter(wrong.values())))
+    raise CorruptCheckpointError(next(iter(wrong.values())))
 
 
 def tidy(run_dir: Path, damaged: Iterable[Path]) -> None:
@@ -188,8 +192,8 @@ def tidy(run_dir: Path, damaged: Iterable[Path]) -> None:
 def load_momentum(optimizer: torch.optim.SGD, state: dict[str, Any], path: Path) -> None:
     """Go back to an optimiser's state of a checkpoint; its settings stay as they are, but for lr.
 
-    Raises one of STRANGE, or UserError, where the state is not this optimiser's: fused SGD takes a
-    momentum for as large as its parameter, and reads and writes beyond it where it is smaller.
+    Raises one of INCOMPATIBLE, or UserError, where the state is not this optimiser's: fused SGD
+    takes a momentum for as large as its parameter, and reads and writes beyond a smaller one.
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)

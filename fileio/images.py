@@ -1,13 +1,13 @@
-"""Bytes of a picture file to RGB pixels, or the reason why not.
+"""Bytes of an image file to RGB pixels, or the reason why not.
 
-    decode_picture(Path("face.jpg").read_bytes())  # (height, width, 3) uint8, RGB
+    decode_image(Path("face.jpg").read_bytes())  # (height, width, 3) uint8, RGB
 
 The size is read from the header before anything is decoded, so that a file of a few bytes that
 claims a billion pixels costs nothing.  JPEG, PNG, BMP, GIF, WebP, TIFF and PNM are known.
 
 What becomes of the unusual: EXIF rotation is honoured, so that a face comes out upright as viewers
-show it; of an animation (GIF, WebP, APNG) or of several pages (TIFF) the first picture is taken;
-grey, CMYK, 16-bit and palette pictures become 8-bit RGB, and transparency is dropped.
+show it; of an animation (GIF, WebP, APNG) or of several pages (TIFF) the first image is taken;
+grey, CMYK, 16-bit and palette images become 8-bit RGB, and transparency is dropped.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from utils import UserError
 
 MAX_PIXELS = 100_000_000  # 300 MB when decoded; an animated WebP takes 1 GB on the way
 MAX_SIDE = 65_500  # JPEG's; longer strips could be searched in no small copy
-MANY_PIXELS = 4_000_000  # pictures from here on are decoded one at a time, for memory's sake
+MANY_PIXELS = 4_000_000  # images from here on are decoded one at a time, for memory's sake
 
-_one_large_picture = threading.Lock()
+_one_large_image = threading.Lock()
 
 
-class PictureError(UserError):
-    """A file that gives no picture; `status` is the reason in one word."""
+class ImageError(UserError):
+    """A file that gives no image; `status` is the reason in one word."""
 
     def __init__(self, status: str, sentence: str):
         super().__init__(sentence)
         self.status = status
 
 
-def decode_picture(data: bytes) -> np.ndarray:
-    """The picture as (height, width, 3) uint8 RGB.
+def decode_image(data: bytes) -> np.ndarray:
+    """The image as (height, width, 3) uint8 RGB.
 
-    Raises PictureError with status "empty_file", "not_an_image", "truncated", "too_large" or
+    Raises ImageError with status "empty_file", "not_an_image", "truncated", "too_large" or
     "unreadable".
     """
-    height, width = picture_size(data)
+    height, width = image_size(data)
     if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         sentence = f"{width}x{height} are more than {MAX_PIXELS:,} pixels, or {MAX_SIDE:,} in a row"
-        raise PictureError("too_large", sentence)
+        raise ImageError("too_large", sentence)
     if not _is_complete(data):
-        raise PictureError("truncated", "its end is missing")
+        raise ImageError("truncated", "its end is missing")
     if height * width < MANY_PIXELS:
         return _decode(data)
-    with _one_large_picture:
+    with _one_large_image:
         return _decode(data)
 
 
@@ -61,27 +61,27 @@ def _decode(data: bytes) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise PictureError("unreadable", "OpenCV cannot decode it")
+        raise ImageError("unreadable", "OpenCV cannot decode it")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
+def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) in pixels as the header says, before any EXIF rotation.
 
-    Raises PictureError as `decode_picture` does.
+    Raises ImageError as `decode_image` does.
     """
     if not data:
-        raise PictureError("empty_file", "the file is empty")
+        raise ImageError("empty_file", "the file is empty")
     for magic, read_size in _HEADERS:
         if re.match(magic, data, re.DOTALL):
             try:
                 height, width = read_size(data)
             except (struct.error, IndexError, ValueError):
-                raise PictureError("truncated", "its header is cut short") from None
+                raise ImageError("truncated", "its header is cut short") from None
             if height < 1 or width < 1:
-                raise PictureError("unreadable", f"its header claims {width}x{height} pixels")
+                raise ImageError("unreadable", f"its header claims {width}x{height} pixels")
             return height, width
-    raise PictureError("not_an_image", "its first bytes are no known picture format's")
+    raise ImageError("not_an_image", "its first bytes are no known image format's")
 
 
 def _jpeg_segment(data: bytes, wanted: Callable[[int], bool]) -> int:

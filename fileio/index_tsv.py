@@ -1,8 +1,8 @@
-"""index.tsv, what became of every picture: one line each, in the order of the archive.
+"""index.tsv, what became of every image: one line each, in the order of the archive.
 
-Its columns: record and label (empty where the picture was passed over), identity, source, status
+Its columns: record and label (empty where the image was passed over), identity, source, status
 ("ok", "retried", "central_crop" or the reason for passing over), score, the box and five points
-in the picture's pixels.
+in the image's pixels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INDEX_HEADER = "\t".join(INDEX_COLUMNS) + "\n"
 
 
 class IndexRow(NamedTuple):
-    """A picture of the archive: `box` (4,) and `points` (5, 2) in its pixels.
+    """An image of the archive: `box` (4,) and `points` (5, 2) in its pixels.
 
     `record` and `label` are None where it was passed over; `score`, `box` and `points` are None
     where no face was found.

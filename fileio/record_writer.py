@@ -1,4 +1,4 @@
-"""Writes InsightFace's training sets: train.rec, train.idx and property, picture by picture."""
+"""Writes InsightFace's training sets: train.rec, train.idx and property, image by image."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ class RecordWriter:
 
 
 def write_dataset(folder: str | Path, jpegs: Iterable[bytes], labels: Sequence[int]) -> None:
-    """Write train.rec, train.idx and property of 112x112 pictures; labels ascend from 0."""
+    """Write train.rec, train.idx and property of 112x112 images; labels ascend from 0."""
     labels = np.asarray(labels, np.int64)
     if np.any(np.diff(labels) < 0):
-        raise RecordError(f"The labels for {folder} are not in ascending order; sort the pictures.")
+        raise RecordError(f"The labels for {folder} are not in ascending order; sort the images.")
     Path(folder).mkdir(parents=True, exist_ok=True)
     with RecordWriter(Path(folder) / "train.rec") as writer:
         for jpeg, label in zip(jpegs, labels.tolist(), strict=True):

@@ -24,7 +24,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from fileio.images import PictureError, decode_picture
+from fileio.images import ImageError, decode_image
 from fileio.safe_pickle import load_two_lists
 from utils import UserError, atomic_write
 
@@ -35,15 +35,15 @@ LABEL_LIMIT = 1 << 24  # labels are float32: whole numbers are exact up to here
 
 
 class RecordError(UserError):
-    """A record file, index, test set or picture that is not what it should be."""
+    """A record file, index, test set or image that is not what it should be."""
 
 
 def decode_jpeg(data: bytes) -> np.ndarray:
-    """Decode a picture's bytes into (height, width, 3) uint8 RGB; RecordError where it cannot."""
+    """Decode an image's bytes into (height, width, 3) uint8 RGB; RecordError where it cannot."""
     try:
-        return decode_picture(data)
-    except PictureError as error:
-        reason = f"its {len(data)} bytes cannot be decoded as a picture: {error}."
+        return decode_image(data)
+    except ImageError as error:
+        reason = f"its {len(data)} bytes cannot be decoded as an image: {error}."
         raise RecordError(reason) from None
 
 
@@ -107,7 +107,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def labels_record(key: int, first: float, end: float) -> bytes:
-    """A record without a picture: the range of records, `first` to one before `end`."""
+    """A record without an image: the range of records, `first` to one before `end`."""
     # mxnet's pack() puts 0 into the header's own label where there is a vector of labels.
     return frame(HEADER.pack(2, 0.0, key, 0) + struct.pack("<2f", first, end))
 
@@ -191,7 +191,7 @@ class RecordReader:
             found, said = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, self.size))
             raise RecordError(
                 f"Record {self.keys[i]} of {self.path} is {found} pixels, the property file says "
-                f"{said}; all pictures of a set have one size: correct it or prepare the set again."
+                f"{said}; all images of a set have one size: correct it or prepare the set again."
             )
         return image
 
@@ -226,7 +226,7 @@ class RecordReader:
         return keys, offsets
 
     def _headers(self, keys: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of the records at `offsets`, all at once: whether they have no picture, label, id, and
+        """Of the records at `offsets`, all at once: whether they have no image, label, id, and
         the first two of a vector of labels: (n,), (n,), (n,), (n, 2).
         """
         # Words of a header: flag, label, id (two words), id2 (two words), then labels or the JPEG.
@@ -310,7 +310,7 @@ class RecordReader:
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
-    """Read a test set: 2n encoded pictures, and (n,) bool, whether pictures 2i and 2i + 1 match.
+    """Read a test set: 2n encoded images, and (n,) bool, whether images 2i and 2i + 1 match.
 
     The file is a pickle, of Python 2 or 3, and is not trusted. RecordError where it is not that.
     """
@@ -329,12 +329,12 @@ def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
     bad += [value for value in same if value not in (0, 1)]
     if bad:
         raise RecordError(
-            f"{path} has {str(bad[0])[:40]!r} for a picture or for True or False; "
+            f"{path} has {str(bad[0])[:40]!r} for an image or for True or False; "
             "it is no .bin test set."
         )
     if not same or len(images) != 2 * len(same):
         raise RecordError(
-            f"{path} has {len(images)} pictures for {len(same)} pairs, not two for each; "
+            f"{path} has {len(images)} images for {len(same)} pairs, not two for each; "
             "get it again."
         )
     return images, np.array(same, bool)
@@ -343,6 +343,6 @@ def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
 def write_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write a test set as InsightFace's `pickle.load(file, encoding="bytes")` reads it."""
     if len(images) != 2 * len(same):
-        raise RecordError(f"{len(images)} pictures do not make {len(same)} pairs for {path}.")
+        raise RecordError(f"{len(images)} images do not make {len(same)} pairs for {path}.")
     with atomic_write(path) as file:
         pickle.dump(([bytes(i) for i in images], [bool(s) for s in same]), file, protocol=4)

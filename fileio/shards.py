@@ -2,12 +2,12 @@
 
     python shards.py --source data/faces_webface_112x112 --output data/faces_webface_shards
 
-deals the pictures of a set out at random to train-00000.rec, train-00001.rec ... (each with its
+deals the images of a set out at random to train-00000.rec, train-00001.rec ... (each with its
 .idx; each can be read by itself like any .rec), so that a file is a sample of the whole and reading
 a few at a time is as good as a shuffle. `python train.py --train-set data/faces_webface_shards`
 reads such a folder file by file, each process its own part of it.
 
-Beside each .rec lies a .npy with the byte offset and label of every picture, 12 bytes each. It is
+Beside each .rec lies a .npy with the byte offset and label of every image, 12 bytes each. It is
 mapped, not read: what a process does not use costs it no memory, and processes of a machine share
 what they use. Where it is missing it is made.
 """
@@ -40,7 +40,7 @@ from utils import (
     FACE_SIZE,
     UserError,
     atomic_write,
-    exit_with_sentence,
+    exit_on_user_error,
     make_folder,
     open_to_write,
     sync,
@@ -48,7 +48,7 @@ from utils import (
 )
 
 SHARD = "train-*.rec"
-ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes a picture
+ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes an image
 OPEN_SHARDS = 256  # mapped at a time, at two file descriptors each
 
 
@@ -59,7 +59,7 @@ def is_sharded(folder: Path | str) -> bool:
 
 
 class Shard(NamedTuple):
-    """One file, mapped: its bytes, and ENTRY of each picture."""
+    """One file, mapped: its bytes, and ENTRY of each image."""
 
     path: Path
     data: Any
@@ -67,7 +67,7 @@ class Shard(NamedTuple):
 
 
 class ShardReader:
-    """Pictures of a folder of shards by number, in the order of the files; no list of them.
+    """Images of a folder of shards by number, in the order of the files; no list of them.
 
     `num_classes` and `size` come from property. Threads may share a reader. Raises RecordError
     where a file is missing or is not what it should be.
@@ -91,7 +91,7 @@ class ShardReader:
                 "align them with pre_process.py."
             )
         counts = [len(_checked_entries(file)) for file in self.files]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])  # of each shard's first picture
+        self.starts = np.concatenate([[0], np.cumsum(counts)])  # of each shard's first image
         self._open = functools.lru_cache(OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class ShardReader:
         return self._open(number), i - int(self.starts[number])
 
     def labels_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The classes (n,) int64 of pictures (n,)."""
+        """The classes (n,) int64 of images (n,)."""
         found = [int(shard.entries["label"][i]) for shard, i in map(self._find, numbers.tolist())]
         labels = np.array(found, np.int64)
         wrong = (labels < 0) | (labels >= self.num_classes)
@@ -120,7 +120,7 @@ class ShardReader:
         return labels
 
     def jpeg(self, i: int) -> bytes:
-        """The encoded bytes of picture i, 0 <= i < len(self)."""
+        """The encoded bytes of image i, 0 <= i < len(self)."""
         shard, place = self._find(i)
         payload = payload_at(shard.data, int(shard.entries["offset"][place]))
         label = np.frombuffer(payload[4:8], "<f4")
@@ -132,7 +132,7 @@ class ShardReader:
         return payload[HEADER.size :]
 
     def image(self, i: int) -> np.ndarray:
-        """Picture i as (height, width, 3) uint8 RGB; RecordError names it where it cannot."""
+        """Image i as (height, width, 3) uint8 RGB; RecordError names it where it cannot."""
         try:
             image = decode_jpeg(self.jpeg(i))
         except RecordError as error:
@@ -149,7 +149,7 @@ class ShardReader:
     def fingerprint(self) -> str:
         """What tells this set from another: names, sizes and counts of the files, a few labels.
 
-        Hexadecimal SHA-256, in time that does not grow with the pictures.
+        Hexadecimal SHA-256, in time that does not grow with the images.
         """
         digest = hashlib.sha256(str(self.num_classes).encode())
         for file, start in zip(self.files, self.starts.tolist(), strict=False):
@@ -160,7 +160,7 @@ class ShardReader:
 
 
 def _checked_entries(path: Path) -> np.ndarray:
-    """ENTRY of each picture of a record file, mapped; made first where it is missing."""
+    """ENTRY of each image of a record file, mapped; made first where it is missing."""
     index = path.with_suffix(".npy")
     if not index.is_file():
         reader = RecordReader(path)
@@ -195,7 +195,7 @@ def _write_entries(path: Path, entries: np.ndarray) -> None:
 def write_shards(
     folder: Path | str, jpegs: Iterable[bytes], labels: np.ndarray, count: int, seed: int = 0
 ) -> None:
-    """Deal pictures out at random to `count` files of equal length, in the order they come."""
+    """Deal images out at random to `count` files of equal length, in the order they come."""
     folder = Path(folder)
     make_folder(folder)
     numbers = np.arange(len(labels)) % count
@@ -221,9 +221,9 @@ def write_shards(
         file.write(b"%d,112,112" % (int(labels.max()) + 1))
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
-    """Deal a set's pictures out to shards of about --shard-images."""
+    """Deal a set's images out to shards of about --shard-images."""
     source = cfg.source or Path(cfg.data_dir, "faces_webface_112x112")
     output = Path(cfg.output or Path(cfg.data_dir, "faces_webface_shards"))
     if output.exists() and any(output.iterdir()):
@@ -233,7 +233,7 @@ def main(cfg: Config) -> None:
     jpegs = (reader.jpeg(i) for i in tqdm(range(len(reader)), unit="img"))
     write_shards(output, jpegs, reader.labels, count, cfg.seed)
     print(
-        f"{len(reader):,} pictures of {reader.num_classes:,} people in {count:,} files, {output}. "
+        f"{len(reader):,} images of {reader.num_classes:,} people in {count:,} files, {output}. "
         f"Next: python train.py --train-set {output}"
     )
 

@@ -1,6 +1,6 @@
 """Losses with one threshold for all: each class is a question of its own, yes or no.
 
-Where softmax compares the classes of one picture, these ask of every cosine whether it lies on its
+Where softmax compares the classes of one image, these ask of every cosine whether it lies on its
 side of a learned threshold b, as verification does later. Each brings its own loss.
 """
 

@@ -54,9 +54,9 @@ def build_head(
     *,
     margin_s: float,
     margin_m: float,
-    **knobs: Any,
+    **settings: Any,
 ) -> MarginHead:
-    """The head called `margin` with fresh centres; of `knobs` it takes those that it has.
+    """The head called `margin` with fresh centres; of `settings` it takes those that it has.
 
     Raises ValueError for a scale of zero, or a margin_m for a head that has no margin.
     """
@@ -65,5 +65,5 @@ def build_head(
         raise ValueError("--margin-s 0 makes all logits equal; give a scale above zero.")
     if margin_m and not kind.has_margin:
         raise ValueError(f"--margin {margin} has no margin; leave --margin-m out.")
-    own = {name: value for name, value in knobs.items() if name in kind.knobs}
+    own = {name: value for name, value in settings.items() if name in kind.settings}
     return kind(emb_size, num_classes, margin_s, margin_m, **own)

@@ -25,8 +25,8 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 class MarginHead(ArcMarginModel):
     """A head with ArcFace's margin, from which the others differ."""
 
-    # Knobs that it takes as keywords, besides margin_s and margin_m.
-    knobs: ClassVar[tuple[str, ...]] = ()
+    # Settings that it takes as keywords, besides margin_s and margin_m.
+    settings: ClassVar[tuple[str, ...]] = ()
     # PartialFC can use `margin`: it depends on nothing but the class's and the true class's cosine.
     shardable: ClassVar[bool] = False
     is_softmax: ClassVar[bool] = True  # the criterion counts
@@ -144,7 +144,7 @@ class CosFace(MarginHead):
 class ArcFace(MarginHead):
     """s·cos(θ_y + m) for the true class, s·cos θ_j for others (Deng et al., 1801.07698, eq. 3)."""
 
-    knobs = ("easy_margin",)
+    settings = ("easy_margin",)
     shardable = True
 
 
@@ -155,7 +155,7 @@ class Combined(MarginHead):
     has it (`falling_cosine`).
     """
 
-    knobs = ("margin_m1", "margin_m3")
+    settings = ("margin_m1", "margin_m3")
     shardable = True
 
     def __init__(
@@ -243,7 +243,7 @@ class AdaFace(MarginHead):
     lengths' running mean and deviation; each batch is a hundredth of them.
     """
 
-    knobs = ("adaface_h",)
+    settings = ("adaface_h",)
     RATE = 0.01
 
     def __init__(
@@ -289,7 +289,7 @@ class ElasticArc(MarginHead):
     In evaluation mode the margin is margin_m.
     """
 
-    knobs = ("elastic_std",)
+    settings = ("elastic_std",)
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ class SubcenterArc(MarginHead):
     weight are those.
     """
 
-    knobs = ("subcenters",)
+    settings = ("subcenters",)
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
-"""MTCNN: faces with five points, for whole batches of same-sized pictures, on a CPU or a GPU.
+"""MTCNN: faces with five points, for whole batches of same-sized images, on a CPU or a GPU.
 
-    python face_detect.py picture.jpg ...
+    python face_detect.py image.jpg ...
 
-prints a line a picture: file, status (ok, retried, no_face), score, box and the five points of the
+prints a line an image: file, status (ok, retried, no_face), score, box and the five points of the
 face that would be aligned, in pixels, tab-separated.
 
 The cascade, its thresholds and its coordinates are those of the `mtcnn` package (ipazc/mtcnn
 1.0.0, MIT), whose weights are used: three small networks (Zhang et al., arXiv 1604.02878). P-Net
-looks through a pyramid of the picture for proposals, R-Net and O-Net look closer at each, O-Net
+looks through a pyramid of the image for proposals, R-Net and O-Net look closer at each, O-Net
 adds the points. TensorFlow is never imported.
 """
 
@@ -36,32 +36,32 @@ from preprocessing.mtcnn_ops import (
     to_square,
     window_boxes,
 )
-from utils import FACE_SIZE, TEMPLATE, UserError, core_count, exit_with_sentence, get_device
+from utils import FACE_SIZE, TEMPLATE, UserError, core_count, exit_on_user_error, get_device
 
 MIN_FACE = 20  # pixels; the smallest face that is ever looked for unless asked
 FACE_PART = 0.16  # of the shorter side: the smallest face looked for at first
-MAX_SIDE = 1600  # pixels; larger pictures are shrunk to it
+MAX_SIDE = 1600  # pixels; larger images are shrunk to it
 PYRAMID_FACTOR = 0.709
 
 RETRY_THRESHOLDS = (0.5, 0.6, 0.6)
-RETRY_SIDE = 500  # pixels; up to here a picture is enlarged twice for the retry
+RETRY_SIDE = 500  # pixels; up to here an image is enlarged twice for the retry
 CENTRAL_CROP = 0.525  # side of the square that becomes the aligned face, in shorter sides
 
-CPU_PIXELS = 2**20  # pictures that one thread takes at a time: 16 of 250x250
+CPU_PIXELS = 2**20  # images that one thread takes at a time: 16 of 250x250
 CACHE_PIXELS = 2**16  # inputs of a network at a time: their layers fit a core's cache
 GPU_PIXELS = 2**26
 
 
 class Faces(NamedTuple):
-    """The k faces of one picture, best score first; coordinates in pixels."""
+    """The k faces of one image, best score first; coordinates in pixels."""
 
     boxes: np.ndarray  # (k, 4) float32: x1, y1, x2, y2
     scores: np.ndarray  # (k,) float32
-    points: np.ndarray  # (k, 5, 2) float32: left eye as seen in the picture first, as in TEMPLATE
+    points: np.ndarray  # (k, 5, 2) float32: left eye as seen in the image first, as in TEMPLATE
 
 
 class Detection(NamedTuple):
-    """The one face of a picture; all but the status are None where there is none."""
+    """The one face of an image; all but the status are None where there is none."""
 
     status: str  # "ok", "retried" or "no_face"
     score: float | None = None
@@ -93,8 +93,8 @@ def pyramid_scales(height: int, width: int, min_face: float) -> list[float]:
 class FaceDetector:
     """MTCNN on one device.
 
-    `min_face` is in pixels, 0: chosen from the picture's size. On a CPU it works on several
-    pictures at a time in threads of its own, each on one core; PyTorch's own threads, which share
+    `min_face` is in pixels, 0: chosen from the image's size. On a CPU it works on several
+    images at a time in threads of its own, each on one core; PyTorch's own threads, which share
     every operation, are slower for operations this small, much so when others use the cores too.
     """
 
@@ -120,10 +120,10 @@ class FaceDetector:
         min_face: float = 0,
         thresholds: tuple[float, float, float] | None = None,
     ) -> list[Faces]:
-        """Every face of every picture: (N, H, W, 3) uint8 RGB -> N Faces.
+        """Every face of every image: (N, H, W, 3) uint8 RGB -> N Faces.
 
-        `min_face` and `thresholds` stand in for the detector's own. Pictures with a side over
-        MAX_SIDE are shrunk to it first; coordinates are the given picture's all the same.
+        `min_face` and `thresholds` stand in for the detector's own. Images with a side over
+        MAX_SIDE are shrunk to it first; coordinates are the given image's all the same.
         """
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, np.uint8, "CW"))
@@ -142,7 +142,7 @@ class FaceDetector:
     def _detect(
         self, images: Tensor, min_face: float, thresholds: tuple[float, float, float]
     ) -> list[Faces]:
-        """`detect` for as many pictures as go through at once."""
+        """`detect` for as many images as go through at once."""
         if self.on_cpu:
             torch.set_num_threads(1)  # of this thread
         images = images.to(self.device)
@@ -169,7 +169,7 @@ class FaceDetector:
         keep = torch.nonzero(scores > thresholds[2])[:, 0]
         keep = keep[suppress(boxes[keep], scores[keep], index[keep], 0.7, "min")]
 
-        if shrink < 1:  # a pixel's centre is at a whole number in both pictures
+        if shrink < 1:  # a pixel's centre is at a whole number in both images
             boxes, points = ((a + 0.5) / shrink - 0.5 for a in (boxes, points))
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width - 1, height - 1] * 2))
         return _split(n, index[keep], boxes[keep], scores[keep], points[keep])
@@ -224,7 +224,7 @@ def choose_face(faces: Faces, height: int, width: int) -> int | None:
 
 
 def find_face(detector: FaceDetector, images: np.ndarray) -> list[Detection]:
-    """The one face of each picture, retried where there is none: (N, H, W, 3) uint8 RGB."""
+    """The one face of each image, retried where there is none: (N, H, W, 3) uint8 RGB."""
     height, width = images.shape[1:3]
     result = [_detection("ok", faces, height, width) for faces in detector.detect(images)]
     missed = [i for i, detection in enumerate(result) if detection.status == "no_face"]
@@ -236,15 +236,15 @@ def find_face(detector: FaceDetector, images: np.ndarray) -> list[Detection]:
 
 
 def retry(detector: FaceDetector, images: np.ndarray) -> list[Faces]:
-    """A second, slower look: lower thresholds, faces from 20 pixels, small pictures enlarged.
+    """A second, slower look: lower thresholds, faces from 20 pixels, small images enlarged.
 
-    (N, H, W, 3) uint8 RGB; a picture up to RETRY_SIDE is enlarged twice, so that faces from 10
-    pixels are found in it. Coordinates are the given picture's.
+    (N, H, W, 3) uint8 RGB; an image up to RETRY_SIDE is enlarged twice, so that faces from 10
+    pixels are found in it. Coordinates are the given image's.
     """
     factor = 2 if max(images.shape[1:3]) <= RETRY_SIDE else 1
     larger = np.stack([cv2.resize(image, None, fx=factor, fy=factor) for image in images])
     found = detector.detect(larger, MIN_FACE, RETRY_THRESHOLDS)
-    # the centre of pixel x is at 2 x + 0.5 in the enlarged picture
+    # the centre of pixel x is at 2 x + 0.5 in the enlarged image
     return [
         Faces((f.boxes + 0.5) / factor - 0.5, f.scores, (f.points + 0.5) / factor - 0.5)
         for f in found
@@ -260,22 +260,22 @@ def _detection(status: str, faces: Faces, height: int, width: int) -> Detection:
 
 
 def central_crop_points(height: int, width: int) -> np.ndarray:
-    """(5, 2) points whose alignment is the picture's central square; for want of a face."""
+    """(5, 2) points whose alignment is the image's central square; for want of a face."""
     side = CENTRAL_CROP * min(height, width)
     corner = np.array([width - side, height - side]) / 2
     return corner + TEMPLATE * (side / FACE_SIZE)
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(paths: list[str]) -> None:
-    """Print the faces of the pictures named."""
+    """Print the faces of the images named."""
     if not paths:
-        raise UserError("Name one or more pictures: python face_detect.py picture.jpg ...")
+        raise UserError("Name one or more images: python face_detect.py image.jpg ...")
     detector = FaceDetector(get_device())
     for path in paths:
         image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
         if image is None:
-            raise UserError(f"{path} is not a picture that OpenCV can read.")
+            raise UserError(f"{path} is not an image that OpenCV can read.")
         face = find_face(detector, image[None])[0]
         numbers = [] if face.box is None else [face.score, *face.box, *face.points.ravel()]
         print("\t".join([path, face.status, *(f"{v:.2f}" for v in numbers)]))

@@ -29,7 +29,7 @@ def index_pack(rec_path: Path, output: Path, workers: int = 0) -> tuple[Tally, d
     size = reader.size or (FACE_SIZE, FACE_SIZE)
     if size != (FACE_SIZE, FACE_SIZE):
         raise UserError(
-            f"{reader.path} holds pictures of {size[1]}x{size[0]} pixels, not "
+            f"{reader.path} holds images of {size[1]}x{size[0]} pixels, not "
             f"{FACE_SIZE}x{FACE_SIZE}; training needs an aligned pack of that size."
         )
     statuses = Tally()

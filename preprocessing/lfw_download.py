@@ -17,7 +17,7 @@ from utils import UserError, atomic_write, make_folder
 
 
 def download_lfw(data_dir: Path | str) -> Path:
-    """LFW's funneled pictures, an archive or a folder; data_dir/pairs.txt is there afterwards.
+    """LFW's funneled images, an archive or a folder; data_dir/pairs.txt is there afterwards.
 
     What scikit-learn fetched before is used, be it below data_dir or in its own data folder
     (SCIKIT_LEARN_DATA).  Everything fetched is checked against scikit-learn's SHA-256 sums.
@@ -26,18 +26,18 @@ def download_lfw(data_dir: Path | str) -> Path:
     data = Path(data_dir)
     home = Path(os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data")).expanduser()
     folders = [data / "lfw_home", home / "lfw_home"]
-    pictures = _first(folders, "lfw_funneled") or _first(folders, "lfw-funneled.tgz")
+    images = _first(folders, "lfw_funneled") or _first(folders, "lfw-funneled.tgz")
     pairs = _first([data, *folders], "pairs.txt")
-    if pictures is None or pairs is None:
+    if images is None or pairs is None:
         make_folder(folders[0])
         pairs = pairs or _fetch("pairs.txt", folders[0])
-        pictures = pictures or _fetch("lfw-funneled.tgz", folders[0])
+        images = images or _fetch("lfw-funneled.tgz", folders[0])
     if not (data / "pairs.txt").exists():
         make_folder(data)
         with atomic_write(data / "pairs.txt") as file:
             file.write(pairs.read_bytes())
-    print(f"LFW: {pictures} and {data / 'pairs.txt'}")
-    return pictures
+    print(f"LFW: {images} and {data / 'pairs.txt'}")
+    return images
 
 
 def _first(folders: list[Path], name: str) -> Path | None:

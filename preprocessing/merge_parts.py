@@ -1,6 +1,6 @@
 """Data sets that several processes prepared part by part, put together as if one had done it all.
 
-Every process forms the same blocks of the archive's pictures and aligns a run of them into a folder
+Every process forms the same blocks of the archive's images and aligns a run of them into a folder
 of its own, `<output>.shard-00001-of-00004`. Detection batches never cross a block, so the parts
 hold what a single run would have written; putting them together numbers records and labels anew.
 """
@@ -69,7 +69,7 @@ def merged_blocks(
     """What became of the entries of each block, from the parts.
 
     `begun` is what a single run would depend on. Raises UserError where a part was made from
-    something else, lacks a picture or has one too many.
+    something else, lacks an image or has one too many.
     """
     for number, shard in enumerate(shards, 1):
         report = read_report(shard, finished=False) or {}
@@ -86,7 +86,7 @@ def _blocks_of(
     shard: Path, entries: Sequence[Entry], blocks: Sequence[Block]
 ) -> Iterator[list[Aligned]]:
     wrong = UserError(
-        f"{shard} does not hold each of its pictures once; delete it and make it again."
+        f"{shard} does not hold each of its images once; delete it and make it again."
     )
     data, offsets = map_file(shard / "train.rec"), record_offsets(shard / "train.rec")
     images = iter(offsets[1:-1].tolist())  # record 0 is no image

@@ -1,7 +1,7 @@
 """What MTCNN does between its networks, on whole batches: resampling, boxes, suppression, crops.
 
-Each agrees with what the mtcnn package (ipazc/mtcnn 1.0.0) does with TensorFlow and NumPy, picture
-by picture; here one call serves all pictures, on any device.
+Each agrees with what the mtcnn package (ipazc/mtcnn 1.0.0) does with TensorFlow and NumPy, image
+by image; here one call serves all images, on any device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 CELL = 12  # P-Net's window, pixels
 STRIDE = 2  # P-Net's step, pixels
-MAX_BOXES = 2048  # of one picture (and level) that compete in non-maximum suppression
+MAX_BOXES = 2048  # of one image (and level) that compete in non-maximum suppression
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,7 +64,7 @@ def area_resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def window_boxes(x: Tensor, y: Tensor, offsets: Tensor, scale: float) -> Tensor:
-    """(k, 4) boxes in the picture of P-Net's cells (x, y), moved by (k, 4) offsets.
+    """(k, 4) boxes in the image of P-Net's cells (x, y), moved by (k, 4) offsets.
 
     The package takes the window of cell 0 as 1 to 12, 11 pixels wide; the offsets are in units
     of that.

@@ -1,9 +1,9 @@
-"""The pictures of a source, decoded, detected and aligned block by block: pre_process.py's engine.
+"""The images of a source, decoded, detected and aligned block by block: pre_process.py's engine.
 
-    pictures are read in order > decoded (threads) > detected (device) > warped and encoded
+    images are read in order > decoded (threads) > detected (device) > warped and encoded
     (threads) > handed over in order
 
-All goes by blocks of pictures that follow from the source's list alone, and detection batches never
+All goes by blocks of images that follow from the source's list alone, and detection batches never
 cross a block: whoever starts again after a kill forms the same batches, hence the same bytes.
 """
 
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from fileio.archives import ArchiveError, Entry, Source
-from fileio.images import PictureError, decode_picture
+from fileio.images import ImageError, decode_image
 from fileio.recordio import encode_jpeg
 from preprocessing.detector import Detection, FaceDetector, central_crop_points, find_face
 from utils import UserError, core_count, is_out_of_memory, similarity_transform, warp_face
@@ -26,16 +26,16 @@ from utils import UserError, core_count, is_out_of_memory, similarity_transform,
 BLOCK_IMAGES = 256
 BLOCK_BYTES = 16 << 20
 MIN_SIDE = 20  # pixels; MTCNN finds no smaller faces
-MAX_SIDE = 1024  # larger pictures are searched in a smaller copy, and aligned from the whole
-USUAL_PIXELS = 250 * 250  # batches of larger pictures have fewer of them
+MAX_SIDE = 1024  # larger images are searched in a smaller copy, and aligned from the whole
+USUAL_PIXELS = 250 * 250  # batches of larger images have fewer of them
 
 
 T = TypeVar("T")
 Batches = list[tuple[list[int], Future]]  # places in a block, and the detections to come
 
 
-class Picture(NamedTuple):
-    """A decoded picture, or the reason why there is none; `factor` is how much it was shrunk."""
+class LoadedImage(NamedTuple):
+    """A decoded image, or the reason why there is none; `factor` is how much it was shrunk."""
 
     entry: Entry
     status: str = ""
@@ -89,25 +89,25 @@ def align_blocks(
     searcher = ThreadPoolExecutor(1 + workers // 2)
 
     def load(block: tuple[int, int]) -> list[Future]:
-        return [pool.submit(load_picture, *next(contents)) for _ in range(*block)]
+        return [pool.submit(load_image, *next(contents)) for _ in range(*block)]
 
-    def search(pictures: list[Picture]) -> tuple[list[Picture], Batches]:
-        batches = plan_batches(pictures, detect_batch)
-        found = [searcher.submit(search_batch, detector, pictures, batch) for batch in batches]
-        return pictures, list(zip(batches, found, strict=True))
+    def search(images: list[LoadedImage]) -> tuple[list[LoadedImage], Batches]:
+        batches = plan_batches(images, detect_batch)
+        found = [searcher.submit(search_batch, detector, images, batch) for batch in batches]
+        return images, list(zip(batches, found, strict=True))
 
-    def cut(pictures: list[Picture], batches: Batches) -> list[Future]:
-        detections = [Detection("no_face")] * len(pictures)
+    def cut(images: list[LoadedImage], batches: Batches) -> list[Future]:
+        detections = [Detection("no_face")] * len(images)
         for batch, found in batches:
             for i, detection in zip(batch, found.result(), strict=True):
                 detections[i] = detection
-        pairs = zip(pictures, detections, strict=True)
+        pairs = zip(images, detections, strict=True)
         return [pool.submit(cut_face, *pair, crop_missed) for pair in pairs]
 
     try:
         loading = run_ahead((reader.submit(load, block) for block in blocks), 1 + ahead)
-        loaded = ([picture.result() for picture in block.result()] for block in loading)
-        searching = run_ahead((search(pictures) for pictures in loaded), ahead)
+        loaded = ([image.result() for image in block.result()] for block in loading)
+        searching = run_ahead((search(images) for images in loaded), ahead)
         cutting = run_ahead((cut(*block) for block in searching), 1)
         for block in cutting:
             yield [face.result() for face in block]
@@ -118,7 +118,7 @@ def align_blocks(
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"A thread that aligns pictures died ({reason}); the pictures before it are kept. "
+            f"A thread that aligns images died ({reason}); the images before it are kept. "
             "Start again to go on there, with fewer --workers if memory is short."
         ) from error
     finally:  # on Ctrl-C what is queued is dropped, not waited for
@@ -136,31 +136,31 @@ def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     yield from waiting
 
 
-def load_picture(entry: Entry, data: bytes | ArchiveError) -> Picture:
-    """Decode a file, and make a smaller copy of a large picture for the search."""
+def load_image(entry: Entry, data: bytes | ArchiveError) -> LoadedImage:
+    """Decode a file, and make a smaller copy of a large image for the search."""
     if isinstance(data, ArchiveError):
-        return Picture(entry, data.status)
+        return LoadedImage(entry, data.status)
     try:
-        image = decode_picture(data)
-    except PictureError as error:
-        return Picture(entry, error.status)
+        image = decode_image(data)
+    except ImageError as error:
+        return LoadedImage(entry, error.status)
     short, long = sorted(image.shape[:2])
     factor = max(MAX_SIDE / long, MIN_SIDE / short)
     if factor >= 1 or short < MIN_SIDE:
-        return Picture(entry, "", image)
-    return Picture(entry, "", _shrink(image, factor), factor, data)
+        return LoadedImage(entry, "", image)
+    return LoadedImage(entry, "", _shrink(image, factor), factor, data)
 
 
 def _shrink(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
 
 
-def plan_batches(pictures: Sequence[Picture], most: int) -> list[list[int]]:
-    """Places of pictures of one size, `most` together, fewer where they are large."""
+def plan_batches(images: Sequence[LoadedImage], most: int) -> list[list[int]]:
+    """Places of images of one size, `most` together, fewer where they are large."""
     sizes: dict[tuple[int, int], list[int]] = {}
-    for i, picture in enumerate(pictures):
-        if picture.image is not None and min(picture.image.shape[:2]) >= MIN_SIDE:
-            sizes.setdefault(picture.image.shape[:2], []).append(i)
+    for i, image in enumerate(images):
+        if image.image is not None and min(image.image.shape[:2]) >= MIN_SIDE:
+            sizes.setdefault(image.image.shape[:2], []).append(i)
     batches = []
     for (height, width), places in sizes.items():
         step = min(most, max(1, most * USUAL_PIXELS // (height * width)))
@@ -169,15 +169,15 @@ def plan_batches(pictures: Sequence[Picture], most: int) -> list[list[int]]:
 
 
 def search_batch(
-    detector: FaceDetector, pictures: Sequence[Picture], batch: Sequence[int]
+    detector: FaceDetector, images: Sequence[LoadedImage], batch: Sequence[int]
 ) -> list[Detection]:
-    """The face of each picture of a batch."""
-    return find_face(detector, np.stack([pictures[i].image for i in batch]))
+    """The face of each image of a batch."""
+    return find_face(detector, np.stack([images[i].image for i in batch]))
 
 
-def cut_face(picture: Picture, detection: Detection, crop_missed: bool) -> Aligned:
-    """Align and encode one face; coordinates in pixels of the whole picture."""
-    entry, status, image, factor, data = picture
+def cut_face(loaded: LoadedImage, detection: Detection, crop_missed: bool) -> Aligned:
+    """Align and encode one face; coordinates in pixels of the whole image."""
+    entry, status, image, factor, data = loaded
     if image is None:
         return Aligned(entry, status)
     if detection.points is None:
@@ -190,7 +190,7 @@ def cut_face(picture: Picture, detection: Detection, crop_missed: bool) -> Align
     points = (np.asarray(detection.points, np.float64) + 0.5) / factor - 0.5
     box = (np.asarray(detection.box, np.float64) + 0.5) / factor - 0.5
     if data:
-        image = decode_picture(data)
+        image = decode_image(data)
     jpeg = encode_jpeg(align_face(image, points))
     return Aligned(entry, detection.status, jpeg, detection.score, box, points)
 

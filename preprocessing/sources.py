@@ -16,12 +16,12 @@ LFW_STEMS = ("lfw-funneled", "lfw_funneled", "lfw-deepfunneled", "lfw_deepfunnel
 
 
 class Job(NamedTuple):
-    """One data set to prepare: crop_missed keeps pictures without a face, cropped centrally."""
+    """One data set to prepare: crop_missed keeps images without a face, cropped centrally."""
 
     source: Path
     output: Path
     crop_missed: bool
-    show: bool  # write pictures before and after
+    show: bool  # write images before and after
 
 
 def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
@@ -50,7 +50,7 @@ def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
         if len(found) > 1:
             print(f"{found[0]} is taken; {', '.join(map(str, found[1:]))} is left aside.")
         if found:
-            # a ready pack has no pictures from before the alignment
+            # a ready pack has no images from before the alignment
             show = all(job.source.suffix == ".rec" for job in jobs)
             jobs.append(Job(found[0], output, _crops(cfg, bool(is_lfw)), show))
     if not jobs:
@@ -58,7 +58,7 @@ def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
             f"there is nothing to prepare in {data}/: no training set (CASIA-WebFace.zip, .tar, "
             ".tar.gz, .tgz or folder, or a ready faces_webface_112x112/train.rec) and no LFW "
             "(lfw-funneled.tgz, lfw-deepfunneled.tgz or lfw.tgz). Run `make demo` to see it all on "
-            "drawn faces, or get the archives as README.md says and put them there."
+            "synthetic faces, or get the archives as README.md says and put them there."
         )
     if cfg.output and len(jobs) > 1:
         raise UserError(f"--output is one folder, but {data}/ holds two sets; add --source.")

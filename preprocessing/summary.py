@@ -14,7 +14,7 @@ import numpy as np
 
 from config import Config
 from fileio.archives import Source, Tally, open_source
-from fileio.images import decode_picture
+from fileio.images import decode_image
 from fileio.locks import LOCK
 from fileio.recordio import RecordReader, encode_jpeg
 from preprocessing.dataset_writer import FACE, read_report
@@ -23,7 +23,7 @@ from utils import UserError, atomic_write, make_folder, write_errors
 
 FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 KEPT = ("ok", "retried", "central_crop")
-PAIRS = 10  # pictures shown before and after
+PAIRS = 10  # images shown before and after
 
 
 def is_taken(output: Path) -> bool:
@@ -58,14 +58,14 @@ def check_finished(job: Job, cfg: Config) -> None:
 
 
 def source_bytes(path: Path, source: Source | None = None) -> int:
-    """Size of an archive, or of all pictures in a folder: enough to tell whether it changed."""
+    """Size of an archive, or of all images in a folder: enough to tell whether it changed."""
     if path.is_file():
         return path.stat().st_size
     return sum(entry.size for entry in (source or open_source(path)).entries())
 
 
 def count(statuses: Tally) -> dict[str, Any]:
-    """Pictures by status; those not found or passed over by name too."""
+    """Images by status; those not found or passed over by name too."""
     found = {s: n for s, n in sorted(statuses.counts.items()) if s in KEPT}
     return {
         "images": sum(statuses.counts.values()),
@@ -95,7 +95,7 @@ def summarise(report: dict[str, Any], output: Path) -> None:
     before = report.get("resumed_at", 0)
     done = report["images"] - before
     print(
-        f"{Path(report['source']).name}: {done:,} pictures in {report['seconds']:.1f} s, "
+        f"{Path(report['source']).name}: {done:,} images in {report['seconds']:.1f} s, "
         f"{report['images_per_s']:.0f} images/s on {device}"
         + (f", {before:,} done before" if before else "")
         + (f"; put together from {report['parts']} parts" if report.get("parts") else "")
@@ -104,7 +104,7 @@ def summarise(report: dict[str, Any], output: Path) -> None:
         f"  passed over {sum(passed.values()):,}" + (f" ({listed(passed)})" if passed else "")
     )
     if others:
-        print(f"  no pictures: {listed(others)}")
+        print(f"  no images: {listed(others)}")
     if passed or others:
         print(f"  {output / 'report.json'} names them")
     if report.get("damage"):
@@ -112,7 +112,7 @@ def summarise(report: dict[str, Any], output: Path) -> None:
 
 
 def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: Path) -> None:
-    """Ten pictures as they were and aligned, evenly spread over those with a face.
+    """Ten images as they were and aligned, evenly spread over those with a face.
 
     found: of each entry NO_FACE, CROP or FACE.
     """
@@ -124,13 +124,13 @@ def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: 
     with write_errors(images_dir), one_at_a_time(images_dir):
         for i in range(PAIRS):
             raw, img = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
-            if i >= len(rows):  # fewer pictures than last time
+            if i >= len(rows):  # fewer images than last time
                 raw.unlink(missing_ok=True)
                 img.unlink(missing_ok=True)
                 continue
             data = originals[source.entries()[rows[i]]]
             if not data.startswith(b"\xff\xd8"):
-                data = encode_jpeg(decode_picture(data))
+                data = encode_jpeg(decode_image(data))
             aligned = reader.jpeg(int(np.count_nonzero(kept[: rows[i]])))
             for path, content in ((raw, data), (img, aligned)):
                 with atomic_write(path) as file:

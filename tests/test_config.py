@@ -37,7 +37,7 @@ def test_a_recipe_changes_defaults_and_what_is_given_goes_before_it():
     cfg = parse_args(["--recipe", "best"], "train")
     assert {name: getattr(cfg, name) for name in best} == best
     assert cfg == dataclasses.replace(Config(**best), recipe="best", given=("recipe",))
-    assert config_from({**best}) == Config(**best)  # each a knob, within its range
+    assert config_from({**best}) == Config(**best)  # each a setting, within its range
     assert parse_args(["--recipe", "best", "--lr", "0.5"], "train").lr == 0.5
     # Another margin comes with a scale of its own.
     other = next(name for name in MARGIN_DEFAULTS if name != cfg.margin)

@@ -11,7 +11,7 @@ from training.augment import augmentation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """12 identities of 5 pictures; a picture's colour tells its number."""
+    """12 identities of 5 images; an image's colour tells its number."""
     folder = tmp_path_factory.mktemp("set")
     write_dataset(folder, [encode_jpeg(face(i)) for i in range(60)], [i // 5 for i in range(60)])
     return folder
@@ -30,12 +30,12 @@ def store_of(folder, cache="ram", **options):
 
 
 def number_of(images):
-    """Which picture each of (n, 3, 112, 112) images in [-1, 1] is, by its green channel."""
+    """Which image each of (n, 3, 112, 112) images in [-1, 1] is, by its green channel."""
     return ((images[:, 1].mean((1, 2)) * 127.5 + 127.5) / 4).round().long()
 
 
 @pytest.mark.parametrize("cache", ["ram", "none", "auto", "gpu"])
-def test_batches_hold_the_right_pictures_and_labels(folder, cache):
+def test_batches_hold_the_right_images_and_labels(folder, cache):
     store, faces = store_of(folder, cache)
     seen = []
     for batch in train_batches(store, faces.train, batch_size=8, seed=0, epoch=0):
@@ -69,7 +69,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(folder):
         assert torch.equal(expected.images, batch.images)  # the mirroring goes on the same, too
 
 
-def test_flips_mirror_about_half_of_the_pictures(folder):
+def test_flips_mirror_about_half_of_the_images(folder):
     store, faces = store_of(folder)
     mirrored = []
     for epoch in range(4):
@@ -84,7 +84,7 @@ def test_flips_mirror_about_half_of_the_pictures(folder):
         assert torch.equal(batch.images, normalise(store.fetch(batch.positions)))
 
 
-def test_validation_covers_every_picture_once_and_unmirrored(folder):
+def test_validation_covers_every_image_once_and_unmirrored(folder):
     store, faces = store_of(folder)
     batches = list(valid_batches(store, faces.valid, batch_size=5))
     assert [len(b.labels) for b in batches] == [5, 5, 2]
@@ -98,7 +98,7 @@ def test_normalise_is_exact():
 
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
-def test_chosen_pictures_come_as_their_mirror_images(folder, cache):
+def test_chosen_images_come_as_their_mirror_images(folder, cache):
     store, _ = store_of(folder, cache)
     positions = np.arange(59)[::-1].copy()  # neither in order nor a whole number of threads' parts
     straight = store.fetch(positions)
@@ -157,11 +157,11 @@ def test_augmented_batches_begin_anywhere_and_validation_stays_clean(folder, cac
         assert torch.equal(batch.images, normalise(store.fetch(batch.positions)))
 
 
-# ------------------------------------------------------------------------------ bad pictures
+# ------------------------------------------------------------------------------ bad images
 
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
-def test_pictures_that_cannot_be_decoded_are_left_out_and_named(tmp_path, cache):
+def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path, cache):
     jpegs = [encode_jpeg(face(i)) for i in range(12)]
     jpegs[3] = jpegs[3][:40]
     write_dataset(tmp_path, jpegs, [i // 3 for i in range(12)])
@@ -177,14 +177,14 @@ def test_pictures_that_cannot_be_decoded_are_left_out_and_named(tmp_path, cache)
     assert store.names(np.array([0, 3])) == [1, 4]
 
 
-def test_pictures_of_another_size_are_an_error(tmp_path):
+def test_images_of_another_size_are_an_error(tmp_path):
     write_dataset(tmp_path, [encode_jpeg(np.zeros((96, 96, 3), np.uint8))] * 4, [0, 0, 1, 1])
     (tmp_path / "property").unlink()
     with pytest.raises(RecordError, match=r"96x96.*pre_process"):
         load_images(RecordReader(tmp_path), np.arange(4))
 
 
-def test_cache_goes_where_the_pictures_fit(monkeypatch):
+def test_cache_goes_where_the_images_fit(monkeypatch):
     monkeypatch.setattr(data_gen, "available_memory", lambda: 10 * data_gen.FACE_BYTES)
     assert data_gen.choose_cache(5, torch.device("cpu")) == "ram"
     assert data_gen.choose_cache(9, torch.device("cpu")) == "none"

@@ -24,7 +24,7 @@ from models import build_model
 from tests.helpers.paths import ROOT
 from utils import UserError
 
-PEOPLE = 12  # two pictures each; 4 folds of 3 matched and 3 mismatched pairs
+PEOPLE = 12  # two images each; 4 folds of 3 matched and 3 mismatched pairs
 
 
 def face_of(person, shot):
@@ -50,7 +50,7 @@ def pairs_text(folds=4, each=3):
 
 @pytest.fixture
 def data(tmp_path):
-    """data/ with a prepared LFW, its pairs, and the archive of 250x250 pictures it came from."""
+    """data/ with a prepared LFW, its pairs, and the archive of 250x250 images it came from."""
     folder = tmp_path / "data" / "faces_lfw_112x112"
     faces = [(person, shot) for person in range(PEOPLE) for shot in (1, 2)]
     jpegs = [encode_jpeg(face_of(*face)) for face in faces]
@@ -65,10 +65,10 @@ def data(tmp_path):
             found = () if status == "central_crop" else (0.99, (60, 60, 140, 150), points)
             row = IndexRow(record, person, name_of(person), name, status, *found)
             rows.append(format_index_row(row))
-            picture = encode_jpeg(np.full((250, 250, 3), record, np.uint8))
+            image = encode_jpeg(np.full((250, 250, 3), record, np.uint8))
             member = tarfile.TarInfo(name)
-            member.size = len(picture)
-            tar.addfile(member, io.BytesIO(picture))
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
     rows.append(format_index_row(IndexRow(None, None, "Odd", "lfw/Odd/Odd_0001.jpg", "unreadable")))
     (folder / "index.tsv").write_text("".join(rows), "utf-8")
     (folder / "report.json").write_text(json.dumps({"source": str(archive)}), "utf-8")
@@ -104,10 +104,10 @@ def test_faces_that_no_pair_names_are_not_counted(data):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     people = ["Ann_0", "Ann_0", "Ann_2", "Ann_4", "Ann_4", "李_3"]
     assert [name.split("/")[0] for name in lfw.pairs.names] == people
-    assert lfw.missed == 1  # record 2 is Ann_0's second picture, record 5 the first of Ann_2
+    assert lfw.missed == 1  # record 2 is Ann_0's second image, record 5 the first of Ann_2
 
 
-def test_a_pair_that_names_no_picture_gets_a_sentence(data):
+def test_a_pair_that_names_no_image_gets_a_sentence(data):
     text = pairs_text().replace("Ann_0\t1\t2", "Ann_0\t1\t7").replace("Ann_4\t1", "Bea\t1")
     (data / "pairs.txt").write_text(text, "utf-8")
     with pytest.raises(UserError, match=r"names 3 of .* \(Ann_0/Ann_0_0007, Bea/Bea_0001, Bea/"):
@@ -159,11 +159,11 @@ def test_load_bin_of_one_kind_or_another_size_gets_a_sentence(tmp_path):
     with pytest.raises(UserError, match="80x96"):
         load_set(path, "")
     write_bin(path, [encode_jpeg(face_of(0, 1)), b"no JPEG"] * 20, [True, False] * 10)
-    with pytest.raises(UserError, match=r"Picture 1 of .*lfw\.bin"):
+    with pytest.raises(UserError, match=r"Image 1 of .*lfw\.bin"):
         load_set(path, "")
 
 
-def test_find_lfw_prefers_pictures_to_bins(data, tmp_path):
+def test_find_lfw_prefers_images_to_bins(data, tmp_path):
     bins = [data / "lfw.bin", data / "faces_webface_112x112" / "lfw.bin"]
     bins[1].parent.mkdir()
     for path in bins:
@@ -218,7 +218,7 @@ def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
     kept = ["0_raw.jpg", "0_img.jpg", "x_fp_0.jpg", "roc.png", "demo/0_fp_0.jpg"]
     for name in stale + kept:
         (images / name).write_bytes(b"old")
-    # Pair 4 is Ann_0's first picture (record 1) and 李_5's second (12); pair 0 Ann_0's two.
+    # Pair 4 is Ann_0's first image (record 1) and 李_5's second (12); pair 0 Ann_0's two.
     errors = {"fp": np.array([3]), "fn": np.array([0])}
     notice = figures.write_galleries(images, lfw.pairs, lfw.images, errors, lfw.source)
     assert notice == ""
@@ -245,10 +245,10 @@ def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     person = tmp_path / "originals" / "lfw" / name_of(0)
     person.mkdir(parents=True)
-    picture = np.zeros((250, 250, 3), np.uint8)
-    picture[..., 2] = 200  # red, in OpenCV's order
-    (person / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", picture)[1].tobytes())
-    (person / "Ann_0_0002.bmp").write_bytes(b"no picture")
+    image = np.zeros((250, 250, 3), np.uint8)
+    image[..., 2] = 200  # red, in OpenCV's order
+    (person / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    (person / "Ann_0_0002.bmp").write_bytes(b"no image")
     errors = {"fp": np.array([], int), "fn": np.array([0])}
     notice = figures.write_galleries(
         tmp_path, lfw.pairs, lfw.images, errors, str(tmp_path / "originals")
@@ -256,7 +256,7 @@ def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
     assert "1 of 2" in notice
     written = tmp_path / "0_fn_0.jpg"
     assert written.read_bytes()[:2] == b"\xff\xd8"
-    np.testing.assert_allclose(cv2.imread(str(written)), picture, atol=4)
+    np.testing.assert_allclose(cv2.imread(str(written)), image, atol=4)
     assert grey_level(tmp_path / "0_fn_1.jpg")[0] == (112, 112, 3)
 
 

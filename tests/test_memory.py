@@ -1,4 +1,4 @@
-"""Memory of pre_process.py, which must not grow with the number of pictures but by their names,
+"""Memory of pre_process.py, which must not grow with the number of images but by their names,
 and of train.py without a cache, which must not grow but by their labels and places.
 
 The detector, and the network, are stubs; all else is real. What counts is memory of the process's
@@ -87,7 +87,7 @@ print("megabytes", max(sizes[:quarter]), max(sizes[quarter:]))
 
 
 def write_many(path: Path, count: int) -> Path:
-    """`count` pictures of 24x24 pixels, 20 people, as a .zip or a .tgz."""
+    """`count` images of 24x24 pixels, 20 people, as a .zip or a .tgz."""
     colours = np.random.default_rng(0).integers(0, 256, (3, 3, 3), np.uint8)
     jpeg = encode_jpeg(cv2.resize(colours, (24, 24)))
     names = [f"set/{i * 20 // count:07d}/{i:07d}.jpg" for i in range(count)]
@@ -105,7 +105,7 @@ def write_many(path: Path, count: int) -> Path:
 
 
 def write_set(folder: Path, count: int) -> None:
-    """A training set of `count` pictures of 100 people."""
+    """A training set of `count` images of 100 people."""
     noise = np.random.default_rng(0).integers(0, 256, (50, 7, 7, 3), np.uint8)
     jpegs = [encode_jpeg(cv2.resize(image, (112, 112))) for image in noise]
     labels = [i * 100 // count for i in range(count)]
@@ -126,7 +126,7 @@ def measure(script: str, source: Path, output: Path) -> list[float]:
 
 
 def peak_memory(folder: Path, kind: str, count: int) -> float:
-    """Megabytes that preparing so many pictures takes at the most."""
+    """Megabytes that preparing so many images takes at the most."""
     source = write_many(folder / f"{count}.{kind}", count)
     output = folder / f"{count}-{kind}"
     (peak,) = measure(PREPARE, source, output)
@@ -135,19 +135,17 @@ def peak_memory(folder: Path, kind: str, count: int) -> float:
 
 
 def growth(folder: Path, kind: str, few: int, many: int) -> float:
-    """Bytes that each further picture takes."""
+    """Bytes that each further image takes."""
     few_mb, many_mb = (peak_memory(folder, kind, count) for count in (few, many))
     each = (many_mb - few_mb) * (1 << 20) / (many - few)
-    print(
-        f".{kind}: {few:,} pictures {few_mb:.1f} MB, {many:,} {many_mb:.1f}: {each:.0f} bytes each"
-    )
+    print(f".{kind}: {few:,} images {few_mb:.1f} MB, {many:,} {many_mb:.1f}: {each:.0f} bytes each")
     return each
 
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 
 # A name, its identity and where it lies take 600 bytes in a .tgz; Python's own list of a .zip's
-# members takes 600 more. A picture of 112x112 pixels would take 37,632, its JPEG some 5,000.
+# members takes 600 more. An image of 112x112 pixels would take 37,632, its JPEG some 5,000.
 
 
 def test_memory_is_flat(tmp_path):
@@ -156,18 +154,18 @@ def test_memory_is_flat(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("tgz", 1_000), ("zip", 1_500)])
-def test_memory_is_flat_over_100_000_pictures(kind, most, tmp_path):
+def test_memory_is_flat_over_100_000_images(kind, most, tmp_path):
     assert growth(tmp_path, kind, 10_000, 100_000) < most
 
 
 @pytest.mark.slow
-def test_training_without_a_cache_is_flat_over_100_000_pictures(tmp_path):
-    """As decoded pictures, what comes after the first quarter would be 2.7 GB."""
+def test_training_without_a_cache_is_flat_over_100_000_images(tmp_path):
+    """As decoded images, what comes after the first quarter would be 2.7 GB."""
     most = {}
     for count in (10_000, 100_000):
         write_set(tmp_path / f"{count}", count)
         early, late = measure(TRAIN, tmp_path / f"{count}", tmp_path / f"trained-{count}")
         most[count] = max(early, late)
-        print(f"{count:,} pictures: {early:.1f} MB in the first quarter, then at most {late:.1f}")
+        print(f"{count:,} images: {early:.1f} MB in the first quarter, then at most {late:.1f}")
     assert late - early < 10
     assert most[100_000] - most[10_000] < 100  # the allocator's arenas come and go by the dozen

@@ -1,4 +1,4 @@
-"""pre_process.py: what it finds in data/, every bad input, the report, the pictures."""
+"""pre_process.py: what it finds in data/, every bad input, the report, the images."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 
 import pre_process
 from config import Config
-from fileio.images import decode_picture
+from fileio.images import decode_image
 from fileio.index_tsv import read_index
 from fileio.recordio import RecordReader
 from pre_process import main, prepare
@@ -29,12 +29,14 @@ from utils import TEMPLATE, UserError, similarity_transform
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Run main on data/ in tmp_path with some knobs; returns (status, printed, complaints)."""
+    """Run main on data/ in tmp_path with some settings; returns (status, printed, complaints)."""
 
-    def run(**knobs):
+    def run(**settings):
         try:
-            knobs = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in knobs.items()}
-            main(Config(data_dir=str(tmp_path / "data"), images_dir=str(tmp_path / "im"), **knobs))
+            settings = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in settings.items()}
+            main(
+                Config(data_dir=str(tmp_path / "data"), images_dir=str(tmp_path / "im"), **settings)
+            )
             status = 0
         except SystemExit as error:
             status = error.code
@@ -82,12 +84,12 @@ def test_both_sets_with_no_flag_at_all(run, tmp_path):
     assert statuses["lfw/P_0/P_0_0003.jpg"] == ("central_crop", 0)
     assert report["missed"] == {"central_crop": {"count": 1, "names": ["lfw/P_0/P_0_0003.jpg"]}}
     assert report["kept"] == 5
-    assert "CASIA-WebFace.zip: 9 pictures" in printed
+    assert "CASIA-WebFace.zip: 9 images" in printed
     assert "kept 9 of 3 identities" in printed
     assert "(central_crop 1, ok 4)" in printed
     names = {p.name for p in (data / "faces_lfw_112x112").iterdir()}
     assert names == {"train.rec", "train.idx", "property", "index.tsv", "report.json"}
-    assert len(list((tmp_path / "im").iterdir())) == 18  # of the nine training pictures alone
+    assert len(list((tmp_path / "im").iterdir())) == 18  # of the nine training images alone
 
 
 def test_eyes_and_mouth_lie_on_the_template(run, tmp_path):
@@ -98,7 +100,7 @@ def test_eyes_and_mouth_lie_on_the_template(run, tmp_path):
     matrix = similarity_transform(table.points)
     placed = np.einsum("nij,nkj->nki", matrix[:, :, :2], table.points) + matrix[:, None, :, 2]
     assert np.abs(placed - TEMPLATE).mean() < 3
-    assert (table.points[:, 0, 0] < table.points[:, 1, 0]).all()  # left in the picture comes first
+    assert (table.points[:, 0, 0] < table.points[:, 1, 0]).all()  # left in the image comes first
 
 
 def test_finished_outputs_are_passed_on(run, tmp_path):
@@ -141,7 +143,7 @@ def test_folders_and_other_names(run, tmp_path):
     assert outcome(tmp_path / "skipped")[0]["lfw/P_0/x.jpg"] == ("no_face", None)
 
 
-def test_pictures_before_and_after(run, tmp_path):
+def test_images_before_and_after(run, tmp_path):
     files = people(3, 5)
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files)
     run()
@@ -180,7 +182,7 @@ def cmyk(data):
 
 
 def rotated(data):
-    """The picture lying on its side, with the EXIF tag that sets it upright."""
+    """The image lying on its side, with the EXIF tag that sets it upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -194,7 +196,7 @@ def huge(data):
 
 
 def bad_files():
-    pixels = decode_picture(face(0, 1))
+    pixels = decode_image(face(0, 1))
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     return {
         "s/a/00good.jpg": (face(0), "ok"),
@@ -205,7 +207,7 @@ def bad_files():
         "s/a/05rotated.jpg": (rotated(face(0, 1)), "ok"),
         "s/a/06truncated.jpg": (face(0, 1)[:-3000], "truncated"),
         "s/a/07zero.jpg": (b"", "empty_file"),
-        "s/a/08text.jpg": (b"not a picture", "not_an_image"),
+        "s/a/08text.jpg": (b"not an image", "not_an_image"),
         "s/a/09pixel.png": (png(np.zeros((1, 1, 3), np.uint8)), "too_small"),
         "s/a/10huge.jpg": (huge(face(0, 1)), "too_large"),
         "s/a/11wide.png": (png(np.zeros((40, 20_000, 3), np.uint8)), "no_face"),
@@ -240,13 +242,13 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
     assert "passed over 7" in printed
     reader = RecordReader(tmp_path / "out")
     crops = {i: reader.image(i) for i in range(6)}
-    for i in (3, 4, 5):  # colour, CMYK and the one on its side are one picture
+    for i in (3, 4, 5):  # colour, CMYK and the one on its side are one image
         assert same_pixels(crops[i], crops[3], 6)
     assert same_pixels(crops[1], crops[2], 1)
     assert np.ptp(crops[1].astype(int), axis=2).max() <= 1  # grey
 
 
-def test_lfw_keeps_every_readable_picture(run, tmp_path):
+def test_lfw_keeps_every_readable_image(run, tmp_path):
     wanted = bad_files()
     source = write_zip(tmp_path / "lfw-bad.zip", {n: data for n, (data, _) in wanted.items()})
     assert run(source=source, output=tmp_path / "out")[0] == 0
@@ -290,7 +292,7 @@ def test_one_broken_archive_does_not_stop_the_other(run, tmp_path):
     status, printed, complaints = run()
     assert status == 2
     assert "CASIA-WebFace.zip is cut short" in complaints
-    assert "lfw.tgz: 2 pictures" in printed
+    assert "lfw.tgz: 2 images" in printed
     assert (tmp_path / "data" / "faces_lfw_112x112" / "train.rec").is_file()
 
 
@@ -309,24 +311,24 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "sentence"),
+    ("settings", "sentence"),
     [
         ({"source": "missing.zip"}, "missing.zip cannot be opened"),
-        ({"source": "empty"}, "holds no pictures"),
-        ({"source": "nobody.zip"}, "not one of the 2 pictures in .* gave a face"),
+        ({"source": "empty"}, "holds no images"),
+        ({"source": "nobody.zip"}, "not one of the 2 images in .* gave a face"),
         ({"source": "good.zip", "output": "taken"}, "no finished output"),
         ({"source": "good.zip", "output": "good.zip/x"}, "good.zip"),
         ({"source": "good.zip", "device": "cuda:77"}, "cannot be used"),
     ],
 )
-def test_what_cannot_be_done_is_a_sentence(knobs, sentence, run, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_a_sentence(settings, sentence, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty" / "a").mkdir(parents=True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("keep me")
     write_zip(tmp_path / "nobody.zip", {"s/a/1.jpg": nobody(), "s/a/2.jpg": b""})
     write_zip(tmp_path / "good.zip", people(1, 1))
-    status, _, complaints = run(**({"output": "out"} | knobs))
+    status, _, complaints = run(**({"output": "out"} | settings))
     assert status == 2
     assert re.search(sentence, complaints)
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "keep me"
@@ -373,7 +375,7 @@ def test_which_sources_are_taken(tmp_path, capsys):
 
 
 def test_real_faces(real_faces, run, tmp_path):
-    """40 pictures of 4 people from the real archive: all found, eyes where they belong."""
+    """40 images of 4 people from the real archive: all found, eyes where they belong."""
     with zipfile.ZipFile(real_faces / "CASIA-WebFace.zip") as archive:
         names = sorted(archive.namelist())
         files = {name: archive.read(name) for name in names[: 4 * 20 : 2]}

@@ -1,4 +1,4 @@
-"""The real scripts, run as a user runs them, from drawn pictures to a number."""
+"""The real scripts, run as a user runs them, from synthetic images to a number."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def run(command, expect=0, **options):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A folder in which drawn archives have been prepared, trained on and evaluated."""
+    """A folder in which synthetic archives have been prepared, trained on and evaluated."""
     folder = tmp_path_factory.mktemp("demo")
     where = f"--data-dir {folder}/data --images-dir {folder}/images"
     runs = f"--runs-dir {folder}/runs"
@@ -70,7 +70,7 @@ def test_the_way_from_archive_to_number(demo):
     assert tags <= set(events.Tags()["scalars"])
 
 
-def test_the_pictures_are_those_of_the_readme(demo):
+def test_the_images_are_those_of_the_readme(demo):
     folder, _ = demo
     images = folder / "images"
     for i in range(10):
@@ -143,19 +143,3 @@ def test_importing_a_script_does_nothing(tmp_path):
     )
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_imports_run_downwards_only():
-    """No script imports another that, directly or not, imports it."""
-    names = {path.stem for path in ROOT.glob("*.py")}
-    imports = {name: set() for name in names}
-    for name in names:
-        for line in (ROOT / f"{name}.py").read_text("utf-8").splitlines():
-            words = line.split()
-            if line.startswith(("import ", "from ")) and words[1] in names:
-                imports[name].add(words[1])
-    assert "config" not in set().union(*(imports[n] for n in ("models", "recordio", "utils")))
-    while imports:
-        leaves = {name for name, used in imports.items() if not used}
-        assert leaves, f"a circle among {sorted(imports)}"
-        imports = {n: used - leaves for n, used in imports.items() if n not in leaves}

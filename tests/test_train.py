@@ -25,7 +25,7 @@ FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 2 --device cpu"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """4 identities of 8 noisy pictures each."""
+    """4 identities of 8 noisy images each."""
     folder = tmp_path_factory.mktemp("set")
     rng = np.random.default_rng(0)
     centres = rng.integers(0, 255, (4, 7, 7, 3))

@@ -86,7 +86,7 @@ def test_newest_run_goes_by_the_time_in_the_name(tmp_path):
 
 
 def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
-    @utils.exit_with_sentence
+    @utils.exit_on_user_error
     def main(kind):
         if kind == "user":
             raise UserError("There is no data.")

@@ -1,4 +1,4 @@
-"""A picture of what augment.py does, on drawn faces.
+"""An image of what augment.py does, on synthetic faces.
 
     python augment_grid.py                          # images/demo/augment_grid.jpg
     python augment_grid.py some/other/file.jpg
@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fileio.images import decode_picture
+from fileio.images import decode_image
 from fileio.recordio import encode_jpeg
-from tools.synthetic import Task, draw_picture
+from tools.synthetic import Task, draw_image
 from training.augment import CHANGES, RECIPES, Recipe, augment
-from utils import FACE_SIZE, atomic_write, exit_with_sentence, make_folder
+from utils import FACE_SIZE, atomic_write, exit_on_user_error, make_folder
 
 FACES = 8
 SEED = 2
 
 
 def drawn_faces(count: int) -> Tensor:
-    """The middles of drawn pictures: (count, 112, 112, 3) uint8."""
-    pictures = [decode_picture(draw_picture(Task(1, person, 0))) for person in range(count)]
-    return torch.from_numpy(np.stack([picture[69:181, 69:181] for picture in pictures]))
+    """The middles of synthetic images: (count, 112, 112, 3) uint8."""
+    images = [decode_image(draw_image(Task(1, person, 0))) for person in range(count)]
+    return torch.from_numpy(np.stack([image[69:181, 69:181] for image in images]))
 
 
 def rows(faces: Tensor) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def rows(faces: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(argv: Sequence[str]) -> None:
     """Draw the faces, change them, and write one JPEG."""
     path = Path(argv[0] if argv else "images/demo/augment_grid.jpg")

@@ -8,7 +8,7 @@
 The first writes the list of identities and, as InsightFace's .bin, pairs of them: ten folds that
 share nobody, half of each matched. --hard-negatives takes for mismatched ones the stranger in the
 fold whom --checkpoint finds most alike; it makes the test harder for that model than for others,
-so let no model that is compared choose. The last embeds every picture of the identities and
+so let no model that is compared choose. The last embeds every image of the identities and
 compares each with each; it prints a line a FAR and writes runs/<run>/held_out.json.
 """
 
@@ -37,7 +37,7 @@ from training.sample_lists import read_held_out, write_held_out
 from utils import (
     UserError,
     atomic_write,
-    exit_with_sentence,
+    exit_on_user_error,
     get_device,
     keep_freed_memory,
     make_folder,
@@ -45,8 +45,8 @@ from utils import (
 )
 
 FOLDS = 10
-LEAST = 4  # pictures of an identity that is held out
-BLOCK = 4096  # pictures in memory at a time
+LEAST = 4  # images of an identity that is held out
+BLOCK = 4096  # images in memory at a time
 
 Pair = tuple[int, int]
 
@@ -55,7 +55,7 @@ Pair = tuple[int, int]
 
 
 def choose_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` classes by chance among those with LEAST pictures or more, ascending.
+    """`count` classes by chance among those with LEAST images or more, ascending.
 
     Raises UserError where there are too few, or none would be left to train on.
     """
@@ -63,7 +63,7 @@ def choose_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     left = len(np.unique(labels)) - count
     if len(able) < count or left < 2:
         raise UserError(
-            f"The training set has {len(able):,} identities with {LEAST} pictures or more, and "
+            f"The training set has {len(able):,} identities with {LEAST} images or more, and "
             f"{max(left, 0):,} would be left to train on; hold out fewer (--held-out-identities)."
         )
     return np.sort(np.random.default_rng([seed, 8]).choice(able, count, replace=False))
@@ -72,24 +72,24 @@ def choose_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 def make_pairs(
     people: np.ndarray, count: int, seed: int, embeddings: np.ndarray | None = None
 ) -> list[tuple[Pair, bool]]:
-    """Pairs of pictures and whether they match, fold by fold; people (n,) of the pictures.
+    """Pairs of images and whether they match, fold by fold; people (n,) of the images.
 
     `count` pairs, or as many as every fold can give; a fold has as many of each kind, none twice,
     and shares nobody with another. Identities give one pair each before any gives a second one.
-    With embeddings (n, d) of unit length mismatched pairs are a picture and its nearest stranger.
+    With embeddings (n, d) of unit length mismatched pairs are an image and its nearest stranger.
     """
     rng = np.random.default_rng([seed, 9])
     folds = np.array_split(rng.permutation(np.unique(people)), FOLDS)
     found = []
     for fold in folds:
-        pictures = [rng.permutation(np.flatnonzero(people == person)) for person in fold]
+        images = [rng.permutation(np.flatnonzero(people == person)) for person in fold]
         strangers = (
-            _random_strangers(pictures, rng)
+            _random_strangers(images, rng)
             if embeddings is None
-            else _nearest_strangers(pictures, people, embeddings)
+            else _nearest_strangers(images, people, embeddings)
         )
         each = count // (2 * FOLDS)
-        found.append([_distinct(kind, each) for kind in (_matched(pictures, rng), strangers)])
+        found.append([_distinct(kind, each) for kind in (_matched(images, rng), strangers)])
     each = min(len(kind) for fold in found for kind in fold)
     return [
         (pair, same)
@@ -99,10 +99,10 @@ def make_pairs(
     ]
 
 
-def _matched(pictures: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
+def _matched(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
     """Every matched pair, in rounds in which each identity has its turn."""
     waiting = []
-    for mine in pictures:
+    for mine in images:
         first, second = np.triu_indices(len(mine), 1)
         waiting.append(iter(rng.permutation(np.stack([mine[first], mine[second]], 1)).tolist()))
     while waiting:
@@ -114,21 +114,21 @@ def _matched(pictures: list[np.ndarray], rng: np.random.Generator) -> Iterator[P
                 yield pair[0], pair[1]
 
 
-def _random_strangers(pictures: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
-    """Pictures of two people, both by chance, again and again."""
-    for _ in range(100 * sum(map(len, pictures))):
-        a, b = rng.choice(len(pictures), 2, replace=False) if len(pictures) > 1 else (0, 0)
+def _random_strangers(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
+    """Images of two people, both by chance, again and again."""
+    for _ in range(100 * sum(map(len, images))):
+        a, b = rng.choice(len(images), 2, replace=False) if len(images) > 1 else (0, 0)
         if a != b:
-            yield int(rng.choice(pictures[a])), int(rng.choice(pictures[b]))
+            yield int(rng.choice(images[a])), int(rng.choice(images[b]))
 
 
 def _nearest_strangers(
-    pictures: list[np.ndarray], people: np.ndarray, embeddings: np.ndarray
+    images: list[np.ndarray], people: np.ndarray, embeddings: np.ndarray
 ) -> Iterator[Pair]:
-    """A picture and the most alike of another person's, in rounds in which each has their turn."""
-    everyone = np.concatenate(pictures)
-    for turn in range(max(map(len, pictures))):
-        probes = np.array([mine[turn] for mine in pictures if turn < len(mine)])
+    """An image and the most alike of another person's, in rounds in which each has their turn."""
+    everyone = np.concatenate(images)
+    for turn in range(max(map(len, images))):
+        probes = np.array([mine[turn] for mine in images if turn < len(mine)])
         scores = embeddings[probes] @ embeddings[everyone].T
         scores[people[probes][:, None] == people[everyone]] = -np.inf
         best = scores.argmax(1)
@@ -166,12 +166,12 @@ def open_model(cfg: Config) -> tuple[Embed, dict[str, Any], Path]:
     return embed, about, checkpoint
 
 
-def embed_pictures(
+def embed_images(
     reader: RecordReader, places: np.ndarray, embed: Embed, workers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the reader's pictures at `places` (n,) are whole, (n,) bool, and their embeddings.
+    """Which of the reader's images at `places` (n,) are whole, (n,) bool, and their embeddings.
 
-    Those are (whole, d) float32 of unit length; a block of pictures is in memory at a time.
+    Those are (whole, d) float32 of unit length; a block of images is in memory at a time.
     """
     whole, parts = np.ones(len(places), bool), []
     for start in tqdm(range(0, len(places), BLOCK), desc="embedding", unit="block"):
@@ -180,7 +180,7 @@ def embed_pictures(
         kept = torch.from_numpy(whole[start : start + BLOCK])
         parts.append(embed(images[kept]).float().cpu().numpy())
     if not whole.all():
-        print(f"Left out: {int((~whole).sum())} pictures that cannot be decoded.")
+        print(f"Left out: {int((~whole).sum())} images that cannot be decoded.")
     return whole, np.concatenate(parts)
 
 
@@ -190,7 +190,7 @@ def write_pairs(cfg: Config, reader: RecordReader, list_path: Path) -> None:
     places = np.flatnonzero(np.isin(reader.labels, identities))
     embeddings = None
     if cfg.hard_negatives:
-        whole, embeddings = embed_pictures(reader, places, open_model(cfg)[0], cfg.workers)
+        whole, embeddings = embed_images(reader, places, open_model(cfg)[0], cfg.workers)
         places = places[whole]
     pairs = make_pairs(reader.labels[places], cfg.make_pairs, cfg.seed, embeddings)
     if len(pairs) < 2 * FOLDS:
@@ -202,10 +202,10 @@ def write_pairs(cfg: Config, reader: RecordReader, list_path: Path) -> None:
     output = list_path.with_suffix(".bin")
     jpegs = [reader.jpeg(int(places[side])) for pair, _ in pairs for side in pair]
     write_bin(output, jpegs, [same for _, same in pairs])
-    hard = "each a picture and its nearest stranger" if cfg.hard_negatives else "by chance"
+    hard = "each an image and its nearest stranger" if cfg.hard_negatives else "by chance"
     print(
         f"Wrote {list_path}: {len(identities):,} of {len(np.unique(reader.labels)):,} identities, "
-        f"{len(places):,} pictures\nWrote {output}: {len(pairs):,} pairs in {FOLDS} folds, half "
+        f"{len(places):,} images\nWrote {output}: {len(pairs):,} pairs in {FOLDS} folds, half "
         f"of them matched, the mismatched ones {hard}\n"
         f"Next: python train.py --hold-out {list_path} --lfw {output}"
     )
@@ -214,7 +214,7 @@ def write_pairs(cfg: Config, reader: RecordReader, list_path: Path) -> None:
 def table(found: dict[str, Any]) -> str:
     """What the script prints of a result."""
     lines = [
-        f"{found['pictures']:,} pictures of {found['identities']:,} identities: "
+        f"{found['pictures']:,} images of {found['identities']:,} identities: "
         f"{found['matched_pairs']:,} matched and {found['mismatched_pairs']:,} mismatched pairs"
     ]
     lines += [tar_line(far, point) for far, point in found["tar_at_far"].items()]
@@ -222,14 +222,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def evaluate(cfg: Config, reader: RecordReader, list_path: Path) -> None:
-    """Compare all pictures of the identities with each other, print a table, write the JSON."""
+    """Compare all images of the identities with each other, print a table, write the JSON."""
     identities = read_held_out(list_path, reader)
     embed, about, checkpoint = open_model(cfg)
     ours = about["kind"] == "ours"
     if ours and not load_checkpoint(checkpoint)["config"].get("hold_out"):
         print("Warning: this model was trained without --hold-out; it may know these identities.")
     places = np.flatnonzero(np.isin(reader.labels, identities))
-    whole, embeddings = embed_pictures(reader, places, embed, cfg.workers)
+    whole, embeddings = embed_images(reader, places, embed, cfg.workers)
     start = time.perf_counter()
     found = low_far(embeddings, reader.labels[places[whole]])
     seconds = round(time.perf_counter() - start, 2)
@@ -242,7 +242,7 @@ def evaluate(cfg: Config, reader: RecordReader, list_path: Path) -> None:
     print(f"Compared in {seconds} s; wrote {path}.")
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
     """Make the pairs, or test on all of them."""
     keep_freed_memory()

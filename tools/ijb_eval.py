@@ -5,7 +5,7 @@
     python ijb_eval.py --ijb data/IJBC --no-flip --no-norm-weight --no-detector-score
 
 The folder holds meta/ and loose_crop/ as InsightFace passes them around (see ijb_files.py). Every
-picture is aligned by the five points that are given for it and embedded once; the features are kept
+image is aligned by the five points that are given for it and embedded once; the features are kept
 in runs/<run>/embeddings/. It prints TAR at FAR 1e-1 to 1e-6 (1:1) and, where the lists for it are
 there, rank-1, rank-5 and TPIR at FPIR 0.1 and 0.01 (1:N); the same goes to runs/<run>/ijbc.json,
 and the ROC to images/ijbc_roc.png.
@@ -46,7 +46,7 @@ from utils import (
     UserError,
     atomic_write,
     core_count,
-    exit_with_sentence,
+    exit_on_user_error,
     get_device,
     keep_freed_memory,
     make_folder,
@@ -55,26 +55,26 @@ from utils import (
     warp_face,
 )
 
-BLOCK = 1024  # pictures aligned while the block before is embedded
+BLOCK = 1024  # images aligned while the block before is embedded
 
 
 # ------------------------------------------------------------------------------ features
 
 
 def align(ijb: Ijb, number: int) -> np.ndarray:
-    """The face of a picture, (112, 112, 3) uint8 RGB, by the points given for it."""
+    """The face of an image, (112, 112, 3) uint8 RGB, by the points given for it."""
     path = ijb.images / ijb.files[number]
     try:
-        picture = decode_jpeg(path.read_bytes())
+        image = decode_jpeg(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no {path}, which the metadata in {ijb.meta} names.") from None
     except RecordError as error:
         raise UserError(f"{path}: {error}") from None
-    return warp_face(picture, similarity_transform(ijb.points[number]))
+    return warp_face(image, similarity_transform(ijb.points[number]))
 
 
-def embed_pictures(ijb: Ijb, embed: Embed, workers: int) -> np.ndarray:
-    """Features of all pictures, (n, d) float32, in the length that the network gives them."""
+def embed_images(ijb: Ijb, embed: Embed, workers: int) -> np.ndarray:
+    """Features of all images, (n, d) float32, in the length that the network gives them."""
     count, features = len(ijb.files), np.empty((0, 0), np.float32)
     with (
         ThreadPoolExecutor(workers or core_count()) as pool,
@@ -96,8 +96,8 @@ def embed_pictures(ijb: Ijb, embed: Embed, workers: int) -> np.ndarray:
     return features
 
 
-def pictures_checksum(ijb: Ijb) -> str:
-    """SHA-256 of the names, points and sizes in bytes of all pictures: reading them takes hours."""
+def images_checksum(ijb: Ijb) -> str:
+    """SHA-256 of the names, points and sizes in bytes of all images: reading them takes hours."""
     digest = hashlib.sha256("\n".join(ijb.files).encode())
     digest.update(np.ascontiguousarray(ijb.points))
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(ijb.images)}
@@ -181,9 +181,9 @@ def report_on(
 # ------------------------------------------------------------------------------ the script
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
-    """Embed the pictures, where that has not been done, and report on both protocols."""
+    """Embed the images, where that has not been done, and report on both protocols."""
     keep_freed_memory()
     if not cfg.ijb:
         raise UserError("Name the folder with meta/ and loose_crop/: --ijb data/IJBC.")
@@ -203,11 +203,11 @@ def main(cfg: Config) -> None:
     print(f"Model: {checkpoint} ({about['network']})")
     ours = about["kind"] == "ours"
     folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    key = f"{model_checksum(checkpoint, spec, cfg.flip)} {pictures_checksum(ijb)}"
+    key = f"{model_checksum(checkpoint, spec, cfg.flip)} {images_checksum(ijb)}"
     path = folder / "embeddings" / f"{ijb.name}-{checkpoint.stem}.npy"
     features = open_features(path, key, len(ijb.files))
     if features is None:
-        save_features(path, key, embed_pictures(ijb, embed, cfg.workers))
+        save_features(path, key, embed_images(ijb, embed, cfg.workers))
         features = open_features(path, key, len(ijb.files))
     start = time.perf_counter()
     report, far, tar = report_on(ijb, features, cfg.detector_score, cfg.norm_weight)
@@ -220,7 +220,7 @@ def main(cfg: Config) -> None:
         "seconds": round(time.perf_counter() - start, 2),
     }
     print(
-        f"{ijb.name}: {report['pictures']:,} pictures in {report['templates']:,} templates, "
+        f"{ijb.name}: {report['pictures']:,} images in {report['templates']:,} templates, "
         f"{report['pairs']:,} pairs, {report['matched_pairs']:,} of them matched"
     )
     print(table(report))

@@ -1,23 +1,23 @@
-"""Find wrong labels with a trained model: each picture's angle to its class centre, and to others'.
+"""Find wrong labels with a trained model: each image's angle to its class centre, and to others'.
 
     python label_noise.py                       # the newest run's last.pt and its training set
     python label_noise.py --checkpoint runs/<run>/best.pt --train-set data/faces_other_112x112
     python label_noise.py --checkpoint model.onnx --input-mean 0.485 0.456 0.406 \\
         --input-std 0.229 0.224 0.225           # any model of 112x112 faces; the better, the better
-    python train.py --keep data/keep.tsv        # without the pictures that were dropped
+    python train.py --keep data/keep.tsv        # without the images that were dropped
 
-writes a line a picture: record id, label (both as in train.rec), angle in degrees to the centre of
-its class, the nearest other class, the angle to that, and kept, 0 or 1. A picture is dropped that
+writes a line an image: record id, label (both as in train.rec), angle in degrees to the centre of
+its class, the nearest other class, the angle to that, and kept, 0 or 1. An image is dropped that
 is --nearer-by degrees nearer to another class than to its own, or further from its own than
 --max-angle; whoever wants another rule changes the last column.
 
-A class's centre is the mean direction of its pictures that are kept, without the very picture that
+A class's centre is the mean direction of its images that are kept, without the very image that
 is compared: none votes for itself, and a head that has learnt wrong labels by heart has no say. In
-a class of one nothing can be found, and its picture stays. In one of two both pictures are as far
+a class of one nothing can be found, and its image stays. In one of two both images are as far
 from each other; the one that is like another class goes, if it is, and the other is then alone.
 
 A run of --margin subcenter is judged as its paper does (Deng et al., ECCV 2020): the centre is that
-of the class's K to which most of its pictures are nearest, and --max-angle is 75 degrees.
+of the class's K to which most of its images are nearest, and --max-angle is 75 degrees.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from training.dataset import open_training_set
 from training.resume import check_run, fingerprint, resumed_config
 from training.sample_lists import KeepList, write_keep
 from training.sharded_dataset import ShardStore
-from utils import UserError, exit_with_sentence, get_device, keep_freed_memory, newest_run
+from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
 
 DOMINANT_ANGLE = 75.0  # degrees, sub-center ArcFace's
 
 
 def embed_store(store: ImageStore, positions: np.ndarray, embed: Embed) -> Tensor:
-    """Embeddings (n, d) float32 of the pictures at `positions` (n,), a block at a time."""
+    """Embeddings (n, d) float32 of the images at `positions` (n,), a block at a time."""
     blocks = range(0, len(positions), BLOCK)
     return torch.cat([embed(store.fetch(positions[b : b + BLOCK])).float().cpu() for b in blocks])
 
@@ -81,12 +81,12 @@ def head_rows(
 ) -> Tensor:
     """The centres of a checkpoint's head, (classes·subcenters, d).
 
-    UserError unless they are those of these pictures' classes.
+    UserError unless they are those of these images' classes.
     """
-    pictures = fingerprint(store, store.good(faces.train), store.good(faces.valid))
-    if checkpoint["pictures"] != pictures:
+    images = fingerprint(store, store.good(faces.train), store.good(faces.valid))
+    if checkpoint["pictures"] != images:
         raise UserError(
-            f"{path} was trained on other pictures than {store.reader.path} gives it now, and its "
+            f"{path} was trained on other images than {store.reader.path} gives it now, and its "
             "centres are theirs; give the set it was trained on (--train-set), its --keep and "
             "--hold-out lists as they were."
         )
@@ -102,7 +102,7 @@ def head_rows(
 def judge(
     cfg: Config, embeddings: Tensor, labels: Tensor, classes: int, head: Tensor | None
 ) -> tuple[Scores, np.ndarray]:
-    """Scores of n pictures and which are kept (n,) bool; head: the rows of sub-centers, if any."""
+    """Scores of n images and which are kept (n,) bool; head: the rows of sub-centers, if any."""
     if head is None:
         return leave_one_out(
             embeddings, labels, classes,
@@ -113,7 +113,7 @@ def judge(
     return found, found.kept(cfg.nearer_by, cfg.max_angle)
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
     """Score a training set by a model's embeddings of it, and write the list."""
     keep_freed_memory()
@@ -147,7 +147,7 @@ def main(cfg: Config) -> None:
     write_keep(output, rows)
     nearer, far = found.nearer() > cfg.nearer_by, found.angle > cfg.max_angle
     print(
-        f"{len(kept):,} pictures, {np.median(found.angle):.1f} degrees from their class in the "
+        f"{len(kept):,} images, {np.median(found.angle):.1f} degrees from their class in the "
         f"median; {nearer.sum():,} are {cfg.nearer_by:g} degrees nearer to another class, "
         f"{far.sum():,} further than {cfg.max_angle:g} degrees from their own\n"
         f"Wrote {output}: {int(kept.sum()):,} kept, {int((~kept).sum()):,} dropped. "

@@ -3,8 +3,8 @@
     python make_bin.py          # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
     python make_bin.py --lfw my_faces --pairs my_pairs.txt --output my_set.bin
 
-The folder is one that pre_process.py has prepared, or holds pictures of 112x112; the pairs are in
-LFW's format or lines "path1 path2 0/1". Encoded pictures are taken over byte for byte, so that the
+The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in
+LFW's format or lines "path1 path2 0/1". Encoded images are taken over byte for byte, so that the
 .bin gives the numbers that the folder gives (where the folds are contiguous tenths, as LFW's are).
 """
 
@@ -19,10 +19,10 @@ from config import Config, parse_args
 from evaluation.face_folders import open_faces
 from evaluation.pair_sets import find_pairs, load_set, set_name
 from fileio.recordio import write_bin
-from utils import UserError, exit_with_sentence, make_folder
+from utils import UserError, exit_on_user_error, make_folder
 
 
-@exit_with_sentence
+@exit_on_user_error
 def main(cfg: Config) -> None:
     """Check that the folder makes a test set, write the .bin, and say what is in it."""
     folder = Path(cfg.lfw or Path(cfg.data_dir, "faces_lfw_112x112"))
@@ -32,7 +32,7 @@ def main(cfg: Config) -> None:
             "or name one with --lfw."
         )
     pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
-    pairs = load_set(folder, pairs_path).pairs  # decodes every picture: none is damaged
+    pairs = load_set(folder, pairs_path).pairs  # decodes every image: none is damaged
     faces = open_faces(folder)
     jpegs = [faces.reader.jpeg(int(i)) for i in faces.places[faces.find(pairs.names, pairs_path)]]
     order = np.stack([pairs.first, pairs.second], 1).ravel()

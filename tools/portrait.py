@@ -1,9 +1,9 @@
-"""Draw one head and its shoulders: shapes from a person's traits, pose and face from a picture's.
+"""Draw one head and its shoulders: shapes from a person's traits, pose and face from an image's.
 
-Imported by synthetic.py, which invents the people and the pictures.  Everything is painted with one
+Imported by synthetic.py, which invents the people and the images.  Everything is painted with one
 tool, `Sketch.paint`: antialiased polygons in head coordinates, blurred where they are to be soft.
 Head coordinates are in half heads: the chin is at y = 1, the crown at y = -1, x grows to the right
-of the picture, z towards the viewer.
+of the image, z towards the viewer.
 """
 
 from __future__ import annotations

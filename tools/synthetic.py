@@ -1,6 +1,6 @@
 """Draw a population of faces: the data set that needs no download, for the demo and the tests.
 
-    python synthetic.py --output demo/data      # 3,800 pictures, half a minute on 2 CPU cores
+    python synthetic.py --output demo/data      # 3,800 images, half a minute on 2 CPU cores
 
 writes, always with the same bytes for the same seed and library versions,
 
@@ -8,9 +8,9 @@ writes, always with the same bytes for the same seed and library versions,
     demo/data/lfw-funneled.tgz    lfw_funneled/<Name>/<Name>_<nnnn>.jpg, other people to test on
     demo/data/pairs.txt           LFW's layout: ten folds of matched and mismatched pairs
 
-and prints how many pictures of how many people each archive holds.  A person is a set of
+and prints how many images of how many people each archive holds.  A person is a set of
 proportions and colours (`TRAITS`); pose, expression, light, clothes, background, sharpness, noise
-and JPEG quality belong to the picture, so that pixels alone do not tell people apart.
+and JPEG quality belong to the image, so that pixels alone do not tell people apart.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tools.portrait import SIZE, draw_person
 
 FOLDS = 10
 PAIRS_PER_FOLD = 30  # of each kind; LFW has 300
-LFW_IMAGES = (4, 8)  # a test person has 4 to 7 pictures
+LFW_IMAGES = (4, 8)  # a test person has 4 to 7 images
 SYLLABLES = (
     *("ba", "bel", "cor", "da", "eva", "fen", "go", "ira", "jo", "ka", "lin", "lo", "ma", "mi"),
     *("na", "nor", "o", "pe", "ra", "ri", "sa", "ta", "ti", "vo", "wen"),
@@ -46,7 +46,7 @@ HAIR = ["17130f", "2b1d14", "4a2f1d", "6d4526", "8f3f1e", "a9773f", "d8b368", "b
 IRIS = ["3a2416", "5d3a1c", "7a5a2c", "5c6b3a", "4f7a83", "4c6f9c", "7f8c94"]
 
 # What makes a person: name -> (least, most), drawn uniformly.  Lengths are in half heads: the
-# chin is at y = 1, the crown at y = -1, x grows to the right of the picture, z towards the viewer.
+# chin is at y = 1, the crown at y = -1, x grows to the right of the image, z towards the viewer.
 TRAITS = {
     "width": (0.62, 0.75), "jaw": (0.68, 0.94), "chin": (0.24, 0.46), "cheek": (0.92, 1.03),
     "skin": (0.0, 5.2), "redness": (-9.0, 9.0), "hair": (0.0, 8.0), "iris": (0.0, 6.0),
@@ -68,7 +68,7 @@ TRAITS = {
 
 
 def make_person(seed: int, number: int) -> SimpleNamespace:
-    """Draw the traits of person `number`: the same for every picture of that person."""
+    """Draw the traits of person `number`: the same for every image of that person."""
     rng = np.random.default_rng([seed, 1, number])
     traits = {name: rng.uniform(low, high) for name, (low, high) in TRAITS.items()}
     person = SimpleNamespace(number=number, **traits)
@@ -82,7 +82,7 @@ def make_person(seed: int, number: int) -> SimpleNamespace:
 
 
 def make_shot(rng: np.random.Generator) -> SimpleNamespace:
-    """Draw what belongs to one picture: pose (radians), expression, light, camera."""
+    """Draw what belongs to one image: pose (radians), expression, light, camera."""
     return SimpleNamespace(
         yaw=np.clip(rng.normal(0, 0.17), -0.4, 0.4), pitch=rng.normal(0, 0.10),
         roll=rng.normal(0, 0.10),
@@ -127,40 +127,40 @@ def light_person(canvas: np.ndarray, person: SimpleNamespace, shot: SimpleNamesp
 def draw_background(rng: np.random.Generator) -> np.ndarray:
     """A blurred wall, room or garden: (SIZE, SIZE, 4) float32, the fourth for draw_person."""
     small = muted(rng) + rng.normal(0, 25, (4, 4, 1)) + rng.normal(0, 8, (4, 4, 3))
-    picture = cv2.resize(small.astype(np.float32), (125, 125), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(small.astype(np.float32), (125, 125), interpolation=cv2.INTER_CUBIC)
     for _ in range(rng.integers(0, 9)):
         (x, y), (w, h) = rng.integers(0, 125, 2), rng.integers(6, 50, 2)
         colour = muted(rng)
         if rng.random() < 0.5:
-            cv2.rectangle(picture, (int(x), int(y)), (int(x + w), int(y + 2 * h)), colour, -1)
+            cv2.rectangle(image, (int(x), int(y)), (int(x + w), int(y + 2 * h)), colour, -1)
         else:
-            cv2.circle(picture, (int(x), int(y)), int(w) // 2, colour, -1)
-    picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(1.5, 6))
-    return cv2.cvtColor(cv2.resize(picture, (SIZE, SIZE)), cv2.COLOR_RGB2RGBA)
+            cv2.circle(image, (int(x), int(y)), int(w) // 2, colour, -1)
+    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(1.5, 6))
+    return cv2.cvtColor(cv2.resize(image, (SIZE, SIZE)), cv2.COLOR_RGB2RGBA)
 
 
 @functools.cache
 def noise_tile() -> np.ndarray:
-    """Gaussian noise of deviation 1 that every picture takes its own window of."""
+    """Gaussian noise of deviation 1 that every image takes its own window of."""
     return np.random.default_rng(0).standard_normal((2 * SIZE, 2 * SIZE, 3), np.float32)
 
 
 def photograph(canvas: np.ndarray, shot: SimpleNamespace, rng: np.random.Generator) -> bytes:
     """What the camera does to the scene: blur, noise, white balance, exposure, gamma, JPEG."""
-    picture = cv2.cvtColor(canvas, cv2.COLOR_RGBA2BGR)
+    image = cv2.cvtColor(canvas, cv2.COLOR_RGBA2BGR)
     if shot.blur > 0.2:
-        picture = cv2.GaussianBlur(picture, (0, 0), shot.blur)
+        image = cv2.GaussianBlur(image, (0, 0), shot.blur)
     y, x = rng.integers(0, SIZE, 2)
-    picture = cv2.scaleAdd(noise_tile()[y : y + SIZE, x : x + SIZE].copy(), shot.noise, picture)
+    image = cv2.scaleAdd(noise_tile()[y : y + SIZE, x : x + SIZE].copy(), shot.noise, image)
     white = np.array([1 - shot.warmth, 1 + shot.tint, 1 + shot.warmth])  # blue, green, red
     levels = np.arange(256)[:, None] / 255 * shot.exposure * white
     table = np.clip(255 * np.clip(levels, 0, 1) ** shot.gamma, 0, 255).astype(np.uint8)
-    picture = cv2.LUT(cv2.convertScaleAbs(np.maximum(picture, 0)), table[:, None])
-    return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, shot.quality])[1].tobytes()
+    image = cv2.LUT(cv2.convertScaleAbs(np.maximum(image, 0)), table[:, None])
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, shot.quality])[1].tobytes()
 
 
 class Task(NamedTuple):
-    """Which picture to draw; all that a drawing process is told."""
+    """Which image to draw; all that a drawing process is told."""
 
     seed: int
     person: int
@@ -168,8 +168,8 @@ class Task(NamedTuple):
     kind: str = "portrait"  # or "empty": nobody there, "broken": the file is cut short
 
 
-def draw_picture(task: Task) -> bytes:
-    """JPEG of one picture; in one of sixteen a smaller, other face stands at the side."""
+def draw_image(task: Task) -> bytes:
+    """JPEG of one image; in one of sixteen a smaller, other face stands at the side."""
     rng = np.random.default_rng([task.seed, 2, task.person, task.index])
     canvas, shot = draw_background(rng), make_shot(rng)
     cast = [(make_person(task.seed, task.person), shot)]
@@ -185,15 +185,15 @@ def draw_picture(task: Task) -> bytes:
     return jpeg[: len(jpeg) // 3] if task.kind == "broken" else jpeg
 
 
-def draw_pictures(tasks: Sequence[Task], workers: int) -> Iterator[bytes]:
+def draw_images(tasks: Sequence[Task], workers: int) -> Iterator[bytes]:
     """Draw all tasks in their order in `workers` processes, with a progress bar."""
-    bar = functools.partial(tqdm, total=len(tasks), unit="picture", disable=None)
+    bar = functools.partial(tqdm, total=len(tasks), unit="image", disable=None)
     if workers == 1:
-        yield from bar(map(draw_picture, tasks))
+        yield from bar(map(draw_image, tasks))
         return
     context = multiprocessing.get_context("spawn")  # a fork after OpenCV made threads may hang
     with context.Pool(workers, cv2.setNumThreads, (1,)) as pool:
-        yield from bar(pool.imap(draw_picture, tasks, chunksize=16))
+        yield from bar(pool.imap(draw_image, tasks, chunksize=16))
 
 
 def make_names(seed: int, count: int) -> list[str]:
@@ -206,9 +206,9 @@ def make_names(seed: int, count: int) -> list[str]:
 
 
 def write_casia_zip(path, seed: int, identities: int, images: int, workers: int = 1) -> int:
-    """Write people 0 … identities - 1 in CASIA-WebFace's shape; returns the number of pictures.
+    """Write people 0 … identities - 1 in CASIA-WebFace's shape; returns the number of images.
 
-    Folders have 7 digits.  One picture has nobody in it and one is cut short, as in any real set.
+    Folders have 7 digits.  One image has nobody in it and one is cut short, as in any real set.
     """
     from utils import atomic_write  # not above: it imports torch, which drawing needs not
 
@@ -218,7 +218,7 @@ def write_casia_zip(path, seed: int, identities: int, images: int, workers: int 
         for person, kind in zip(range(identities), ("empty", "broken"), strict=False):
             tasks[person * images + images - 1] = Task(seed, person, images - 1, kind)
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for task, jpeg in zip(tasks, draw_pictures(tasks, workers), strict=True):
+        for task, jpeg in zip(tasks, draw_images(tasks, workers), strict=True):
             name = f"CASIA-WebFace/{folders[task.person]:07d}/{task.index + 1:03d}.jpg"
             entry = zipfile.ZipInfo(name, (2014, 11, 28, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
@@ -227,9 +227,9 @@ def write_casia_zip(path, seed: int, identities: int, images: int, workers: int 
 
 
 def write_lfw_tgz(path, seed: int, first: int, counts: dict[str, int], workers: int = 1) -> int:
-    """Write people first, first + 1, … in LFW's shape; returns the number of pictures.
+    """Write people first, first + 1, … in LFW's shape; returns the number of images.
 
-    counts: name -> number of pictures, in the order of the archive.
+    counts: name -> number of images, in the order of the archive.
     """
     from utils import atomic_write
 
@@ -244,8 +244,8 @@ def write_lfw_tgz(path, seed: int, first: int, counts: dict[str, int], workers: 
         gzip.GzipFile("", "wb", 1, file, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
-        pictures = draw_pictures(list(tasks.values()), workers)
-        for name, jpeg in zip(tasks, pictures, strict=True):
+        images = draw_images(list(tasks.values()), workers)
+        for name, jpeg in zip(tasks, images, strict=True):
             entry = tarfile.TarInfo(name)
             entry.size = len(jpeg)
             archive.addfile(entry, io.BytesIO(jpeg))
@@ -253,12 +253,12 @@ def write_lfw_tgz(path, seed: int, first: int, counts: dict[str, int], workers: 
 
 
 def make_pairs(seed: int, counts: dict[str, int]) -> str:
-    """The text of pairs.txt for people with so many pictures: folds share no person, as in LFW."""
+    """The text of pairs.txt for people with so many images: folds share no person, as in LFW."""
     rng, names = np.random.default_rng([seed, 5]), list(counts)
     folds = []
     for fold in np.array_split(rng.permutation(len(names)), FOLDS):
-        pictures = [(names[p], i + 1) for p in fold for i in range(counts[names[p]])]
-        pairs = list(combinations(sorted(pictures), 2))
+        images = [(names[p], i + 1) for p in fold for i in range(counts[names[p]])]
+        pairs = list(combinations(sorted(images), 2))
         folds.append([[p for p in pairs if (p[0][0] == p[1][0]) is same] for same in (True, False)])
     size = min(PAIRS_PER_FOLD, *(len(kind) for fold in folds for kind in fold))
     lines = [f"{FOLDS}\t{size}"]
@@ -285,13 +285,13 @@ def main(cfg) -> None:
 
     path = output / "CASIA-WebFace.zip"
     count = write_casia_zip(path, cfg.seed, cfg.identities, cfg.images_per_identity, workers)
-    print(f"{path}: {count:,} pictures of {cfg.identities:,} people")
+    print(f"{path}: {count:,} images of {cfg.identities:,} people")
 
     sizes = np.random.default_rng([cfg.seed, 6]).integers(*LFW_IMAGES, cfg.lfw_identities)
     counts = dict(zip(make_names(cfg.seed, cfg.lfw_identities), sizes.tolist(), strict=True))
     path = output / "lfw-funneled.tgz"
     count = write_lfw_tgz(path, cfg.seed, cfg.identities, counts, workers)
-    print(f"{path}: {count:,} pictures of {cfg.lfw_identities:,} other people")
+    print(f"{path}: {count:,} images of {cfg.lfw_identities:,} other people")
 
     pairs = make_pairs(cfg.seed, counts)
     with atomic_write(output / "pairs.txt", "w") as file:
@@ -301,6 +301,6 @@ def main(cfg) -> None:
 
 if __name__ == "__main__":
     from config import parse_args
-    from utils import exit_with_sentence
+    from utils import exit_on_user_error
 
-    exit_with_sentence(main)(parse_args(sys.argv[1:], "synthetic"))
+    exit_on_user_error(main)(parse_args(sys.argv[1:], "synthetic"))

@@ -1,19 +1,18 @@
-"""Augmentation of whole batches on the device, decided by a picture's place and the epoch alone.
+"""Augmentation of whole batches on the device, decided by an image's place and the epoch alone.
 
     change = augmentation("adaface", seed=0, epoch=3)
     images = change(images, positions)    # (n, 112, 112, 3) uint8 on the device, and their places
 
-Each picture shown in an epoch draws its numbers from a hash of (seed, epoch, position), so a run
-that is gone on with, or that another number of processes computes, changes every picture in the
-same way. They are drawn on the host, so that only the chosen pictures are worked on and the device
-never waits; nothing here loops over pictures. Mirroring is data_gen.py's, with --flip.
+Each image shown in an epoch draws its numbers from a hash of (seed, epoch, position), so a run
+that is gone on with, or that another number of processes computes, changes every image in the
+same way. They are drawn on the host, so that only the chosen images are worked on and the device
+never waits; nothing here loops over images. Mirroring is data_gen.py's, with --flip.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_gen import Augment
 from utils import FACE_SIZE, splitmix64
-
-Augment = Callable[[Tensor, np.ndarray], Tensor]
 
 
 class Recipe(NamedTuple):
-    """How likely each change is for a picture, and how far it goes; several can fall on one."""
+    """How likely each change is for an image, and how far it goes; several can fall on one."""
 
     crop: float = 0.0
     low_resolution: float = 0.0
     colour: float = 0.0
     blur: float = 0.0
     grey: float = 0.0
-    least_area: float = 0.2  # share of the picture that a crop keeps at least
-    least_ratio: float = 0.2  # of the size to which a picture is shrunk, to its own
+    least_area: float = 0.2  # share of the image that a crop keeps at least
+    least_ratio: float = 0.2  # of the size to which an image is shrunk, to its own
     strength: float = 0.5  # brightness, contrast and saturation: times 1 - strength to 1 + strength
     most_sigma: float = 1.5  # of the blur, in pixels
 
@@ -52,7 +50,7 @@ CHANGES = ("crop", "low_resolution", "colour", "blur", "grey")  # in the order o
 DOWN = ("nearest", "bilinear", "bicubic", "area")
 UP = ("nearest", "bilinear", "bicubic")
 ORDERS = np.array(list(itertools.permutations(range(3))))
-NUMBERS = len(CHANGES) + 12  # random ones that a picture needs
+NUMBERS = len(CHANGES) + 12  # random ones that an image needs
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -75,7 +73,7 @@ def random_numbers(positions: np.ndarray, seed: int, epoch: int, count: int) -> 
 def augment(
     images: Tensor, positions: np.ndarray, *, recipe: Recipe, seed: int, epoch: int
 ) -> Tensor:
-    """Change each picture by its own chance: (n, 112, 112, 3) uint8 to the same, on one device.
+    """Change each image by its own chance: (n, 112, 112, 3) uint8 to the same, on one device.
 
     `positions` (n,) are what the numbers are drawn for. `images` stays as it is.
     """
@@ -104,7 +102,7 @@ def augment(
 
 
 def _draw(change: str, recipe: Recipe, drawn: np.ndarray) -> tuple[Any, list[np.ndarray]]:
-    """The function of a change and its arguments for m pictures, of their numbers (m, 12)."""
+    """The function of a change and its arguments for m images, of their numbers (m, 12)."""
     if change == "crop":
         return crop, [crop_boxes(drawn[:, 0:4], recipe.least_area)]
     if change == "low_resolution":
@@ -127,9 +125,9 @@ def _draw(change: str, recipe: Recipe, drawn: np.ndarray) -> tuple[Any, list[np.
 def crop_boxes(drawn: np.ndarray, least_area: float) -> np.ndarray:
     """Rectangles (m, 4) int64 of top, left, height and width, of numbers (m, 4) in [0, 1).
 
-    As torchvision's RandomResizedCrop draws them: area even in `least_area` to 1 of the picture,
+    As torchvision's RandomResizedCrop draws them: area even in `least_area` to 1 of the image,
     aspect from 3/4 to 4/3, even on a logarithmic scale. A side that would be longer than the
-    picture is cut to it, where torchvision draws again.
+    image is cut to it, where torchvision draws again.
     """
     area = (least_area + (1 - least_area) * drawn[:, 0]) * FACE_SIZE**2
     aspect = (4 / 3) ** (2 * drawn[:, 1] - 1)
@@ -170,7 +168,7 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _separable(images: Tensor, matrices: Tensor) -> Tensor:
-    """One matrix a picture on its columns and its rows: (m, 3, h, h) and (m, h, h)."""
+    """One matrix an image on its columns and its rows: (m, 3, h, h) and (m, h, h)."""
     matrices = matrices[:, None]
     return (matrices @ images @ matrices.mT).clamp_(0, 255)
 
@@ -209,7 +207,7 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast and saturation by `factors` (m, 3), one after the other.
 
     `order` (m, 3) says which of the three comes first, second and third. Each is torchvision's: a
-    mixture of the picture with black, with its mean grey, and with itself in grey.
+    mixture of the image with black, with its mean grey, and with itself in grey.
     """
     for which in order.T:
         luma = _luma(images)

@@ -1,4 +1,4 @@
-"""Checks before training, on a sample of the pictures in well under a second, and one during it.
+"""Checks before training, on a sample of the images in well under a second, and one during it.
 
 What cannot train is an error; what is merely unlike aligned faces is a warning. Each says what to
 do.
@@ -14,16 +14,16 @@ from torch import Tensor
 from data_gen import ImageStore, epoch_order
 from utils import TEMPLATE, UserError
 
-SAMPLE = 256  # pictures looked at
+SAMPLE = 256  # images looked at
 ENOUGH = 32  # fewer say nothing about the colour and the place of eyes
 
 
 def check_training_set(
     store: ImageStore, positions: np.ndarray, num_classes: int, seed: int = 0
 ) -> None:
-    """Look at the labels, a sample of the pictures and the first epoch's order; print warnings.
+    """Look at the labels, a sample of the images and the first epoch's order; print warnings.
 
-    `positions` (n,) are the pictures to train on, `num_classes` the head's classes. Raises
+    `positions` (n,) are the images to train on, `num_classes` the head's classes. Raises
     UserError where training could not work.
     """
     check_labels(store.labels, num_classes)
@@ -31,11 +31,11 @@ def check_training_set(
     warning = classes_warning(store.reader.num_classes, num_classes, len(store.reader.labels))
     if warning:
         print(f"Warning: {warning}")
-    check_pictures(store, np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE])
+    check_images(store, np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE])
 
 
-def check_pictures(store: ImageStore, chosen: np.ndarray) -> None:
-    """Look at the pictures at the positions `chosen`; print warnings.
+def check_images(store: ImageStore, chosen: np.ndarray) -> None:
+    """Look at the images at the positions `chosen`; print warnings.
 
     Raises UserError where training could not work.
     """
@@ -43,7 +43,7 @@ def check_pictures(store: ImageStore, chosen: np.ndarray) -> None:
     images = store.fetch(chosen).cpu().numpy()
     images = images[np.isin(chosen, store.good(chosen))]  # without a cache, bad ones show only now
     if not len(images):
-        raise UserError(f"None of {len(chosen)} sampled pictures can be decoded; see --train-set.")
+        raise UserError(f"None of {len(chosen)} sampled images can be decoded; see --train-set.")
     warnings = [check_constant(images), colour_warning(images), eyes_warning(images)]
     for warning in filter(None, warnings):
         print(f"Warning: {warning}")
@@ -62,34 +62,34 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     empty = num_classes - int((torch.bincount(labels, minlength=num_classes) > 0).sum())
     if empty:
         raise UserError(
-            f"{empty} of the head's {num_classes} classes have no picture; give it as many "
+            f"{empty} of the head's {num_classes} classes have no image; give it as many "
             "classes as there are identities."
         )
 
 
-def classes_warning(declared: int, num_classes: int, pictures: int) -> str:
-    """What to say of a set that declares more identities than its pictures show; empty if nothing.
+def classes_warning(declared: int, num_classes: int, images: int) -> str:
+    """What to say of a set that declares more identities than its images show; empty if nothing.
 
     Sets of the zoo may have lost some, and --max-classes leaves some out: neither is worth a word
     unless it is most of them.
     """
-    if declared <= 2 * num_classes or num_classes == pictures:
+    if declared <= 2 * num_classes or num_classes == images:
         return ""
     return (
         f"the training set declares {declared:,} identities, {num_classes:,} are trained on; "
-        "unless --max-classes was meant to do that, pictures are missing: copy or prepare it again."
+        "unless --max-classes was meant to do that, images are missing: copy or prepare it again."
     )
 
 
 def check_order(labels: np.ndarray, seed: int) -> None:
-    """Raise UserError if an epoch's order keeps pictures of one identity together.
+    """Raise UserError if an epoch's order keeps images of one identity together.
 
-    `labels` (n,) are those of the pictures to train on. In shuffled order two neighbours share an
+    `labels` (n,) are those of the images to train on. In shuffled order two neighbours share an
     identity as often as chance has it.
     """
     order, _ = epoch_order(np.arange(len(labels)), seed, 0)
     if not np.array_equal(np.sort(order), np.arange(len(labels))):
-        raise UserError("An epoch's order leaves pictures out or repeats some; see data_gen.py.")
+        raise UserError("An epoch's order leaves images out or repeats some; see data_gen.py.")
     together = labels[order]
     share = np.mean(together[1:] == together[:-1])
     chance = np.square(np.bincount(labels) / len(labels)).sum()
@@ -97,31 +97,29 @@ def check_order(labels: np.ndarray, seed: int) -> None:
     if share > chance + 10 * spread + 10 / len(labels):
         raise UserError(
             f"In the order of training {share:.1%} of neighbours are one identity's, by chance "
-            f"it were {chance:.1%}; the pictures are not shuffled, see data_gen.py."
+            f"it were {chance:.1%}; the images are not shuffled, see data_gen.py."
         )
 
 
 def check_constant(images: np.ndarray) -> str:
-    """What to say of (n, 112, 112, 3) pictures of one colour, empty if there are none.
+    """What to say of (n, 112, 112, 3) images of one colour, empty if there are none.
 
     Raises UserError where none shows anything, or all show the same.
     """
     blank = images.reshape(len(images), -1).std(1) < 1
     if blank.all():
         raise UserError(
-            f"All of {len(images)} sampled pictures are of one colour; prepare the set again."
+            f"All of {len(images)} sampled images are of one colour; prepare the set again."
         )
     if len(images) > 1 and (images == images[0]).all():
-        raise UserError(
-            f"All of {len(images)} sampled pictures are the same; prepare the set again."
-        )
+        raise UserError(f"All of {len(images)} sampled images are the same; prepare the set again.")
     if not blank.any():
         return ""
-    return f"{blank.sum()} of {len(images)} sampled pictures are of one colour; is the set damaged?"
+    return f"{blank.sum()} of {len(images)} sampled images are of one colour; is the set damaged?"
 
 
 def colour_warning(images: np.ndarray) -> str:
-    """What to say of (n, 112, 112, 3) pictures with red and blue swapped, empty if they are not.
+    """What to say of (n, 112, 112, 3) images with red and blue swapped, empty if they are not.
 
     Skin is redder than blue. In the middle of aligned faces the mean of R - B is about +60 of 255
     on photographs and on drawn ones, and of 512 photographs one is below zero.
@@ -132,8 +130,8 @@ def colour_warning(images: np.ndarray) -> str:
         return ""
     return (
         f"the faces are bluer than red (R - B is {difference:.0f} on average, +60 is usual): their "
-        "channels seem to be BGR. Prepare the set again with RGB pictures, or the model will need "
-        "BGR pictures for good."
+        "channels seem to be BGR. Prepare the set again with RGB images, or the model will need "
+        "BGR images for good."
     )
 
 
@@ -158,16 +156,16 @@ def find_eyes(images: np.ndarray) -> tuple[float, float, float]:
 
 
 def eyes_warning(images: np.ndarray) -> str:
-    """What to say of (n, 112, 112, 3) pictures that are not on the template, empty if they are."""
+    """What to say of (n, 112, 112, 3) images that are not on the template, empty if they are."""
     distance, y, contrast = find_eyes(images)
     if len(images) < ENOUGH or (30 <= distance <= 45 and 47 <= y <= 57 and contrast > 15):
         return ""
     if contrast <= 15:
-        found = "the mean of the pictures shows no eyes"
+        found = "the mean of the images shows no eyes"
     else:
         found = f"the eyes seem to be {distance:.0f} pixels apart at y = {y:.0f}"
     return (
-        f"{found}; ArcFace's template has them 35 apart at y = 52. Align the pictures with "
+        f"{found}; ArcFace's template has them 35 apart at y = 52. Align the images with "
         "pre_process.py, as LFW's are, or LFW's accuracy will not show what was learned."
     )
 
@@ -182,6 +180,6 @@ def warn_of_evaluation(accuracy: float, lfw: list[float]) -> None:
         print(
             f"Warning: {accuracy:.0%} of the identities are recognised, yet LFW stays at "
             f"{lfw[-1]:.0%}, which is chance. The evaluation does not see what training sees: are "
-            "LFW's pictures aligned (pre_process.py) and RGB like the training set's, and do "
+            "LFW's images aligned (pre_process.py) and RGB like the training set's, and do "
             "--pairs belong to them?"
         )

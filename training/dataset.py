@@ -1,4 +1,4 @@
-"""The pictures of a run: opened, chosen, split and decoded, from one train.rec or from shards.
+"""The images of a run: opened, chosen, split and decoded, from one train.rec or from shards.
 
 store, faces = open_training_set(cfg, device)
 """
@@ -15,25 +15,25 @@ from data_gen import ImageStore, Split, split
 from distributed.process_group import is_main
 from fileio.recordio import RecordReader
 from fileio.shards import ShardReader, is_sharded
-from training.sample_lists import used_pictures
+from training.sample_lists import used_images
 from training.sharded_dataset import ShardOrder, ShardStore
 from utils import UserError
 
 
 def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
-    """The pictures to train on, decoded into their cache, and their split."""
+    """The images to train on, decoded into their cache, and their split."""
     folder = Path(cfg.train_set or Path(cfg.data_dir, "faces_webface_112x112"))
     if not folder.exists():
         raise UserError(
             f"There is no training set at {folder}; prepare one (python pre_process.py), name one "
-            "with --train-set, or try everything on drawn faces (make demo)."
+            "with --train-set, or try everything on synthetic faces (make demo)."
         )
     if is_sharded(folder):
         return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
-    used = used_pictures(reader, keep=cfg.keep, hold_out=cfg.hold_out)
+    used = used_images(reader, keep=cfg.keep, hold_out=cfg.hold_out)
     if used is not None:
-        print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} pictures.")
+        print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} images.")
     faces = split(
         reader.labels,
         valid_fraction=cfg.valid_fraction,
@@ -49,9 +49,9 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     for why in list(store.bad.values())[:5]:
         print(f"Left out: {why}")
     if len(store.bad) > 5:
-        print(f"Left out: {len(store.bad) - 5} pictures more.")
+        print(f"Left out: {len(store.bad) - 5} images more.")
     if len(store.good(faces.train)) < 2:
-        raise UserError(f"{folder} has no pictures left to train on.")
+        raise UserError(f"{folder} has no images left to train on.")
     return store, faces
 
 

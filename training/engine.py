@@ -43,7 +43,7 @@ class Learner:
         try:
             options = {"dropout": cfg.dropout, "use_se": cfg.use_se, "zero_init": cfg.zero_init}
             model = build_model(cfg.network, cfg.emb_size, **options)
-        except ValueError as error:  # a combination of knobs that no network has
+        except ValueError as error:  # a combination of settings that no network has
             raise UserError(str(error)) from None
         if cfg.batch_size < 2 * world_size() * cfg.accumulate:
             raise UserError(
@@ -73,7 +73,7 @@ class Learner:
         )
         self.ema = WeightAverage(self.model, cfg.ema) if cfg.ema else None
         self.amp = cfg.amp and has_bfloat16(device)
-        self.width = -(-cfg.batch_size // world_size())  # most pictures of a batch for a process
+        self.width = -(-cfg.batch_size // world_size())  # most images of a batch for a process
 
     def _groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups: what --no-decay-bn spares first, the head's weight last."""
@@ -87,11 +87,11 @@ class Learner:
     def _build_head(self) -> MarginHead | PartialFC:
         """The head with the margin that is asked for; UserError where that cannot be."""
         cfg, kind = self.cfg, MARGINS[self.cfg.margin]
-        knobs = {"margin_m1": cfg.margin_m1, "margin_m3": cfg.margin_m3}
-        knobs |= {"easy_margin": cfg.easy_margin, "adaface_h": cfg.adaface_h}
-        knobs |= {"elastic_std": cfg.elastic_std, "subcenters": cfg.subcenters}
-        for name in knobs:
-            if name in cfg.given and name not in kind.knobs:
+        settings = {"margin_m1": cfg.margin_m1, "margin_m3": cfg.margin_m3}
+        settings |= {"easy_margin": cfg.easy_margin, "adaface_h": cfg.adaface_h}
+        settings |= {"elastic_std": cfg.elastic_std, "subcenters": cfg.subcenters}
+        for name in settings:
+            if name in cfg.given and name not in kind.settings:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"--margin {cfg.margin} has no {flag}; leave it out.")
         if cfg.focal_loss and not kind.is_softmax:
@@ -106,9 +106,9 @@ class Learner:
                 f"nor --sample-rate goes with it; take one of {able}."
             )
         classes = 0 if self.sharded else self.num_classes
-        knobs |= {"margin_s": cfg.margin_s, "margin_m": cfg.margin_m}
+        settings |= {"margin_s": cfg.margin_s, "margin_m": cfg.margin_m}
         try:
-            head = build_head(cfg.margin, cfg.emb_size, classes, **knobs)
+            head = build_head(cfg.margin, cfg.emb_size, classes, **settings)
         except ValueError as error:
             raise UserError(str(error)) from None
         if not self.sharded:
@@ -225,7 +225,7 @@ class Learner:
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Go back to what `state` returned, in however many processes that was.
 
-        Raises one of checkpoints.STRANGE, or UserError, where the state is another one's.
+        Raises one of checkpoints.INCOMPATIBLE, or UserError, where the state is another one's.
         """
         optimizer, shard = state["optimizer"], slice(None)
         if self.sharded:

@@ -145,7 +145,7 @@ def resumed_config(cfg: Config, checkpoint: dict[str, Any], path: Path) -> Confi
 
 
 def fingerprint(store: ImageStore, train: np.ndarray, valid: np.ndarray) -> str:
-    """What identifies the pictures of a run: their ids, labels and split, and the file's size.
+    """What identifies the images of a run: their ids, labels and split, and the file's size.
 
     `train` and `valid` are positions in the store. Hexadecimal SHA-256.
     """

@@ -34,7 +34,7 @@ from distributed.process_group import (
     world_size,
 )
 from fileio.checkpoint_file import (
-    STRANGE,
+    INCOMPATIBLE,
     random_states,
     save_checkpoint,
     save_last,
@@ -77,7 +77,7 @@ class Trainer:
         # train: (epoch, step, loss, accuracy, steps) a logged point; valid, lfw: one an epoch
         self.history: dict[str, list[tuple[float, ...]]] = {"train": [], "valid": [], "lfw": []}
         self.window: list[Step] = []  # steps since the last logged point
-        self.pictures = fingerprint(store, self.train_positions, self.valid_positions)
+        self.fingerprint = fingerprint(store, self.train_positions, self.valid_positions)
         self.stop = False
         self.whole = True  # false within a step, where a part of the state is ahead of the rest
         self.saved_at, self.saved_step = time.monotonic(), (-1, -1)
@@ -196,7 +196,7 @@ class Trainer:
             found = self.learner.loss(batch.images, batch.labels, width)
             total_loss += float(found.loss) * int(found.count)
             total_right += float(found.right)
-            count += int(found.count)  # without a cache, damaged pictures are left out only here
+            count += int(found.count)  # without a cache, damaged images are left out only here
         return total_loss / max(count, 1), total_right / max(count, 1)
 
     # -------------------------------------------------------------------------- going wrong
@@ -260,7 +260,7 @@ class Trainer:
             # How it was called is no part of the run.
             "config": {k: v for k, v in config.items() if k not in ("given", "resume")},
             "num_classes": self.learner.num_classes,
-            "pictures": self.pictures,
+            "pictures": self.fingerprint,
             "precision": self.learner.precision,
             "processes": world_size(),
             **self.learner.state(),
@@ -282,11 +282,11 @@ class Trainer:
                 f"{path} was trained on {checkpoint['num_classes']} identities, the training set "
                 f"has {self.learner.num_classes}; give the set it was trained on (--train-set)."
             )
-        if checkpoint["pictures"] != self.pictures:
+        if checkpoint["pictures"] != self.fingerprint:
             raise UserError(
-                f"{path} was trained on other pictures than {self.store.reader.path} holds now "
+                f"{path} was trained on other images than {self.store.reader.path} holds now "
                 "(their ids, labels, split or the file's size differ); give the set it was "
-                "trained on (--train-set), with the --cache it had if pictures are damaged."
+                "trained on (--train-set), with the --cache it had if images are damaged."
             )
         try:
             self.learner.load(checkpoint, path)
@@ -302,7 +302,7 @@ class Trainer:
             own_random_numbers(self.cfg.seed, self.global_step)
             if 0 < rank() <= len(others):
                 set_torch_states(others[rank() - 1], self.device)
-        except STRANGE as error:
+        except INCOMPATIBLE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is no state of this run ({reason}); give another.") from None
         processes = checkpoint.get("processes", 1)

@@ -1,9 +1,9 @@
-"""Which pictures of a training set are trained on: the lists that leave some of them out.
+"""Which images of a training set are trained on: the lists that leave some of them out.
 
-    used = used_pictures(reader, keep="data/keep.tsv", hold_out="data/held_out.txt")    # (n,) bool
+    used = used_images(reader, keep="data/keep.tsv", hold_out="data/held_out.txt")    # (n,) bool
 
 held_out.txt has a class of train.rec a line, under a line that says which records it speaks of.
-keep.tsv has a picture a line, with columns record, label, angle, other, other_angle and kept, of
+keep.tsv has an image a line, with columns record, label, angle, other, other_angle and kept, of
 which the first two and the last are read.
 """
 
@@ -77,7 +77,7 @@ def write_keep(path: Path | str, rows: KeepList) -> None:
 
 
 def read_keep(path: Path | str, reader: RecordReader) -> np.ndarray:
-    """Which of the reader's pictures a keep.tsv leaves, (n,) bool; those not listed stay.
+    """Which of the reader's images a keep.tsv leaves, (n,) bool; those not listed stay.
 
     UserError where it is none, or speaks of other records or labels.
     """
@@ -86,7 +86,7 @@ def read_keep(path: Path | str, reader: RecordReader) -> np.ndarray:
         raise UserError(f"There is no {path}; label_noise.py makes it.")
     head, *lines = path.read_bytes().decode("utf-8", "replace").splitlines() or [""]
     if head != "\t".join(KeepList._fields):
-        raise UserError(f"{path} is no list of kept pictures; label_noise.py writes them.")
+        raise UserError(f"{path} is no list of kept images; label_noise.py writes them.")
     used = np.ones(len(reader), bool)
     place_of = {key: place for place, key in enumerate(reader.keys.tolist())}
     for number, line in enumerate(lines, 2):
@@ -104,8 +104,8 @@ def read_keep(path: Path | str, reader: RecordReader) -> np.ndarray:
     return used
 
 
-def used_pictures(reader: RecordReader, *, keep: str = "", hold_out: str = "") -> np.ndarray | None:
-    """Which of the reader's pictures both lists leave to train on, (n,) bool; None: all of them."""
+def used_images(reader: RecordReader, *, keep: str = "", hold_out: str = "") -> np.ndarray | None:
+    """Which of the reader's images both lists leave to train on, (n,) bool; None: all of them."""
     if not keep and not hold_out:
         return None
     used = read_keep(keep, reader) if keep else np.ones(len(reader), bool)

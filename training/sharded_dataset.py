@@ -1,4 +1,4 @@
-"""The order in which an epoch shows a data set of many files, and its pictures: no lists."""
+"""The order in which an epoch shows a data set of many files, and its images: no lists."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fileio.shards import ShardReader
 from utils import UserError, splitmix64
 
 LANES = 1024  # most places of the data set that a batch is taken from
-BUFFER = 1 << 16  # pictures within which all lanes together shuffle
+BUFFER = 1 << 16  # images within which all lanes together shuffle
 
 
 class ShardOrder:
-    """Which pictures an epoch shows and when, worked out as it goes.
+    """Which images an epoch shows and when, worked out as it goes.
 
-    The shards are shuffled and laid end to end, without the held-out pictures (every k-th of a
+    The shards are shuffled and laid end to end, without the held-out images (every k-th of a
     shard). That line is cut into lanes, as many as divide the batch size; every batch takes as
-    many pictures from each, from runs that are shuffled within themselves. A lane is one
+    many images from each, from runs that are shuffled within themselves. A lane is one
     process's, so that each reads its own part; and since lanes do not depend on how many processes
     there are, neither do the batches.
     """
 
     def __init__(self, starts: np.ndarray, batch_size: int, seed: int, every: int = 0) -> None:
-        """`starts` (shards + 1,): each shard's first picture; `every`: 0, none is held out."""
+        """`starts` (shards + 1,): each shard's first image; `every`: 0, none is held out."""
         self.starts, self.seed, self.every = starts, seed, every
         counts = np.diff(starts)
         self.held_out = counts // every if every else np.zeros_like(counts)
         self.counts = counts - self.held_out
-        # Eight pictures a lane keep the files few that are open at a time.
+        # Eight images a lane keep the files few that are open at a time.
         most = min(max(batch_size // 8, 16), LANES)
         self.lanes = max(n for n in range(1, most + 1) if batch_size % n == 0)
         self.each = batch_size // self.lanes
@@ -43,11 +43,11 @@ class ShardOrder:
         self._run = functools.lru_cache(4 * self.lanes)(self._shuffled_run)
 
     def __len__(self) -> int:
-        """Pictures an epoch."""
+        """Images an epoch."""
         return int(self.counts.sum())
 
     def validation(self) -> np.ndarray:
-        """The held-out pictures (n,)."""
+        """The held-out images (n,)."""
         places = [
             start + (np.arange(held) + 1) * self.every - 1
             for start, held in zip(self.starts.tolist(), self.held_out.tolist(), strict=False)
@@ -60,7 +60,7 @@ class ShardOrder:
         return shards, np.cumsum(self.counts[shards])
 
     def _shuffled_run(self, epoch: int, lane: int, run: int) -> np.ndarray:
-        """The pictures of one run of a lane."""
+        """The images of one run of a lane."""
         begin, end = (k * len(self) // self.lanes for k in (lane, lane + 1))
         size = max(1, BUFFER // self.lanes)
         first, last = begin + run * size, min(begin + (run + 1) * size, end)
@@ -74,18 +74,18 @@ class ShardOrder:
         return self.starts[shards[at]] + place
 
     def lane(self, epoch: int, number: int, low: int, high: int) -> np.ndarray:
-        """Pictures `low` to `high` - 1 of a lane, in order of their coming; fewer at its end."""
+        """Images `low` to `high` - 1 of a lane, in order of their coming; fewer at its end."""
         size = max(1, BUFFER // self.lanes)
         begin, end = (k * len(self) // self.lanes for k in (number, number + 1))
         high = min(high, end - begin)
         found = [np.zeros(0, np.int64)]
         for run in range(low // size, -(-high // size)):
-            pictures = self._run(epoch, number, run)
-            found.append(pictures[max(low - run * size, 0) : high - run * size])
+            images = self._run(epoch, number, run)
+            found.append(images[max(low - run * size, 0) : high - run * size])
         return np.concatenate(found)
 
     def batch(self, epoch: int, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures of a step that the lanes `part` bring, and which are mirrored: (n,) both."""
+        """The images of a step that the lanes `part` bring, and which are mirrored: (n,) both."""
         low = step * self.each
         lanes = range(part.start, part.stop)
         found = [self.lane(epoch, number, low, low + self.each) for number in lanes]
@@ -94,7 +94,7 @@ class ShardOrder:
 
 
 def mirrored(numbers: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Which pictures an epoch shows mirrored, about half: a hash of their number."""
+    """Which images an epoch shows mirrored, about half: a hash of their number."""
     salt = np.random.default_rng([seed, 6, epoch]).integers(2**64, dtype=np.uint64)
     return splitmix64(numbers.astype(np.uint64) + salt) & np.uint64(1) == 1
 
@@ -125,7 +125,7 @@ class _Same:
 
 
 class ShardStore(ImageStore):
-    """Pictures of many record files; a position is a picture's number, and nothing is cached."""
+    """Images of many record files; a position is an image's number, and nothing is cached."""
 
     def __init__(
         self, reader: ShardReader, order: ShardOrder, device: torch.device, workers: int = 0
@@ -140,15 +140,15 @@ class ShardStore(ImageStore):
             )
 
     def labels_of(self, positions: np.ndarray) -> Tensor:
-        """The classes (n,) of pictures (n,), on the device."""
+        """The classes (n,) of images (n,), on the device."""
         return torch.from_numpy(self.reader.labels_of(positions)).to(self.device)
 
     def good(self, positions: Any) -> Any:
-        """The same: damaged pictures are met as they come."""
+        """The same: damaged images are met as they come."""
         return positions
 
     def names(self, positions: np.ndarray) -> list[int]:
-        """Picture numbers, counted through all files."""
+        """Image numbers, counted through all files."""
         return positions.tolist()
 
     def whole_batch(
@@ -171,9 +171,9 @@ class ShardStore(ImageStore):
         return LazyParts(self.order, epoch, steps, lanes, flip)
 
     def width(self, batch_size: int) -> int:
-        """The most pictures of a batch that a process computes."""
+        """The most images of a batch that a process computes."""
         return -(-self.order.lanes // parallel.world_size()) * self.order.each
 
     def fingerprint(self) -> str:
-        """What identifies the pictures of a run."""
+        """What identifies the images of a run."""
         return f"{self.reader.fingerprint()} every {self.order.every}"

@@ -30,7 +30,7 @@ def not_finite(
 ) -> TrainingError:
     """The error of a step whose loss or gradient is not finite; its batch goes into `path`.
 
-    `positions` (n,) are its pictures, `flipped` (n,) bool those that were mirrored before `augment`
+    `positions` (n,) are its images, `flipped` (n,) bool those that were mirrored before `augment`
     changed them; `step` has its loss, gradient_norm, lr, scale, epoch, step, steps, and the random
     states before it.
     """
@@ -133,7 +133,7 @@ def out_of_memory(
 ) -> str:
     """What was asked for, what was free, which batch size would fit: clauses for a sentence.
 
-    `flag` is the knob that `batch` came from, `memory` the GPU's, None for main memory.
+    `flag` is the setting that `batch` came from, `memory` the GPU's, None for main memory.
     """
     asked = asked_bytes(error)
     words = ["the GPU's memory is full" if memory else "memory is full"]

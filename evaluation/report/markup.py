@@ -1,4 +1,4 @@
-"""Small pieces of the report's page: text, tables, pictures. They know nothing of faces.
+"""Small pieces of the report's page: text, tables, images. They know nothing of faces.
 
 Everything that comes from outside goes through `text`; nothing in a page is loaded from anywhere.
 """
@@ -21,9 +21,9 @@ _STYLE = Path(__file__).with_name("report.css")
 # No script, no network: even a name that slipped through `text` could do nothing.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 
-# What pictures are tried at until they are small enough: longest side in pixels and quality.
+# What images are tried at until they are small enough: longest side in pixels and quality.
 _SIZES = ((224, 82), (224, 60), (160, 50), (96, 40))
-_PICTURE_BYTES = 12_000
+_IMAGE_BYTES = 12_000
 
 
 def text(value: object) -> str:
@@ -74,14 +74,14 @@ def table(
     )
 
 
-def picture(pixels: np.ndarray, alt: str) -> str:
+def image(pixels: np.ndarray, alt: str) -> str:
     """An image element with its WebP in it, no more than some 12 KB; pixels (h, w, 3) uint8 RGB."""
     for side, quality in _SIZES:
         scale = min(1.0, side / max(pixels.shape[:2]))
         size = [max(1, round(scale * length)) for length in pixels.shape[1::-1]]
         small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
         data = cv2.imencode(".webp", small[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])[1]
-        if len(data) <= _PICTURE_BYTES:
+        if len(data) <= _IMAGE_BYTES:
             break
     code = base64.b64encode(data).decode()
     return (

@@ -2,7 +2,7 @@
 
     write_page("runs/<run>/report.html", results, about, read_training(checkpoint))
 
-The page needs no network and no other file: pictures and plots are in it, and it runs no script.
+The page needs no network and no other file: images and plots are in it, and it runs no script.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_page(
     """Write the page about one model on one or more sets.
 
     about is provenance's, training read_training's, compared what lfw.json says of other models;
-    source names the original pictures where the sets' own is not to be had.
+    source names the original images where the sets' own is not to be had.
     """
     gallery = max(4, min(GALLERY, _OF_ALL_SETS // len(results)))
     parts = []
@@ -57,7 +57,7 @@ def write_page(
     versions = table("Where these numbers come from", ("what", "value"), about.items(), words=2)
     parts.append(section(2, "provenance", "Versions and checksums", versions))
     model = name(about.get("checkpoint", "model"))
-    header = f'<p class="soft">How well {model} tells whether two pictures show one person.</p>'
+    header = f'<p class="soft">How well {model} tells whether two images show one person.</p>'
     whole = page("Face verification report", header, contents, "".join(parts))
     make_folder(Path(path).parent)
     with atomic_write(path, "w") as file:
@@ -81,7 +81,7 @@ def _summary(results: Sequence[SetResult], compared: Sequence[dict[str, Any]]) -
         "Accuracy is the mean over folds, each judged at the threshold that is best on the others. "
         "“Best threshold” is the accuracy at the single threshold that fits all pairs best; it has "
         "seen the pairs that it is scored on. A missed face is one that the detector did not find; "
-        "it is cropped from the middle of its picture and counts."
+        "it is cropped from the middle of its image and counts."
     )
     yield from _intervals(results)
     yield from _comparisons(results, compared)
@@ -176,9 +176,9 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
     else:
         yield paragraph("The checkpoint holds no training curves.")
     of_others = {f.name for f in fields(Config) if "train" not in f.metadata.get("scripts", ())}
-    rows = [(knob, value) for knob, value in config.items() if knob not in of_others]
-    knobs = table("Configuration of the run", ("knob", "value"), rows, words=2)
-    yield f"<details><summary>Configuration of the run</summary>{knobs}</details>"
+    rows = [(setting, value) for setting, value in config.items() if setting not in of_others]
+    settings = table("Configuration of the run", ("setting", "value"), rows, words=2)
+    yield f"<details><summary>Configuration of the run</summary>{settings}</details>"
 
 
 def _curves(history: Any, steps: Any) -> Iterator[tuple[str, str]]:
@@ -216,7 +216,7 @@ def provenance(model: dict[str, Any], results: Sequence[SetResult]) -> dict[str,
     about: dict[str, Any] = {}
     for label, path in files.items():
         about[label] = path
-        if path.is_file():  # a folder of pictures has no checksum of its own
+        if path.is_file():  # a folder of images has no checksum of its own
             with path.open("rb") as file:
                 about[f"{label}, SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
     for label in ("network", "epoch", "seed"):

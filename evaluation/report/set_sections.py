@@ -10,11 +10,11 @@ from evaluation import pair_quality, verification
 from evaluation.figures import read_originals
 from evaluation.pair_sets import SetResult
 from evaluation.report import plots
-from evaluation.report.markup import name, paragraph, picture, section, table, text
+from evaluation.report.markup import image, name, paragraph, section, table, text
 from evaluation.report.markup import plots as side_by_side
 from evaluation.significance import judged_rightly
 from evaluation.verification import to_degrees
-from fileio.images import PictureError, decode_picture
+from fileio.images import ImageError, decode_image
 
 CONFUSIONS = 12
 
@@ -51,14 +51,14 @@ class SetPages:
         self.cache: dict[int, str] = {}
 
     def _read(self, faces: set[int], source: str) -> tuple[dict[str, np.ndarray], str]:
-        """The original pictures of some faces by name, as pixels."""
+        """The original images of some faces by name, as pixels."""
         names = {self.pairs.names[face] for face in faces}
         files, notice = read_originals(source, names) if names else ({}, "")
         found = {}
-        for picture_name, data in files.items():
+        for image_name, data in files.items():
             try:
-                found[picture_name] = decode_picture(data)
-            except PictureError:
+                found[image_name] = decode_image(data)
+            except ImageError:
                 notice = notice or f"Some originals in {source} cannot be read."
         return found, notice
 
@@ -160,12 +160,12 @@ class SetPages:
     # -------------------------------------------------------------------------- faces
 
     def _face(self, face: int) -> str:
-        """A face's pictures, the original first where there is one, and its name."""
+        """A face's images, the original first where there is one, and its name."""
         if face not in self.cache:
             label = self.pairs.names[face]
-            aligned = picture(self.test_set.images[face].numpy(), f"{label}, aligned")
+            aligned = image(self.test_set.images[face].numpy(), f"{label}, aligned")
             original = self.originals.get(label)
-            first = "" if original is None else picture(original, f"{label}, original picture")
+            first = "" if original is None else image(original, f"{label}, original image")
             self.cache[face] = (
                 f'<div class="side">{first}{aligned}<p>{name(_short(label))}</p></div>'
             )
@@ -208,18 +208,18 @@ class SetPages:
             shown = self.missed[: self.gallery]
             yield paragraph(
                 f"{len(self.missed):,} of {len(self.test_set.images):,} faces, cropped from the "
-                f"middle of their pictures; {len(shown)} of them here."
+                f"middle of their images; {len(shown)} of them here."
             )
             cards = "".join(self._card([face], "") for face in shown)
             yield f'<ul class="pairs lone">{cards}</ul>'
 
     def _nearest(self) -> Iterator[str]:
         if self.people is None:
-            yield paragraph("The set does not say who is in its pictures, only which pairs match.")
+            yield paragraph("The set does not say who is in its images, only which pairs match.")
             return
         yield paragraph(
             "The mean embeddings of these identities are the closest of all, whether a pair of the "
-            "protocol compares them or not. Shown are their two most similar pictures. What stands "
+            "protocol compares them or not. Shown are their two most similar images. What stands "
             "here can be a mistake of the model, siblings, or one person under two names."
         )
         cards = [
@@ -247,7 +247,7 @@ class SetPages:
             "Pairs in bins of equal size by the worse of their two faces, each judged at its "
             "fold's threshold; ± is the binomial standard error. Light and sharpness are measured "
             "on the aligned face, pose (an estimate) and eye distance on the detector's five "
-            f"points in the original picture.{missing}"
+            f"points in the original image.{missing}"
         )
         figures, tables = [], []
         head = ("", "pairs", "accuracy", "± s.e.", "false positives", "false negatives")
@@ -277,11 +277,11 @@ class SetPages:
         if not found:
             return
         yield paragraph(
-            "The second picture of every pair made worse, the first left as it is. “Threshold as "
+            "The second image of every pair made worse, the first left as it is. “Threshold as "
             "set” keeps the thresholds of the clean pairs, as a system in use would."
         )
         figure = side_by_side([(plots.robustness_figure(found), "Accuracy by corruption")])
-        head = ("second picture", "accuracy", "± s.e.", "threshold as set")
+        head = ("second image", "accuracy", "± s.e.", "threshold as set")
         head += (*(f"TAR at FAR {far}" for far in found["clean"]["tar_at_far"]), "EER", "cosine")
         rows = [
             (
@@ -299,7 +299,7 @@ class SetPages:
         yield f'<div class="beside">{figure}{numbers}</div>'
 
 
-def _short(picture_name: str) -> str:
+def _short(image_name: str) -> str:
     """LFW's "Name/Name_0001" without the folder, which says the same; others as they are."""
-    folder, _, file = picture_name.rpartition("/")
-    return file if folder and file.startswith(folder) else picture_name
+    folder, _, file = image_name.rpartition("/")
+    return file if folder and file.startswith(folder) else image_name

@@ -21,7 +21,7 @@ PEOPLE, EACH = 40, 5
 
 @pytest.fixture
 def folder(tmp_path):
-    """40 identities of 5 noisy pictures each, an lfw.bin, and 20 identities held out."""
+    """40 identities of 5 noisy images each, an lfw.bin, and 20 identities held out."""
     rng = np.random.default_rng(0)
     centres = np.repeat(rng.integers(0, 255, (PEOPLE, 7, 7, 3)), EACH, 0)
     faces = np.clip(centres + rng.normal(0, 60, centres.shape), 0, 255)

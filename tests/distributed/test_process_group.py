@@ -27,7 +27,7 @@ GENTLE += "--lr 0.00001 --log-every 1 --dropout 0 --no-amp --device cpu"
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory):
-    """408 pictures of noise, 102 classes: 51 steps of 8 in which there is nothing to learn fast."""
+    """408 images of noise, 102 classes: 51 steps of 8 in which there is nothing to learn fast."""
     folder = tmp_path_factory.mktemp("noise")
     rng = np.random.default_rng(1)
     faces = rng.integers(0, 255, (408, 7, 7, 3))
@@ -83,7 +83,7 @@ def compare(groups, tmp_path, argv, ranks, frozen):
 
 
 def test_two_processes_are_one(groups, noise, tmp_path):
-    # 21 pictures to a step: slices of 10 and 11.
+    # 21 images to a step: slices of 10 and 11.
     argv = [*GENTLE.split(), "--train-set", str(noise), "--batch-size", "21", "--clip-norm", "1"]
     argv += ["--sync-bn", "--max-classes", "16"]
     (found,) = compare(groups, tmp_path, argv, [2], False)

@@ -9,7 +9,7 @@ from evaluation.templates import tar_at_fars
 
 
 def population(people, dimensions=16, noise=0.6, seed=0):
-    """Unit vectors around a centre each, people (k,) pictures, shuffled; and who is on each."""
+    """Unit vectors around a centre each, people (k,) images, shuffled; and who is on each."""
     rng = np.random.default_rng(seed)
     who = rng.permutation(np.repeat(np.arange(len(people)) * 7 + 3, people))
     centres = rng.normal(size=(len(people) * 7 + 3, dimensions))

@@ -1,4 +1,4 @@
-"""class_centres.py against plain loops over pictures and classes."""
+"""class_centres.py against plain loops over images and classes."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def unit(values):
 
 @pytest.fixture(scope="module")
 def crowd():
-    """Classes of 1 to 9 pictures around random directions, a sixth of them under another label."""
+    """Classes of 1 to 9 images around random directions, a sixth of them under another label."""
     rng = np.random.default_rng(3)
     truth = np.repeat(np.arange(CLASSES), rng.integers(1, 10, CLASSES))
     vectors = rng.normal(size=(CLASSES, 16))[truth] + 0.5 * rng.normal(size=(len(truth), 16))
@@ -32,7 +32,7 @@ def angle_between(a, b):
 
 
 def by_loops(vectors, labels, nearer_by, max_angle):
-    """leave_one_out as its docstring has it, one picture at a time, in float64."""
+    """leave_one_out as its docstring has it, one image at a time, in float64."""
     vectors, kept = vectors.double().numpy(), [True] * len(labels)
     for turn in range(ROUNDS):
         surer, rows, now = ([*SURER] + [0] * ROUNDS)[turn], [], []
@@ -59,7 +59,7 @@ def by_loops(vectors, labels, nearer_by, max_angle):
 
 
 @pytest.mark.parametrize(("nearer_by", "max_angle"), [(12.0, 180.0), (0.0, 180.0), (30.0, 50.0)])
-def test_pictures_are_left_out_as_by_plain_loops(crowd, nearer_by, max_angle):
+def test_images_are_left_out_as_by_plain_loops(crowd, nearer_by, max_angle):
     vectors, labels, truth = crowd
     asked = {"nearer_by": nearer_by, "max_angle": max_angle}
     found, kept = leave_one_out(vectors, torch.from_numpy(labels), CLASSES, **asked)
@@ -79,17 +79,17 @@ def test_classes_of_one_and_of_two():
     east, north, up = np.eye(3)
     near = lambda v: v + 0.1 * np.ones(3)  # noqa: E731
     vectors = unit(np.stack([east, near(east), north, near(north), east, up, up]))
-    # Class 2 has a picture of class 0 and one like nobody; class 3 has one picture.
+    # Class 2 has an image of class 0 and one like nobody; class 3 has one image.
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3])
     vectors[5] = unit(np.array([[-1.0, -1.0, 0.2]]))
     found, kept = leave_one_out(vectors, labels, 5, nearer_by=12.0)
     assert kept.tolist() == [True, True, True, True, False, True, True]
     assert found.angle[[5, 6]].tolist() == [0.0, 0.0]
     assert found.other[4] == 0
-    assert 4 not in found.other  # a class without pictures is nobody's nearest
+    assert 4 not in found.other  # a class without images is nobody's nearest
 
 
-def test_a_crowds_dominant_centres_are_those_of_most_pictures():
+def test_a_crowds_dominant_centres_are_those_of_most_images():
     rng = np.random.default_rng(0)
     weight, vectors = unit(rng.normal(size=(3 * CLASSES, 8))), unit(rng.normal(size=(2500, 8)))
     labels = rng.integers(0, CLASSES, 2500)

@@ -28,7 +28,7 @@ def list_text(suffix=".jpg", folder=""):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """A plain folder of aligned faces, as PNG and JPEG, with a list of pairs in it."""
     folder = tmp_path / "plain"
     for person in range(PEOPLE):
@@ -66,49 +66,49 @@ def test_a_list_of_pairs_names_the_same_pairs_as_lfws_format(data, suffix, root)
         ("", "pairs.txt"),
     ],
 )
-def test_a_list_that_is_none_gets_a_sentence(pictures, text, complaint):
-    (pictures / "pairs.txt").write_text(text)
+def test_a_list_that_is_none_gets_a_sentence(images, text, complaint):
+    (images / "pairs.txt").write_text(text)
     with pytest.raises(UserError, match=complaint) as raised:
-        load_set(pictures, pictures / "pairs.txt")
+        load_set(images, images / "pairs.txt")
     assert "pairs.txt" in str(raised.value)
 
 
-def test_a_name_that_fits_two_pictures_gets_a_sentence(pictures):
+def test_a_name_that_fits_two_images_gets_a_sentence(images):
     for folder in ("x", "y"):
-        (pictures / folder).mkdir()
-        (pictures / folder / "one.png").write_bytes(encode_jpeg(face_of(0, 1)))
-    (pictures / "pairs.txt").write_text("one.png x/one.png 1\ny/one.png x/one.png 0\n" * 5)
-    with pytest.raises(UserError, match="names one, which several pictures"):
-        load_set(pictures, pictures / "pairs.txt")
+        (images / folder).mkdir()
+        (images / folder / "one.png").write_bytes(encode_jpeg(face_of(0, 1)))
+    (images / "pairs.txt").write_text("one.png x/one.png 1\ny/one.png x/one.png 0\n" * 5)
+    with pytest.raises(UserError, match="names one, which several images"):
+        load_set(images, images / "pairs.txt")
 
 
-def test_a_list_that_names_a_missing_picture_gets_a_sentence(pictures):
-    (pictures / "pairs.txt").write_text(list_text().replace("Ann_0_0002", "Ann_0_0009"), "utf-8")
-    with pytest.raises(UserError, match=r"names 1 of .* pictures .* \(Ann_0/Ann_0_0009\)"):
-        load_set(pictures, pictures / "pairs.txt")
+def test_a_list_that_names_a_missing_image_gets_a_sentence(images):
+    (images / "pairs.txt").write_text(list_text().replace("Ann_0_0002", "Ann_0_0009"), "utf-8")
+    with pytest.raises(UserError, match=r"names 1 of .* images .* \(Ann_0/Ann_0_0009\)"):
+        load_set(images, images / "pairs.txt")
 
 
 # ---------------------------------------------------------------- plain folders
 
 
-def test_a_plain_folder_of_aligned_faces_is_a_set(pictures, data):  # noqa: F811
+def test_a_plain_folder_of_aligned_faces_is_a_set(images, data):  # noqa: F811
     expected = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    found = load_set(pictures, find_pairs(pictures, data))
+    found = load_set(images, find_pairs(images, data))
     assert (found.images == expected.images).all()
     assert (found.name, found.identity, found.points) == ("plain", None, None)
 
 
-def test_pictures_of_another_size_or_none_get_a_sentence(pictures, tmp_path):
+def test_images_of_another_size_or_none_get_a_sentence(images, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="nor pictures"):
-        load_set(tmp_path / "empty", pictures / "pairs.txt")
-    path = pictures / "Ann_0" / "Ann_0_0001.jpg"
+    with pytest.raises(UserError, match="nor images"):
+        load_set(tmp_path / "empty", images / "pairs.txt")
+    path = images / "Ann_0" / "Ann_0_0001.jpg"
     path.write_bytes(encode_jpeg(np.zeros((250, 200, 3), np.uint8)))
     with pytest.raises(UserError, match=r"Ann_0_0001\.jpg is 200x250, not an aligned face"):
-        load_set(pictures, pictures / "pairs.txt")
+        load_set(images, images / "pairs.txt")
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"Ann_0_0001\.jpg: its 7 bytes"):
-        load_set(pictures, pictures / "pairs.txt")
+        load_set(images, images / "pairs.txt")
 
 
 # ---------------------------------------------------------------- finding
@@ -149,14 +149,14 @@ def test_make_bin_holds_the_same_set_as_the_folder(data, tmp_path, capsys):  # n
     assert cv2.imdecode(np.frombuffer(jpegs[0], np.uint8), 1).shape == (112, 112, 3)
 
 
-def test_make_bin_takes_a_plain_folder_and_names_what_is_missing(pictures, tmp_path, capsys):
+def test_make_bin_takes_a_plain_folder_and_names_what_is_missing(images, tmp_path, capsys):
     output = tmp_path / "mine.bin"
-    make_bin.main(parse_args(["--lfw", str(pictures), "--output", str(output)], "make_bin"))
+    make_bin.main(parse_args(["--lfw", str(images), "--output", str(output)], "make_bin"))
     assert len(read_bin(output)[0]) == 48
     output.unlink()
     for flags, complaint in (
         (["--lfw", str(tmp_path / "nowhere")], "no folder of aligned faces"),
-        (["--lfw", str(pictures), "--pairs", "gone.txt"], "There is no gone.txt"),
+        (["--lfw", str(images), "--pairs", "gone.txt"], "There is no gone.txt"),
     ):
         with pytest.raises(SystemExit):
             make_bin.main(parse_args([*flags, "--output", str(output)], "make_bin"))
@@ -169,9 +169,9 @@ def test_make_bin_takes_a_plain_folder_and_names_what_is_missing(pictures, tmp_p
     [
         (b"\x00\x01no pickle", "not a test set"),
         (pickle.dumps({"images": [], "same": []}), "not a test set"),
-        (pickle.dumps(([b"a", b"b", b"c"], [True])), "3 pictures for 1 pairs"),
-        (pickle.dumps(([b"a", b"b"], [])), "2 pictures for 0 pairs"),
-        (pickle.dumps(([b"a", b"b"] * 2, [True, "no"])), "not a test set|for a picture or for"),
+        (pickle.dumps(([b"a", b"b", b"c"], [True])), "3 images for 1 pairs"),
+        (pickle.dumps(([b"a", b"b"], [])), "2 images for 0 pairs"),
+        (pickle.dumps(([b"a", b"b"] * 2, [True, "no"])), "not a test set|for an image or for"),
         (json.dumps([1]).encode(), "not a test set"),
         (b"", "not a test set"),
     ],
@@ -210,9 +210,9 @@ def test_identities_by_name_and_by_chains_of_matched_pairs(data, tmp_path):  # n
     ]  # fmt: skip
 
 
-def test_a_bin_that_claims_many_pictures_takes_little_memory(tmp_path):
+def test_a_bin_that_claims_many_images_takes_little_memory(tmp_path):
     """Decoded, these would be 11 GB."""
     claimed = [b"\xff%06d" % number for number in range(300_000)]
     write_bin(tmp_path / "x.bin", claimed, [True, False] * 75_000)
-    with pytest.raises(UserError, match=r"Picture 0 of .*x\.bin: its 7 bytes cannot be decoded"):
+    with pytest.raises(UserError, match=r"Image 0 of .*x\.bin: its 7 bytes cannot be decoded"):
         within(300, load_set, tmp_path / "x.bin", "")

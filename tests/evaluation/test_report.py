@@ -140,7 +140,7 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
                   "<last>.pt", "within chance", "0.4321", "FAR 1e-4 is not shown",
                   "95 % intervals: 1,000", "P(same person)", "show aligned faces"):  # fmt: skip
         assert title in headings
-    assert "lfw_identities" not in headings  # no knob of train.py
+    assert "lfw_identities" not in headings  # no setting of train.py
     assert f"{100 * result.report['accuracy']:.3f} %" in headings
     # 4 curves, folds, reliability, 5 measures, robustness, and 3 of training
     assert len(page.of("svg")) == 4 + 1 + 1 + 5 + 1 + 3
@@ -205,19 +205,19 @@ def test_originals_stand_beside_the_crops(tmp_path):
     _, page = write(tmp_path, [result], source=str(archive))
     assert "show aligned faces" not in " ".join(page.words)
     shown = {image["alt"]: image["src"] for image in page.of("img")}
-    originals = {alt: src for alt, src in shown.items() if alt.endswith(", original picture")}
+    originals = {alt: src for alt, src in shown.items() if alt.endswith(", original image")}
     assert len(originals) == len(shown) / 2
     for alt, src in originals.items():
         pixels = cv2.imdecode(np.frombuffer(base64.b64decode(src.split(",")[1]), np.uint8), 1)
         assert pixels.shape == (224, 224, 3)
-        assert abs(pixels.mean() - level[alt.removesuffix(", original picture")]) < 3
+        assert abs(pixels.mean() - level[alt.removesuffix(", original image")]) < 3
 
 
 def test_a_set_of_a_bin_says_what_is_not_known(tmp_path):
     _, page = write(tmp_path, [make_result(tmp_path, folder=False, name="cfp_fp")])
     words = " ".join(page.words)
     assert "pose and resolution are not known" in words
-    assert "does not say who is in its pictures" in words
+    assert "does not say who is in its images" in words
     assert "what a detector missed is not known" in words
     assert "does not come from train.py" in words
     assert len(page.of("svg")) == 4 + 1 + 2
@@ -254,8 +254,8 @@ def test_noise_of_many_sets_stays_below_eight_megabytes(tmp_path):
     text, _ = write(tmp_path, results)
     assert len(text.encode()) < 8e6
     rng = np.random.default_rng(0)
-    largest = report_html.picture(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
-    assert len(largest) < 4 / 3 * report_html._PICTURE_BYTES + 200
+    largest = report_html.image(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
+    assert len(largest) < 4 / 3 * report_html._IMAGE_BYTES + 200
 
 
 def test_reading_what_a_checkpoint_says_of_its_training(tmp_path):

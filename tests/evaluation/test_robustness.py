@@ -14,8 +14,8 @@ from tests.helpers.synthetic_faces import face
 
 @pytest.fixture(scope="module")
 def faces():
-    pictures = [cv2.imdecode(np.frombuffer(face(person), np.uint8), 1) for person in range(6)]
-    return np.stack([cv2.resize(p[45:205, 45:205, ::-1], (112, 112)) for p in pictures])
+    images = [cv2.imdecode(np.frombuffer(face(person), np.uint8), 1) for person in range(6)]
+    return np.stack([cv2.resize(p[45:205, 45:205, ::-1], (112, 112)) for p in images])
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -96,13 +96,13 @@ def test_shift_moves_by_ten_pixels_in_all_four_directions():
     assert (robustness.shift(faces, seed=1) != moved).any()
 
 
-def test_measure_embeds_second_pictures_only_and_once_each():
+def test_measure_embeds_second_images_only_and_once_each():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (40, 112, 112, 3), np.uint8))
     first = np.repeat(np.arange(20), 2)
     second = np.where(np.arange(40) % 2 == 0, first + 20, (first + 3) % 20 + 20)
     same = np.arange(40) % 2 == 0
-    images[20:] = images[:20]  # both pictures of a person are the same
+    images[20:] = images[:20]  # both images of a person are the same
     pairs = verification.Pairs([], first, second, same, verification.contiguous_folds(40, 4))
     calls = []
 
@@ -121,7 +121,7 @@ def test_measure_embeds_second_pictures_only_and_once_each():
     moved = found["moved by 10 pixels"]
     assert moved["accuracy_as_set"] == 0.5
     assert abs(moved["matched_cosine"]) < 0.1
-    # By hand: the covered second pictures against the clean first ones.
+    # By hand: the covered second images against the clean first ones.
     covered = embed(torch.from_numpy(robustness.cover(images.numpy()))).numpy()
     a = clean / np.linalg.norm(clean, axis=1, keepdims=True)
     b = covered / np.linalg.norm(covered, axis=1, keepdims=True)
@@ -133,7 +133,7 @@ def test_measure_embeds_second_pictures_only_and_once_each():
     assert "eyes covered" in printed[9]
 
 
-def test_the_showcase_is_written_as_a_picture(faces, tmp_path):
+def test_the_showcase_is_written_as_a_image(faces, tmp_path):
     shown = robustness.showcase(faces[0])
     assert list(shown) == ["clean", *CORRUPTIONS]
     assert (shown["clean"] == faces[0]).all()

@@ -1,4 +1,4 @@
-"""templates.py against the definitions, written out picture by picture and pair by pair."""
+"""templates.py against the definitions, written out image by image and pair by pair."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from evaluation import templates
 from evaluation.templates import build_templates, identify, roc_points, score_pairs, tar_at_fars
 
 
-def made_up(seed, pictures=300, dimensions=8):
+def made_up(seed, images=300, dimensions=8):
     rng = np.random.default_rng(seed)
-    features = rng.normal(0, 1, (pictures, dimensions)).astype(np.float32)
-    features *= rng.uniform(0.5, 20, (pictures, 1)).astype(np.float32)
-    template_of = rng.choice([7, 3, 12, 900, 901, 5], pictures)
-    media_of = rng.integers(0, 9, pictures)  # the same media ids in every template
-    return features, template_of, media_of, rng.uniform(0.2, 1, pictures)
+    features = rng.normal(0, 1, (images, dimensions)).astype(np.float32)
+    features *= rng.uniform(0.5, 20, (images, 1)).astype(np.float32)
+    template_of = rng.choice([7, 3, 12, 900, 901, 5], images)
+    media_of = rng.integers(0, 9, images)  # the same media ids in every template
+    return features, template_of, media_of, rng.uniform(0.2, 1, images)
 
 
 @pytest.mark.parametrize("unit_length", [True, False])

@@ -32,9 +32,9 @@ def test_all_of_an_evaluation_is_logged_under_lfw(tmp_path):
     assert tags["tensors"] == ["lfw/pr"]
     assert [event.step for event in shown.Scalars("lfw/accuracy")] == [3, 6]
     assert shown.Scalars("lfw/accuracy")[0].value == np.float32(result.report["accuracy"])
-    picture = cv2.imdecode(np.frombuffer(shown.Images("lfw/roc")[0].encoded_image_string, "u1"), 1)
-    assert picture.shape[0] > 400
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    image = cv2.imdecode(np.frombuffer(shown.Images("lfw/roc")[0].encoded_image_string, "u1"), 1)
+    assert image.shape[0] > 400
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
     # The curve's row 0 are true positives at thresholds from 0 to 1; at 0 all pairs are accepted.
     curve = make_ndarray(shown.Tensors("lfw/pr")[0].tensor_proto)
     same = result.test_set.pairs.same
@@ -72,7 +72,7 @@ def test_the_hardest_pairs_stand_side_by_side(tmp_path):
     assert (grid[146:258, 4:116] == images[pairs.first[4]]).all()
 
 
-def test_the_projector_has_a_picture_and_a_name_for_each_face(tmp_path):
+def test_the_projector_has_a_image_and_a_name_for_each_face(tmp_path):
     names = hostile_names(48)
     names[5] = "tab\there\nand there/5"
     result = make_result(tmp_path, names)
@@ -81,7 +81,7 @@ def test_the_projector_has_a_picture_and_a_name_for_each_face(tmp_path):
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (entry,) = config.embeddings
     rows = (tmp_path / entry.metadata_path).read_text("utf-8").splitlines()
-    assert rows[0].split("\t") == ["person", "picture"]
+    assert rows[0].split("\t") == ["person", "image"]
     assert len(rows) == 49
     assert all(row.count("\t") == 1 for row in rows)
     vectors = np.loadtxt(tmp_path / entry.tensor_path, delimiter="\t")

@@ -20,7 +20,7 @@ import pytest
 from fileio import archive_source, archives
 from fileio.archive_names import clean_name, decode_name
 from fileio.archives import ArchiveError, Entry, Limits, open_source
-from fileio.images import PictureError, decode_picture
+from fileio.images import ImageError, decode_image
 from tests.helpers.bounded import within
 
 FILES = {
@@ -81,7 +81,7 @@ KINDS = ["zip", "tar", "tar.gz", "tgz", "folder"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_pictures_in_sorted_order(kind, tmp_path):
+def test_every_kind_gives_the_same_images_in_sorted_order(kind, tmp_path):
     got, names, passed, damage = read_all(make(kind, tmp_path, FILES))
     assert names == SORTED == list(got)
     assert got == FILES
@@ -205,7 +205,7 @@ def test_links_and_pipes_in_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_picture_is_counted(kind, tmp_path):
+def test_what_is_no_image_is_counted(kind, tmp_path):
     files = {
         "s/a/1.jpg": b"1",
         "s/a/.DS_Store": b"",
@@ -213,7 +213,7 @@ def test_what_is_no_picture_is_counted(kind, tmp_path):
         "s/a/Thumbs.db": b"",
         "s/list.txt": b"",
         "loose.jpg": b"",
-        "s/a/no_suffix": b"tried as a picture",
+        "s/a/no_suffix": b"tried as an image",
     }
     got, _, passed, _ = read_all(make(kind, tmp_path, files))
     assert set(got) == {"s/a/1.jpg", "s/a/no_suffix"}
@@ -448,7 +448,7 @@ def test_a_zip_bomb_is_refused_and_a_flag_admits_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["s/a/1.jpg", "s/list.txt"])
 def test_a_tgz_that_expands_without_end_is_refused(tmp_path, name):
-    """One member of 200 MB of zeros, whether it is a picture or passed over."""
+    """One member of 200 MB of zeros, whether it is an image or passed over."""
     info = tarfile.TarInfo(name)
     info.size = 200 << 20
     with gzip.open(tmp_path / "x.tgz", "wb", 1) as file:
@@ -489,8 +489,8 @@ def test_an_archive_in_an_archive_stays_packed(tmp_path):
     got, _, passed, _ = read_all(path)
     assert got == {"s/a/r.jpg": inner}
     assert passed == {"not_a_picture": 1}
-    with pytest.raises(PictureError) as error:
-        decode_picture(inner)
+    with pytest.raises(ImageError) as error:
+        decode_image(inner)
     assert error.value.status == "not_an_image"
 
 
@@ -616,7 +616,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path):
 
 
 def test_random_damage_never_escapes(tmp_path):
-    """Bytes changed anywhere give pictures, reasons or an ArchiveError; nothing else."""
+    """Bytes changed anywhere give images, reasons or an ArchiveError; nothing else."""
     rng = random.Random(0)
     files = {f"s/{i}/1.jpg": rng.randbytes(200) for i in range(4)}
     for kind in ("zip", "tar", "tgz"):

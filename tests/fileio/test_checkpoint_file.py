@@ -11,7 +11,7 @@ import torch
 
 from fileio import checkpoint_file as checkpoints
 from fileio.checkpoint_file import (
-    DamagedError,
+    CorruptCheckpointError,
     load_checkpoint,
     load_last,
     load_momentum,
@@ -162,7 +162,7 @@ def test_what_cannot_be_read_for_now_is_not_damaged(tmp_path, monkeypatch, error
             UserError, match=r"last\.pt (does not fit into|cannot be read)"
         ) as found:
             load_last(tmp_path)
-    assert not isinstance(found.value, DamagedError)
+    assert not isinstance(found.value, CorruptCheckpointError)
     assert load_last(tmp_path)[0]["n"] == 1
 
 

@@ -30,7 +30,7 @@ from config import parse_args
 from evaluation.embedders import load_embedder
 from evaluation.verification import parse_pair_list, parse_pairs
 from fileio.archives import ArchiveError, open_source
-from fileio.images import MAX_PIXELS, PictureError, decode_picture
+from fileio.images import MAX_PIXELS, ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
 from fileio.onnx_file import check_onnx
 from fileio.record_writer import write_dataset
@@ -166,11 +166,11 @@ def test_tgz(folder, data):
     try_archive(folder, "tgz", data)
 
 
-# ------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------ images
 
 
-def try_picture(kind, data):
-    image = judge(kind, decode_picture, data, errors=PictureError)
+def try_image(kind, data):
+    image = judge(kind, decode_image, data, errors=ImageError)
     if image is not None:
         assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
         assert image.shape[0] * image.shape[1] <= MAX_PIXELS
@@ -179,31 +179,31 @@ def try_picture(kind, data):
 @tried
 @given(data=changed(*JPEGS))
 def test_jpeg(data):
-    try_picture("jpeg", data)
+    try_image("jpeg", data)
 
 
 @tried
 @given(data=changed(*PNGS, mend=with_crcs))
 def test_png(data):
-    try_picture("png", data)
+    try_image("png", data)
 
 
 @tried
 @given(data=changed(*WEBPS))
 def test_webp(data):
-    try_picture("webp", data)
+    try_image("webp", data)
 
 
 @tried
 @given(data=changed(*TIFFS))
 def test_tiff(data):
-    try_picture("tiff", data)
+    try_image("tiff", data)
 
 
 @tried
 @given(data=changed(*OTHERS))
 def test_gif_bmp_pnm(data):
-    try_picture("gif bmp pnm", data)
+    try_image("gif bmp pnm", data)
 
 
 # ------------------------------------------------------------------------------ records
@@ -213,7 +213,7 @@ def test_gif_bmp_pnm(data):
 def pack(tmp_path_factory):
     """train.rec, train.idx and property of a small set, by name."""
     folder = tmp_path_factory.mktemp("pack")
-    write_dataset(folder, [*JPEGS, b"no picture"], [0, 0, 1, 2])
+    write_dataset(folder, [*JPEGS, b"no image"], [0, 0, 1, 2])
     return {name: (folder / name).read_bytes() for name in ("train.rec", "train.idx", "property")}
 
 
@@ -241,7 +241,7 @@ def test_record_files(folder, pack, name, data):
 def shard(tmp_path_factory):
     """train-00000.rec, its indexes and property, by name."""
     folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder, [*JPEGS, b"no picture"], np.array([0, 0, 1, 2]), 1)
+    write_shards(folder, [*JPEGS, b"no image"], np.array([0, 0, 1, 2]), 1)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""pictures.py: sizes without decoding, all colour models right, every kind of damage named."""
+"""images.py: sizes without decoding, all colour models right, every kind of damage named."""
 
 import io
 import random
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fileio.images import PictureError, decode_picture, picture_size
+from fileio.images import ImageError, decode_image, image_size
 from preprocessing.pipeline import align_face
 from tests.helpers.bounded import within
 from tests.helpers.synthetic_faces import face
@@ -43,29 +43,29 @@ def png_claiming(width, height):
 
 
 def status_of(data):
-    with pytest.raises(PictureError) as error:
-        decode_picture(data)
+    with pytest.raises(ImageError) as error:
+        decode_image(data)
     return error.value.status
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
 def test_sizes_without_decoding(kind, pixels):
-    assert picture_size(encode(Image.fromarray(pixels), kind)) == (60, 50)
+    assert image_size(encode(Image.fromarray(pixels), kind)) == (60, 50)
 
 
 def test_other_headers(pixels):
     image = Image.fromarray(pixels)
-    assert picture_size(encode(image, "WEBP", lossless=True)) == (60, 50)
-    assert picture_size(encode(image.convert("RGBA"), "WEBP", exif=b"Exif\0\0MM")) == (60, 50)
-    assert picture_size(encode(image, "JPEG", progressive=True)) == (60, 50)
-    assert picture_size(b"P5 # comment\n50 60\n255\n" + bytes(3000)) == (60, 50)
-    assert picture_size(b"BM" + bytes(12) + struct.pack("<IiiHH", 40, 50, -60, 1, 24)) == (60, 50)
-    assert picture_size(b"BM" + bytes(12) + struct.pack("<IHH", 12, 50, 60)) == (60, 50)
+    assert image_size(encode(image, "WEBP", lossless=True)) == (60, 50)
+    assert image_size(encode(image.convert("RGBA"), "WEBP", exif=b"Exif\0\0MM")) == (60, 50)
+    assert image_size(encode(image, "JPEG", progressive=True)) == (60, 50)
+    assert image_size(b"P5 # comment\n50 60\n255\n" + bytes(3000)) == (60, 50)
+    assert image_size(b"BM" + bytes(12) + struct.pack("<IiiHH", 40, 50, -60, 1, 24)) == (60, 50)
+    assert image_size(b"BM" + bytes(12) + struct.pack("<IHH", 12, 50, 60)) == (60, 50)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
 def test_lossless_formats_are_exact_rgb(kind, pixels):
-    np.testing.assert_array_equal(decode_picture(encode(Image.fromarray(pixels), kind)), pixels)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(pixels), kind)), pixels)
 
 
 def test_grey_palette_alpha_and_one_bit(pixels):
@@ -73,16 +73,16 @@ def test_grey_palette_alpha_and_one_bit(pixels):
     for mode in ("L", "P", "1"):
         converted = image.convert(mode)
         wanted = np.asarray(converted.convert("RGB"))
-        np.testing.assert_array_equal(decode_picture(encode(converted, "PNG")), wanted)
+        np.testing.assert_array_equal(decode_image(encode(converted, "PNG")), wanted)
     image.putalpha(100)
-    np.testing.assert_array_equal(decode_picture(encode(image, "PNG")), pixels)
+    np.testing.assert_array_equal(decode_image(encode(image, "PNG")), pixels)
 
 
 def test_jpeg_grey_and_cmyk_are_close_to_pillow(pixels):
     for mode in ("RGB", "L", "CMYK"):
         data = encode(Image.fromarray(pixels).convert(mode), "JPEG", quality=95)
         wanted = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-        got = decode_picture(data)
+        got = decode_image(data)
         assert got.dtype == np.uint8
         assert np.abs(got - wanted).mean() < 2
 
@@ -90,13 +90,13 @@ def test_jpeg_grey_and_cmyk_are_close_to_pillow(pixels):
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 def test_16_bits_become_8(suffix, pixels):
     data = cv2.imencode(suffix, pixels[..., ::-1].astype(np.uint16) * 257)[1].tobytes()
-    np.testing.assert_array_equal(decode_picture(data), pixels)
+    np.testing.assert_array_equal(decode_image(data), pixels)
     grey = pixels[..., 1].astype(np.uint16) * 257
-    got = decode_picture(cv2.imencode(suffix, grey)[1].tobytes())
+    got = decode_image(cv2.imencode(suffix, grey)[1].tobytes())
     np.testing.assert_array_equal(got, np.repeat(pixels[..., 1:2], 3, axis=2))
 
 
-# What the eight orientations do to a picture, in words of NumPy (Exif 2.3, tag 0x0112).
+# What the eight orientations do to an image, in words of NumPy (Exif 2.3, tag 0x0112).
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -116,35 +116,35 @@ def test_exif_rotation_is_honoured(kind, orientation, pixels):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(Image.fromarray(pixels), kind, exif=exif, **options.get(kind, {}))
-    assert np.abs(decode_picture(data) - UPRIGHT[orientation](pixels).astype(int)).mean() < 2
+    assert np.abs(decode_image(data) - UPRIGHT[orientation](pixels).astype(int)).mean() < 2
 
 
 def test_a_face_comes_out_upright():
-    """A face whose picture lies on its side but for EXIF is cut out as from the upright one."""
-    upright = decode_picture(face(0))
+    """A face whose image lies on its side but for EXIF is cut out as from the upright one."""
+    upright = decode_image(face(0))
     lying = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = decode_picture(encode(lying, "PNG", exif=exif))
+    turned = decode_image(encode(lying, "PNG", exif=exif))
     points = np.array([[100, 110], [150, 110], [125, 140], [105, 165], [145, 165]], float)
     np.testing.assert_array_equal(align_face(turned, points), align_face(upright, points))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_an_animation_the_first_picture_is_taken(kind, pixels):
+def test_of_an_animation_the_first_image_is_taken(kind, pixels):
     options = {"lossless": True} if kind == "WEBP" else {}
     frames = [Image.fromarray(255 - pixels), Image.new("RGB", (50, 60))]
     data = encode(Image.fromarray(pixels), kind, save_all=True, append_images=frames, **options)
     mean = 5 if kind == "GIF" else 0  # of 256 colours
-    assert np.abs(decode_picture(data) - pixels.astype(int)).mean() <= mean
+    assert np.abs(decode_image(data) - pixels.astype(int)).mean() <= mean
 
 
 def test_other_depths_and_colours(pixels):
     cmyk = Image.fromarray(pixels).convert("CMYK")
     wanted = np.asarray(cmyk.convert("RGB")).astype(int)
-    assert np.abs(decode_picture(encode(cmyk, "TIFF")) - wanted).mean() < 1
+    assert np.abs(decode_image(encode(cmyk, "TIFF")) - wanted).mean() < 1
     wide = b"P6\n50 60\n65535\n" + (pixels.astype(">u2") * 257).tobytes()
-    np.testing.assert_array_equal(decode_picture(wide), pixels)
+    np.testing.assert_array_equal(decode_image(wide), pixels)
     floats = Image.fromarray(pixels[..., 0].astype(np.float32))
     assert status_of(encode(floats, "TIFF")) == "unreadable"
 
@@ -157,7 +157,7 @@ def test_empty_text_and_garbage():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM"])
-def test_no_truncated_file_gives_a_picture(kind, pixels):
+def test_no_truncated_file_gives_a_image(kind, pixels):
     data = encode(Image.fromarray(pixels), kind)
     for length in (1, 11, 25, len(data) // 2, len(data) * 9 // 10):
         assert status_of(data[:length]) in {"not_an_image", "truncated", "unreadable"}
@@ -165,19 +165,19 @@ def test_no_truncated_file_gives_a_picture(kind, pixels):
         assert status_of(data[: len(data) // 2]) == status_of(data[:-2]) == "truncated"
 
 
-def test_a_thumbnails_end_is_not_the_pictures_end(pixels):
+def test_a_thumbnails_end_is_not_the_images_end(pixels):
     """An embedded thumbnail is a whole JPEG, with an end marker of its own."""
     thumbnail = encode(Image.fromarray(pixels[:8, :8]), "JPEG")
     data = encode(Image.fromarray(pixels), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
     whole = data[:2] + segment + data[2:]
-    assert decode_picture(whole).shape == (60, 50, 3)
+    assert decode_image(whole).shape == (60, 50, 3)
     assert status_of(whole[: len(whole) - len(data) // 4]) == "truncated"
 
 
 def test_bytes_after_the_end_do_no_harm(pixels):
     data = encode(Image.fromarray(pixels), "JPEG")
-    assert decode_picture(data + b"\0" * 100 + b"appended").shape == (60, 50, 3)
+    assert decode_image(data + b"\0" * 100 + b"appended").shape == (60, 50, 3)
 
 
 def test_claimed_sizes_are_refused_before_decoding(pixels, monkeypatch):
@@ -192,10 +192,10 @@ def test_claimed_sizes_are_refused_before_decoding(pixels, monkeypatch):
 
 
 def outcome(data):
-    """The shape of the picture, or the reason why there is none."""
+    """The shape of the image, or the reason why there is none."""
     try:
-        return decode_picture(data).shape
-    except PictureError as error:
+        return decode_image(data).shape
+    except ImageError as error:
         return error.status
 
 
@@ -292,12 +292,12 @@ def test_compressed_text_in_a_png_stays_compressed(pixels):
         text = b"x\0\1\0\0\0" if kind == b"iTXt" else b"x\0\0"
         body = kind + text + zlib.compress(bytes(100 << 20), 9)
         chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-        picture = within(60, decode_picture, whole[:33] + chunk + whole[33:])
-        np.testing.assert_array_equal(picture, pixels)
+        image = within(60, decode_image, whole[:33] + chunk + whole[33:])
+        np.testing.assert_array_equal(image, pixels)
 
 
-def test_one_pixel_is_a_picture():
-    assert decode_picture(encode(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).tolist() == [
+def test_one_pixel_is_a_image():
+    assert decode_image(encode(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).tolist() == [
         [[1, 2, 3]]
     ]
 
@@ -311,11 +311,11 @@ def test_random_damage_never_escapes(pixels):
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(min(len(data), rng.choice([30, 300, 9999])))] = rng.randrange(256)
         try:
-            height, width = picture_size(bytes(data))
-        except PictureError:
+            height, width = image_size(bytes(data))
+        except ImageError:
             continue
         if height * width < 1_000_000:
             try:
-                assert decode_picture(bytes(data)).ndim == 3
-            except PictureError as error:
+                assert decode_image(bytes(data)).ndim == 3
+            except ImageError as error:
                 assert error.status in {"unreadable", "truncated"}

@@ -19,7 +19,7 @@ MAGIC = 0xCED7230A
 MAGIC_BYTES = b"\x0a\x23\xd7\xce"
 
 
-def picture(seed: int, height: int = 112, width: int = 112) -> np.ndarray:
+def image(seed: int, height: int = 112, width: int = 112) -> np.ndarray:
     blocks = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return cv2.resize(blocks, (width, height), interpolation=cv2.INTER_LINEAR)
 
@@ -50,7 +50,7 @@ def save(folder, records: list[bytes], keys=None, properties: str | None = None)
     return b"".join(records)
 
 
-JPEGS = [encode_jpeg(picture(i)) + b"\0" * (i % 4) for i in range(5)]
+JPEGS = [encode_jpeg(image(i)) + b"\0" * (i % 4) for i in range(5)]
 LABELS = [0, 0, 1, 2, 2]
 
 
@@ -159,10 +159,10 @@ def test_threads_share_a_reader(tmp_path):
 
     def work():
         for i in list(range(5)) * 40:
-            right = reader.jpeg(i) == JPEGS[i] and np.array_equal(reader.image(i), pictures[i])
+            right = reader.jpeg(i) == JPEGS[i] and np.array_equal(reader.image(i), images[i])
             outcomes.append(right)
 
-    pictures = [decode_jpeg(jpeg) for jpeg in JPEGS]
+    images = [decode_jpeg(jpeg) for jpeg in JPEGS]
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -318,7 +318,7 @@ def test_labels_of_a_vector_that_never_ends(tmp_path):
     sentence(tmp_path, "record 1 is not whole")
 
 
-def test_a_huge_picture_in_a_record_is_not_decoded(tmp_path):
+def test_a_huge_image_in_a_record_is_not_decoded(tmp_path):
     """It claims 60,000 x 60,000 pixels; so does one in a .bin."""
     at = JPEGS[0].find(b"\xff\xc0") + 5
     huge = JPEGS[0][:at] + struct.pack(">HH", 60_000, 60_000) + JPEGS[0][at + 4 :]
@@ -327,8 +327,8 @@ def test_a_huge_picture_in_a_record_is_not_decoded(tmp_path):
         within(100, RecordReader(tmp_path).image, 0)
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
-    broken = [b"", b"no picture", JPEGS[0][: len(JPEGS[0]) // 2]]
+def test_a_image_that_cannot_be_decoded_is_named(tmp_path):
+    broken = [b"", b"no image", JPEGS[0][: len(JPEGS[0]) // 2]]
     save(tmp_path, [record(image_payload(i, 0, b)) for i, b in enumerate(broken)], range(3))
     reader = RecordReader(tmp_path)
     for i in range(3):
@@ -364,7 +364,7 @@ def dmlc_write(payload: bytes) -> bytes:
     return out + payload[begin:] + bytes(-len(payload) % 4)
 
 
-def test_magic_number_inside_a_picture(tmp_path):
+def test_magic_number_inside_a_image(tmp_path):
     rng = np.random.default_rng(0)
     bits = [MAGIC_BYTES, MAGIC_BYTES[:2], MAGIC_BYTES[2:], b"\0", b"abcd"]
     jpegs = [b"".join(bits[i] for i in rng.integers(0, 5, rng.integers(0, 12))) for _ in range(300)]
@@ -443,8 +443,8 @@ def test_jpeg_is_rgb_and_close(tmp_path):
     again = decode_jpeg(encode_jpeg(red))
     assert again.shape == red.shape and again.dtype == np.uint8
     assert np.abs(again.astype(int) - red).max() <= 3
-    assert len(encode_jpeg(picture(1), 30)) < len(encode_jpeg(picture(1)))
-    grey = cv2.imencode(".png", picture(0)[..., 0])[1].tobytes()
+    assert len(encode_jpeg(image(1), 30)) < len(encode_jpeg(image(1)))
+    grey = cv2.imencode(".png", image(0)[..., 0])[1].tobytes()
     assert decode_jpeg(grey).shape == (112, 112, 3)
 
 
@@ -458,7 +458,7 @@ def test_bin_both_ways_as_insightface_reads_it(tmp_path):
         assert pickle.load(file, encoding="bytes") == (JPEGS[:4], same)
     images, read = recordio.read_bin(tmp_path / "lfw.bin")
     assert images == JPEGS[:4] and read.dtype == bool and read.tolist() == same
-    with pytest.raises(RecordError, match="3 pictures do not make 2 pairs"):
+    with pytest.raises(RecordError, match="3 images do not make 2 pairs"):
         recordio.write_bin(tmp_path / "x.bin", JPEGS[:3], same)
     assert not (tmp_path / "x.bin").exists()
 
@@ -466,11 +466,11 @@ def test_bin_both_ways_as_insightface_reads_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (([b"a"] * 3, [True, False]), "has 3 pictures for 2 pairs"),
-        (([], []), "has 0 pictures for 0 pairs"),
-        (([b"a", 7], [True]), "has '7' for a picture"),
+        (([b"a"] * 3, [True, False]), "has 3 images for 2 pairs"),
+        (([], []), "has 0 images for 0 pairs"),
+        (([b"a", 7], [True]), "has '7' for an image"),
         (([b"a", b"b"], [10**5000]), "a number of more than 64 bits"),
-        (([b"a", b"b"], [2]), "has '2' for a picture or for True or False"),
+        (([b"a", b"b"], [2]), "has '2' for an image or for True or False"),
         ({"a": 1}, "it has a dict"),
     ],
 )

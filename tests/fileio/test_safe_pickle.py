@@ -32,7 +32,7 @@ def test_every_protocol_and_kind_of_bool(protocol, same):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pictures_as_arrays_and_bytearrays(protocol):
+def test_images_as_arrays_and_bytearrays(protocol):
     arrays = [np.frombuffer(image, np.uint8) for image in IMAGES]
     columns = [array[:, None] for array in arrays]  # the shape that cv2.imencode once gave
     for images in (arrays, columns, [bytearray(i) for i in IMAGES], np.array(IMAGES, object)):
@@ -189,7 +189,7 @@ def test_a_small_pickle_takes_little_memory(name):
         assert within(150, load, data) == expected
 
 
-def test_pictures_named_twice_are_no_bomb():
+def test_images_named_twice_are_no_bomb():
     """A face of several pairs may be one object: its bytes count once."""
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         for one in (b"\xff" * 5000, bytearray(b"\xff" * 5000)):

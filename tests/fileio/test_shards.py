@@ -25,14 +25,14 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(whole, tmp_path_factory):
-    """The 48 pictures in 5 files."""
+    """The 48 images in 5 files."""
     folder = tmp_path_factory.mktemp("shards")
     argv = f"--source {whole} --output {folder}/s --shard-images 10 --seed 3"
     shards.main(parse_args(argv.split(), "shards"))
     return folder / "s"
 
 
-def test_shards_hold_every_picture_once(whole, folder):
+def test_shards_hold_every_image_once(whole, folder):
     reader, plain = ShardReader(folder), RecordReader(whole)
     assert len(reader.files) == 5
     assert sorted(np.diff(reader.starts).tolist()) == [9, 9, 10, 10, 10]
@@ -103,11 +103,11 @@ def test_what_is_wrong_is_a_sentence(folder, tmp_path):
 
 # ------------------------------------------------------------------------------ the order
 
-STARTS = np.cumsum([0, 700, 3, 512, 64, 1000, 721])  # 3,000 pictures in files of all sizes
+STARTS = np.cumsum([0, 700, 3, 512, 64, 1000, 721])  # 3,000 images in files of all sizes
 
 
 def epoch(order, number, batch, ranks):
-    """All batches of an epoch as lists of each process's pictures, down to the lanes' ends."""
+    """All batches of an epoch as lists of each process's images, down to the lanes' ends."""
     steps = -(-(len(order) // order.lanes + 1) // order.each)
     parts = [parallel.part(order.lanes, rank, ranks) for rank in range(ranks)]
     return [[order.batch(number, step, p)[0].tolist() for p in parts] for step in range(steps)]
@@ -115,18 +115,18 @@ def epoch(order, number, batch, ranks):
 
 @pytest.mark.parametrize("every", [0, 7])
 @pytest.mark.parametrize("batch", [48, 64, 30])
-def test_an_epoch_shows_every_picture_once_to_one_process(batch, every):
+def test_an_epoch_shows_every_image_once_to_one_process(batch, every):
     order = ShardOrder(STARTS, batch, seed=1, every=every)
     held_out = order.validation().tolist()
     assert len(held_out) == (sum(n // every for n in np.diff(STARTS)) if every else 0)
     shown = {}
     for ranks in (1, 3, 4):
         batches = epoch(order, 0, batch, ranks)
-        flat = [i for step in batches for pictures in step for i in pictures]
+        flat = [i for step in batches for images in step for i in images]
         assert sorted(flat + held_out) == list(range(3000))
         whole = batches[: len(order) // batch]
         assert all(sum(map(len, step)) == batch for step in whole)
-        shown[ranks] = [sorted(i for pictures in step for i in pictures) for step in whole]
+        shown[ranks] = [sorted(i for images in step for i in images) for step in whole]
     assert shown[1] == shown[3] == shown[4]  # the batches are the same for any number of processes
 
 
@@ -135,14 +135,14 @@ def test_epochs_differ_and_batches_mix_the_files():
     first, second = (epoch(order, number, 64, 1)[0][0] for number in (0, 1))
     assert first != second
     assert len(set(np.searchsorted(STARTS, first, "right"))) >= 4
-    # A process's pictures come from a part of the data set, not from all of it.
+    # A process's images come from a part of the data set, not from all of it.
     part = parallel.part(order.lanes, 0, 8)
     seen = np.concatenate([order.batch(0, step, part)[0] for step in range(40)])
     files = np.unique(np.searchsorted(STARTS, seen, "right"))
     assert len(files) <= 3
 
 
-def test_half_of_the_pictures_are_mirrored_and_others_each_epoch():
+def test_half_of_the_images_are_mirrored_and_others_each_epoch():
     numbers = np.arange(10000)
     first, second = mirrored(numbers, 0, 0), mirrored(numbers, 0, 1)
     for share in (first.mean(), second.mean(), (first == second).mean()):
@@ -163,14 +163,14 @@ def test_training_on_shards_resumes_with_another_number_of_processes(groups, fol
     groups.run(cwd, 3, "run_train", ["--resume"])
     runs = [next(tmp_path.glob(f"{name}/runs/*")) for name in ("one", "some")]
     one, some = (load_checkpoint(run / "last.pt") for run in runs)
-    assert one["steps"] == 5  # 40 of 48 pictures, 8 held out
+    assert one["steps"] == 5  # 40 of 48 images, 8 held out
     for a, b in zip(one["history"]["train"], some["history"]["train"], strict=True):
         assert a[2] == pytest.approx(b[2], rel=1e-4)
     for key, value in one["model"].items():
         torch.testing.assert_close(some["model"][key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_damaged_picture_is_passed_over(folder, tmp_path, groups):
+def test_a_damaged_image_is_passed_over(folder, tmp_path, groups):
     data = [file.read_bytes() for file in sorted(folder.glob("*.rec"))]
     reader = ShardReader(folder)
     jpegs = [reader.jpeg(i) for i in range(48)]

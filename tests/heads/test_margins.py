@@ -333,14 +333,14 @@ def test_focal_weighting_on_top_of_every_softmax(name):
     np.testing.assert_allclose(losses(head, rows, label, FocalLoss(2.0)), expected, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------ knobs
+# ------------------------------------------------------------------------------ settings
 
 
 def test_the_choices_are_the_registry():
     hint = typing.get_type_hints(Config)["margin"]
     assert typing.get_args(hint) == tuple(MARGINS) == tuple(MARGIN_DEFAULTS)
     for kind in MARGINS.values():
-        assert set(kind.knobs) <= {f.name for f in config.dataclasses.fields(Config)}
+        assert set(kind.settings) <= {f.name for f in config.dataclasses.fields(Config)}
 
 
 def test_each_margin_has_its_own_defaults_and_the_command_line_goes_first():

@@ -28,7 +28,7 @@ ONNX = model(external("matrix", "x.onnx", offset="0"), nodes=[external("a", "b")
 SEEDS = {
     "zip": ZIPS,
     "tar": TARS,
-    "picture": [*JPEGS, *PNGS, *WEBPS, *TIFFS, *OTHERS],
+    "image": [*JPEGS, *PNGS, *WEBPS, *TIFFS, *OTHERS],
     "train.rec": [],  # those without are written for the occasion
     "train.idx": [],
     "train-00000.npy": [],
@@ -39,7 +39,7 @@ SEEDS = {
     "onnx": [ONNX],
 }
 OF_BYTES = {
-    "picture": fuzz.decode_picture,
+    "image": fuzz.decode_image,
     "pairs": lambda data: fuzz.parse_pairs(data.decode("utf-8", "replace")),
     "pair-list": lambda data: fuzz.parse_pair_list(data.decode("utf-8", "replace")),
 }

@@ -29,7 +29,7 @@ from training import run as trainer
 def run_train(argv, frozen_statistics=False, backwards=False):
     """train.py, with batch normalisation in evaluation mode if asked.
 
-    With the pictures of each batch `backwards` the mathematics is the same and the rounding is not.
+    With the images of each batch `backwards` the mathematics is the same and the rounding is not.
     """
     if backwards:
         train_batches = trainer.train_batches
@@ -107,6 +107,6 @@ def at_step(count, who, number):
 
 
 def run_pre_process(argv, block):
-    """pre_process.py with blocks of so many pictures."""
+    """pre_process.py with blocks of so many images."""
     pre_process.BLOCK_IMAGES = block
     pre_process.main(parse_args(argv, "pre_process"))

@@ -1,23 +1,23 @@
-"""Drawn faces and small archives of them, for the tests that need faces to be found."""
+"""Synthetic faces and small archives of them, for the tests that need faces to be found."""
 
 import functools
 import zipfile
 
 import numpy as np
 
-from tools.synthetic import Task, draw_picture
+from tools.synthetic import Task, draw_image
 
 
 @functools.cache
 def face(person: int, index: int = 0) -> bytes:
-    """JPEG of a drawn face, 250x250."""
-    return draw_picture(Task(7, person, index))
+    """JPEG of a synthetic face, 250x250."""
+    return draw_image(Task(7, person, index))
 
 
 @functools.cache
 def nobody(index: int = 0) -> bytes:
     """JPEG of a background without a person."""
-    return draw_picture(Task(7, 0, index, "empty"))
+    return draw_image(Task(7, 0, index, "empty"))
 
 
 def people(count: int, each: int) -> dict[str, bytes]:
@@ -39,5 +39,5 @@ def write_zip(path, files):
 
 
 def same_pixels(a: np.ndarray, b: np.ndarray, mean: float) -> bool:
-    """Whether two pictures differ by less than `mean` levels on average."""
+    """Whether two images differ by less than `mean` levels on average."""
     return a.shape == b.shape and np.abs(a.astype(int) - b).mean() < mean

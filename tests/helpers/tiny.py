@@ -6,14 +6,14 @@ import torch
 from fileio.record_writer import write_dataset
 from fileio.recordio import encode_jpeg, write_bin
 
-# 39 pictures to train on and 9 held out: 4 steps an epoch.
+# 39 images to train on and 9 held out: 4 steps an epoch.
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 3 --device cpu --schedule cosine "
 FLAGS += "--checkpoint-steps 2 --lr 0.02 --augment adaface"
 
 
 def write_tiny_set(folder):
-    """4 identities of 12 noisy pictures each, and an lfw.bin of 12 pairs."""
+    """4 identities of 12 noisy images each, and an lfw.bin of 12 pairs."""
     rng = np.random.default_rng(0)
     centres = rng.integers(0, 255, (4, 7, 7, 3))
     faces = np.clip(np.repeat(centres, 12, 0) + rng.normal(0, 20, (48, 7, 7, 3)), 0, 255)

@@ -21,7 +21,7 @@ def detector():
 
 
 def draw_face(height=250, width=250, centre=(125, 125), radius=50, seed=0):
-    """A picture of noise with a drawn face, good enough for MTCNN."""
+    """An image of noise with a synthetic face, good enough for MTCNN."""
     rng = np.random.default_rng(seed)
     image = np.full((height, width, 3), (90, 120, 140), np.uint8)
     (x, y), r = centre, radius
@@ -195,7 +195,7 @@ def test_to_square_keeps_the_centre():
 
 
 def plain_suppress(boxes, scores, groups, threshold, method):
-    """One picture after another, one pair after another."""
+    """One image after another, one pair after another."""
     kept = []
     for group in sorted(set(groups.tolist())):
         members = [i for i in range(len(boxes)) if groups[i] == group]
@@ -339,16 +339,16 @@ def test_tensors_and_read_only_arrays_are_taken_too(detector):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (11, 11), (12, 12), (13, 40), (20, 20)])
-def test_tiny_pictures_have_no_faces(detector, size):
+def test_tiny_images_have_no_faces(detector, size):
     images = np.random.default_rng(7).integers(0, 256, (2, *size, 3)).astype(np.uint8)
     assert [d.status for d in find_face(detector, images)] == ["no_face", "no_face"]
 
 
-def test_no_pictures_no_faces(detector):
+def test_no_images_no_faces(detector):
     assert detector.detect(np.zeros((0, 250, 250, 3), np.uint8)) == []
 
 
-def test_large_pictures_are_shrunk_and_coordinates_are_not(detector, monkeypatch):
+def test_large_images_are_shrunk_and_coordinates_are_not(detector, monkeypatch):
     image = draw_face(400, 320, (150, 190), 80)[None]
     (expected,) = detector.detect(image)
     monkeypatch.setattr(face_detect, "MAX_SIDE", 170)
@@ -399,7 +399,7 @@ def test_small_faces_are_found_in_the_retry(detector):
     assert third == Detection("no_face")
 
 
-def test_retry_gives_the_given_pictures_coordinates(detector):
+def test_retry_gives_the_given_images_coordinates(detector):
     image = draw_face(radius=40)[None]
     (expected,) = detector.detect(image)
     (faces,) = face_detect.retry(detector, image)

@@ -127,7 +127,7 @@ def test_the_file_and_then_its_folder_are_synced(tmp_path, monkeypatch):
 
 
 def stub(detector, images):
-    """A face a little off the middle of each picture; none where it is dark."""
+    """A face a little off the middle of each image; none where it is dark."""
     points = TEMPLATE * 1.2 + 40
     box = np.array([50.0, 60, 170, 190])
     return [
@@ -136,28 +136,28 @@ def stub(detector, images):
     ]
 
 
-def tiny_pictures():
-    """11 pictures of 3 people, one of them dark: three blocks of four."""
+def tiny_images():
+    """11 images of 3 people, one of them dark: three blocks of four."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(30, 256, (11, 5, 5, 3), np.uint8)
     coarse[6] = 0
-    pictures = [encode_jpeg(cv2.resize(image, (220, 220))) for image in coarse]
-    return {f"set/{i // 4}/{i:02d}.jpg": jpeg for i, jpeg in enumerate(pictures)}
+    images = [encode_jpeg(cv2.resize(image, (220, 220))) for image in coarse]
+    return {f"set/{i // 4}/{i:02d}.jpg": jpeg for i, jpeg in enumerate(images)}
 
 
 @pytest.fixture
 def prepare_in(tmp_path, capsys, monkeypatch):
-    """Prepare tiny pictures with a stub for a detector, in a folder; returns what it complains."""
+    """Prepare tiny images with a stub for a detector, in a folder; returns what it complains."""
     monkeypatch.setattr(align, "find_face", stub)
     monkeypatch.setattr(pre_process, "FaceDetector", lambda *_, **__: None)
     monkeypatch.setattr(pre_process, "BLOCK_IMAGES", 4)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and no power is cut here
-    source = write_zip(tmp_path / "source" / "tiny.zip", tiny_pictures())
+    source = write_zip(tmp_path / "source" / "tiny.zip", tiny_images())
 
     def prepare_in(folder, source=source):
-        knobs = {"output": str(folder / "faces"), "images_dir": str(folder / "images")}
+        settings = {"output": str(folder / "faces"), "images_dir": str(folder / "images")}
         try:
-            pre_process.main(Config(source=str(source), detect_batch=4, **knobs))
+            pre_process.main(Config(source=str(source), detect_batch=4, **settings))
         except SystemExit as ended:
             assert ended.code == 2
             lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -236,9 +236,9 @@ def test_setting_aside_can_be_cut_short_anywhere(prepare_in, tmp_path, monkeypat
         assert not (part.parent / "faces.2.part").exists()
 
 
-def test_a_source_that_goes_away_is_no_set_of_bad_pictures(prepare_in, tmp_path, monkeypatch):
+def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, monkeypatch):
     source = tmp_path / "disk" / "set"
-    for name, data in tiny_pictures().items():
+    for name, data in tiny_images().items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
     assert prepare_in(tmp_path / "whole", source) == ""
@@ -263,12 +263,10 @@ def test_a_source_that_goes_away_is_no_set_of_bad_pictures(prepare_in, tmp_path,
         (MemoryError(), "memory is full (MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory."), "the GPU's memory is full"),
         (cv2.error("Failed to allocate 9 bytes"), "memory is full (error: Failed to allocate"),
-        (SystemError("broken"), "thread that aligns pictures died (SystemError: broken); the pict"),
+        (SystemError("broken"), "thread that aligns images died (SystemError: broken); the imag"),
     ],
 )
-@pytest.mark.parametrize(
-    ("where", "calls"), [("load_picture", 9), ("find_face", 1), ("cut_face", 5)]
-)
+@pytest.mark.parametrize(("where", "calls"), [("load_image", 9), ("find_face", 1), ("cut_face", 5)])
 def test_a_thread_that_dies_ends_it_with_a_sentence_and_what_is_done_stays(
     error, sentence, where, calls, prepare_in, tmp_path, monkeypatch
 ):

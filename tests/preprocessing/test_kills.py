@@ -141,8 +141,8 @@ def check(source, folder, kills, block):
     for path in [folder / "twice", *finished]:
         assert contents(path) == wanted, path
         assert sorted(p.name for p in path.iterdir()) == sorted([*SET, "report.json"])
-        pictures = [folder / f"{name}-images" for name in (path.name, "whole")]
-        assert len({tuple(p.read_bytes() for p in sorted(f.iterdir())) for f in pictures}) == 1
+        images = [folder / f"{name}-images" for name in (path.name, "whole")]
+        assert len({tuple(p.read_bytes() for p in sorted(f.iterdir())) for f in images}) == 1
     assert finished
     assert not list(folder.glob("*.part"))
     assert not list(folder.rglob("*.tmp"))

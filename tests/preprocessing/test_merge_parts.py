@@ -16,7 +16,7 @@ FILES = ("train.rec", "train.idx", "property", "index.tsv")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """26 pictures of 6 people, two without a face, in a zip of 7 blocks of 4."""
+    """26 images of 6 people, two without a face, in a zip of 7 blocks of 4."""
     files = people(6, 4) | {f"CASIA-WebFace/000100{n}/900.jpg": nobody() for n in (1, 3)}
     return write_zip(tmp_path_factory.mktemp("source") / "CASIA-WebFace.zip", files)
 
@@ -26,11 +26,11 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(pre_process, "BLOCK_IMAGES", 4)
 
 
-def prepare(source, output, **knobs):
+def prepare(source, output, **settings):
     """main's exit status."""
     where = {"source": str(source), "output": str(output), "images_dir": str(output) + "-images"}
     try:
-        pre_process.main(Config(**where, detect_batch=4, **knobs))
+        pre_process.main(Config(**where, detect_batch=4, **settings))
     except SystemExit as error:
         return error.code
     return 0
@@ -71,8 +71,8 @@ def test_parts_merged_are_the_single_run(source, whole, tmp_path, count):
 
 
 def test_processes_of_one_group_make_the_same_set(groups, source, whole, tmp_path):
-    knobs = ["--source", str(source), "--output", str(tmp_path / "set"), "--detect-batch", "4"]
-    printed = groups.run(tmp_path, 3, "run_pre_process", knobs, 4)
+    settings = ["--source", str(source), "--output", str(tmp_path / "set"), "--detect-batch", "4"]
+    printed = groups.run(tmp_path, 3, "run_pre_process", settings, 4)
     assert_same(tmp_path / "set", whole)
     assert "kept 24 of 6 identities" in printed[0]
     assert not list(tmp_path.glob("*.shard-*"))
@@ -91,8 +91,8 @@ def test_a_part_that_was_killed_goes_on(source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(pre_process.Journal, "append", failing)
     assert prepare(source, output, shard="1/2") == 130
     aligned = []
-    load = align.load_picture
-    monkeypatch.setattr(align, "load_picture", lambda *a: (aligned.append(1), load(*a))[1])
+    load = align.load_image
+    monkeypatch.setattr(align, "load_image", lambda *a: (aligned.append(1), load(*a))[1])
     assert prepare(source, output, shard="1/2") == 0
     assert len(aligned) == 4  # of the 12 of its three blocks, two blocks were done
     assert prepare(source, output, shard="2/2") == 0
@@ -122,18 +122,18 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
     first, second = (shard_folder(output, number, 3) for number in (1, 2))
     shutil.rmtree(second)
     shutil.copytree(first, second)  # the first part twice, the second missing
-    assert "does not hold each of its pictures once" in merge()
+    assert "does not hold each of its images once" in merge()
     shutil.rmtree(second)
     assert prepare(source, output, shard="2/3") == 0
 
     index = (first / "index.tsv").read_text().splitlines(keepends=True)
     for damaged in (index[:-1], [*index, index[-1]], [index[0], *index[2:], index[1]]):
         (first / "index.tsv").write_text("".join(damaged))
-        assert "does not hold each of its pictures once" in merge()
+        assert "does not hold each of its images once" in merge()
     (first / "index.tsv").write_text("".join(index))
     records = (first / "train.rec").read_bytes()
     (first / "train.rec").write_bytes(records[: len(records) // 2])
-    assert "does not hold each of its pictures once" in merge()
+    assert "does not hold each of its images once" in merge()
     (first / "train.rec").write_bytes(records)
     assert prepare(source, output, merge=True, min_face=30) == 2
     assert "was made with other settings" in capsys.readouterr().err

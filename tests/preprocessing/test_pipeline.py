@@ -1,20 +1,20 @@
-"""align.py: blocks and batches, coordinates in whole pictures, order, and the crops themselves."""
+"""align.py: blocks and batches, coordinates in whole images, order, and the crops themselves."""
 
 import cv2
 import numpy as np
 import pytest
 
 from fileio.archives import ArchiveError, Entry, open_source
-from fileio.images import decode_picture
+from fileio.images import decode_image
 from fileio.recordio import decode_jpeg
 from preprocessing import pipeline as align
 from preprocessing.detector import CENTRAL_CROP, Detection, FaceDetector, find_face
 from preprocessing.pipeline import (
-    Picture,
+    LoadedImage,
     align_blocks,
     align_face,
     cut_face,
-    load_picture,
+    load_image,
     plan_batches,
     plan_blocks,
     run_ahead,
@@ -44,10 +44,10 @@ def test_blocks_are_bounded_in_number_and_bytes(monkeypatch):
 
 def test_batches_hold_one_size_each():
     shapes = [(40, 40), (30, 40), (40, 40), (10, 40), (40, 40), (30, 40)]
-    pictures = [Picture(ENTRY, "", np.zeros((*shape, 3), np.uint8)) for shape in shapes]
-    pictures.append(Picture(ENTRY, "unreadable"))
-    assert plan_batches(pictures, 2) == [[0, 2], [4], [1, 5]]  # the fourth is too small
-    large = [Picture(ENTRY, "", np.zeros((1000, 1000, 3), np.uint8))] * 5
+    images = [LoadedImage(ENTRY, "", np.zeros((*shape, 3), np.uint8)) for shape in shapes]
+    images.append(LoadedImage(ENTRY, "unreadable"))
+    assert plan_batches(images, 2) == [[0, 2], [4], [1, 5]]  # the fourth is too small
+    large = [LoadedImage(ENTRY, "", np.zeros((1000, 1000, 3), np.uint8))] * 5
     assert [len(batch) for batch in plan_batches(large, 32)] == [2, 2, 1]
 
 
@@ -59,34 +59,34 @@ def test_run_ahead_keeps_order_and_asks_early():
     assert list(items) == [1, 2, 3, 4]
 
 
-def test_usual_pictures_are_aligned_by_one_warp(detector):
+def test_usual_images_are_aligned_by_one_warp(detector):
     """The oracle is the three steps written out: detect, transform, warp."""
-    picture = load_picture(ENTRY, face(1))
-    (detection,) = find_face(detector, picture.image[None])
-    result = cut_face(picture, detection, crop_missed=False)
+    image = load_image(ENTRY, face(1))
+    (detection,) = find_face(detector, image.image[None])
+    result = cut_face(image, detection, crop_missed=False)
     matrix = similarity_transform(detection.points.astype(np.float64))
-    wanted = warp_face(decode_picture(face(1)), matrix)
+    wanted = warp_face(decode_image(face(1)), matrix)
     assert result.status == "ok"
     assert same_pixels(decode_jpeg(result.jpeg), wanted, 3)
     np.testing.assert_allclose(result.points, detection.points, atol=1e-4)
 
 
-def test_large_pictures_are_searched_small_and_cut_from_the_whole(detector):
+def test_large_images_are_searched_small_and_cut_from_the_whole(detector):
     """A drawing enlarged eight times, its points told in the copy: they and the crop come back."""
-    usual = load_picture(ENTRY, face(2))
+    usual = load_image(ENTRY, face(2))
     wanted = cut_face(usual, find_face(detector, usual.image[None])[0], False)
     large = cv2.resize(usual.image, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
-    picture = load_picture(ENTRY, cv2.imencode(".png", large[..., ::-1])[1].tobytes())
-    assert picture.image.shape == (1024, 1024, 3)
-    # whole numbers are centres of pixels, so x in the usual picture is 8 (x + 0.5) - 0.5 here
+    image = load_image(ENTRY, cv2.imencode(".png", large[..., ::-1])[1].tobytes())
+    assert image.image.shape == (1024, 1024, 3)
+    # whole numbers are centres of pixels, so x in the usual image is 8 (x + 0.5) - 0.5 here
     zoom = 1024 / 250
     told = Detection("ok", 1.0, (wanted.box + 0.5) * zoom - 0.5, (wanted.points + 0.5) * zoom - 0.5)
-    got = cut_face(picture, told, False)
+    got = cut_face(image, told, False)
     np.testing.assert_allclose(got.points, (wanted.points + 0.5) * 8 - 0.5)
     np.testing.assert_allclose(got.box, (wanted.box + 0.5) * 8 - 0.5)
     assert same_pixels(decode_jpeg(got.jpeg), decode_jpeg(wanted.jpeg), 3)
     # and the detector does find it there
-    (found,) = find_face(detector, picture.image[None])
+    (found,) = find_face(detector, image.image[None])
     assert np.abs(found.points - told.points).max() < 5 * zoom
 
 
@@ -102,41 +102,41 @@ def test_halving_first_is_the_same_crop_without_aliasing():
 
 
 def test_missed_faces_are_passed_over_or_cropped(detector):
-    picture = load_picture(ENTRY, nobody())
+    image = load_image(ENTRY, nobody())
     missed = Detection("no_face")
-    assert cut_face(picture, missed, False) == (ENTRY, "no_face", None, None, None, None)
-    cropped = cut_face(picture, missed, True)
+    assert cut_face(image, missed, False) == (ENTRY, "no_face", None, None, None, None)
+    cropped = cut_face(image, missed, True)
     assert cropped.status == "central_crop"
     assert cropped.points is None
     side = CENTRAL_CROP * 250
     start = round((250 - side) / 2)
-    square = picture.image[start : start + round(side), start : start + round(side)]
+    square = image.image[start : start + round(side), start : start + round(side)]
     centre = cv2.resize(square, (112, 112), interpolation=cv2.INTER_LINEAR)
     assert same_pixels(decode_jpeg(cropped.jpeg), centre, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (19, 200)])
-def test_tiny_pictures(shape):
+def test_tiny_images(shape):
     data = cv2.imencode(".png", np.full((*shape, 3), 90, np.uint8))[1].tobytes()
-    picture = load_picture(ENTRY, data)
-    assert plan_batches([picture], 4) == []
-    assert cut_face(picture, Detection("no_face"), False).status == "too_small"
-    cropped = cut_face(picture, Detection("no_face"), True)
+    image = load_image(ENTRY, data)
+    assert plan_batches([image], 4) == []
+    assert cut_face(image, Detection("no_face"), False).status == "too_small"
+    cropped = cut_face(image, Detection("no_face"), True)
     assert decode_jpeg(cropped.jpeg).shape == (112, 112, 3)
 
 
-def test_a_very_long_picture(detector):
+def test_a_very_long_image(detector):
     data = cv2.imencode(".png", np.full((30, 20_000, 3), 90, np.uint8))[1].tobytes()
-    picture = load_picture(ENTRY, data)
-    assert min(picture.image.shape[:2]) == align.MIN_SIDE
-    assert search_batch(detector, [picture], [0])[0].status == "no_face"
+    image = load_image(ENTRY, data)
+    assert min(image.image.shape[:2]) == align.MIN_SIDE
+    assert search_batch(detector, [image], [0])[0].status == "no_face"
 
 
 def test_reasons_come_through():
-    assert load_picture(ENTRY, ArchiveError("no", "too_large")).status == "too_large"
-    assert load_picture(ENTRY, b"").status == "empty_file"
-    assert load_picture(ENTRY, face(1)[:3000]).status == "truncated"
-    assert cut_face(Picture(ENTRY, "truncated"), Detection("no_face"), True).jpeg is None
+    assert load_image(ENTRY, ArchiveError("no", "too_large")).status == "too_large"
+    assert load_image(ENTRY, b"").status == "empty_file"
+    assert load_image(ENTRY, face(1)[:3000]).status == "truncated"
+    assert cut_face(LoadedImage(ENTRY, "truncated"), Detection("no_face"), True).jpeg is None
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -15,7 +15,7 @@ from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader, encode_jpeg
 from tools import held_out
 from tools.held_out import choose_identities, make_pairs
-from training.sample_lists import read_held_out, used_pictures, write_held_out
+from training.sample_lists import read_held_out, used_images, write_held_out
 from utils import UserError
 
 PEOPLE, EACH = 60, 5
@@ -23,7 +23,7 @@ PEOPLE, EACH = 60, 5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """60 identities of 5 noisy pictures each."""
+    """60 identities of 5 noisy images each."""
     folder = tmp_path_factory.mktemp("set")
     rng = np.random.default_rng(0)
     centres = np.repeat(rng.integers(0, 255, (PEOPLE, 7, 7, 3)), EACH, 0)
@@ -75,7 +75,7 @@ def test_a_set_that_cannot_give_so_many_pairs_gives_what_it_can():
     assert sum(same for _, same in pairs) == len(pairs) / 2
 
 
-def test_identities_are_chosen_by_seed_among_those_with_pictures_enough():
+def test_identities_are_chosen_by_seed_among_those_with_images_enough():
     labels = np.repeat(np.arange(100), np.arange(100) % 8)
     chosen = choose_identities(labels, 30, 0)
     assert len(set(chosen.tolist())) == 30
@@ -93,7 +93,7 @@ def test_held_out_identities_are_not_trained_on(folder, tmp_path):
     reader, path = RecordReader(folder), tmp_path / "a" / "held_out.txt"
     write_held_out(path, reader, np.array([3, 10, 59]))
     assert read_held_out(path, reader).tolist() == [3, 10, 59]
-    used = used_pictures(reader, hold_out=str(path))
+    used = used_images(reader, hold_out=str(path))
     faces = split(reader.labels, valid_fraction=0.2, used=used)
     assert faces.num_classes == 57
     assert set(reader.labels[faces.indices]) == set(range(60)) - {3, 10, 59}
@@ -139,7 +139,7 @@ def test_from_pairs_to_a_model_to_all_pairs(folder, tmp_path, capsys):
     flags += f"--hold-out {path} --lfw {tmp_path}/held_out.bin"
     train.main(parse_args(flags.split(), "train"))
     printed = capsys.readouterr().out
-    assert "Left out by lists: 150 of 300 pictures." in printed
+    assert "Left out by lists: 150 of 300 images." in printed
     assert "of 30 identities" in printed
     (run_dir,) = (tmp_path / "runs").iterdir()
     checkpoint = load_checkpoint(run_dir / "last.pt")
@@ -148,7 +148,7 @@ def test_from_pairs_to_a_model_to_all_pairs(folder, tmp_path, capsys):
 
     run("", folder, tmp_path)
     printed = capsys.readouterr().out
-    assert "150 pictures of 30 identities: 300 matched and 10,875 mismatched pairs" in printed
+    assert "150 images of 30 identities: 300 matched and 10,875 mismatched pairs" in printed
     assert "Warning" not in printed
     report = json.loads((run_dir / "held_out.json").read_text())
     assert not report["tar_at_far"]  # 10,875 pairs are too few for a FAR of 1e-3

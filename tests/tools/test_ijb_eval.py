@@ -15,22 +15,22 @@ from models import build_model
 from tools import ijb_eval
 from utils import TEMPLATE, UserError
 
-PEOPLE, PICTURES = 6, 30
-SHIFT = np.array([20, 12])  # of the face in the picture
+PEOPLE, IMAGES = 6, 30
+SHIFT = np.array([20, 12])  # of the face in the image
 
 
 def write_benchmark(folder, name="ijbc", galleries=("G1", "G2")):
-    """30 pictures of 6 people in 12 templates; 10 is a person's first, 100 their second."""
+    """30 images of 6 people in 12 templates; 10 is a person's first, 100 their second."""
     rng = np.random.default_rng(0)
     (folder / "meta").mkdir(parents=True)
     (folder / "loose_crop").mkdir()
     tid, points = [], []
-    for i in range(PICTURES):
+    for i in range(IMAGES):
         person, second = i % PEOPLE, i % (2 * PEOPLE) >= PEOPLE
         cells = np.random.default_rng(person).integers(40, 216, (8, 8, 3))
         cells = np.clip(cells + rng.normal(0, 8, cells.shape), 0, 255).astype(np.uint8)
-        picture = cv2.resize(cells, (150, 140), interpolation=cv2.INTER_LINEAR)
-        cv2.imwrite(str(folder / "loose_crop" / f"{i + 1}.jpg"), picture)
+        image = cv2.resize(cells, (150, 140), interpolation=cv2.INTER_LINEAR)
+        cv2.imwrite(str(folder / "loose_crop" / f"{i + 1}.jpg"), image)
         tid.append(f"{i + 1}.jpg {(100 if second else 10) + person} {i // 3}")
         places = " ".join(f"{v:.3f}" for v in (TEMPLATE + SHIFT).ravel())
         points.append(f"{i + 1}.jpg {places} {0.9 + i / 1000:.6f}")
@@ -45,7 +45,7 @@ def write_benchmark(folder, name="ijbc", galleries=("G1", "G2")):
         ("probe_mixed", range(6)),
     ):
         offset = 100 if file == "probe_mixed" else 10
-        # Every picture of a template has a line.
+        # Every image of a template has a line.
         rows = [f"{offset + p},{p},img/{k}.jpg,{k}" for p in which for k in range(2)]
         header = "TEMPLATE_ID,SUBJECT_ID,FILENAME,SIGHTING_ID\n"
         (folder / "meta" / f"{name}_1N_{file}.csv").write_text(header + "\n".join(rows) + "\n")
@@ -74,9 +74,9 @@ def changed(benchmark, tmp_path):
 # ---------------------------------------------------------------- files
 
 
-def test_metadata_is_read_in_the_order_of_the_pictures(benchmark):
+def test_metadata_is_read_in_the_order_of_the_images(benchmark):
     ijb = read_ijb(benchmark)
-    assert (ijb.name, ijb.files[:2], len(ijb.files)) == ("ijbc", ["1.jpg", "2.jpg"], PICTURES)
+    assert (ijb.name, ijb.files[:2], len(ijb.files)) == ("ijbc", ["1.jpg", "2.jpg"], IMAGES)
     np.testing.assert_allclose(ijb.points[4], TEMPLATE + SHIFT, atol=1e-3)
     assert ijb.detector_scores[7] == pytest.approx(0.907)
     assert (ijb.template_of[[0, 6]].tolist(), ijb.media_of[7]) == ([10, 100], 2)
@@ -115,7 +115,7 @@ def test_pairs_are_read_in_blocks_of_any_size(benchmark, changed, monkeypatch, b
         ("template_pair_label.txt", "10 101 0", "10 777 0", "Line 2 of .* names template 777"),
         ("1N_probe_mixed.csv", "103,3,", "103;3;", "is not lines 'template,subject"),
         ("1N_probe_mixed.csv", "103,3,", "103,4,", "one subject each"),
-        ("1N_probe_mixed.csv", "103,3,", "555,3,", "names 1 templates without a picture, 555"),
+        ("1N_probe_mixed.csv", "103,3,", "555,3,", "names 1 templates without an image, 555"),
     ],
 )
 def test_damaged_metadata_gets_a_sentence(changed, file, old, new, complaint):
@@ -146,8 +146,8 @@ def test_missing_and_empty_metadata_get_a_sentence(changed, file):
 
 def test_faces_are_aligned_by_the_points_given(benchmark):
     ijb = read_ijb(benchmark)
-    picture = cv2.imread(str(benchmark / "loose_crop" / "4.jpg"))[..., ::-1]
-    np.testing.assert_allclose(ijb_eval.align(ijb, 3), picture[12:124, 20:132], atol=2)
+    image = cv2.imread(str(benchmark / "loose_crop" / "4.jpg"))[..., ::-1]
+    np.testing.assert_allclose(ijb_eval.align(ijb, 3), image[12:124, 20:132], atol=2)
 
 
 def run(folder, *flags):
@@ -169,7 +169,7 @@ def test_the_script_reports_both_protocols(here, capsys, name):
     folder = write_benchmark(here / "set", name, ("G1", "G2") if name == "ijbc" else ("S1", "S2"))
     run(folder)
     report = json.loads((here / "runs" / "theirs" / f"{name}.json").read_text())
-    assert (report["pictures"], report["templates"]) == (PICTURES, 2 * PEOPLE)
+    assert (report["pictures"], report["templates"]) == (IMAGES, 2 * PEOPLE)
     assert (report["pairs"], report["matched_pairs"]) == (36, 6)
     assert list(report["tar_at_far"]) == ["1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6"]
     assert report["tar_at_far"]["1e-1"]["tar"] >= report["tar_at_far"]["1e-6"]["tar"]
@@ -188,7 +188,7 @@ def test_the_report_is_the_definition_on_the_networks_embeddings(here, benchmark
     ijb = read_ijb(benchmark)
     model = build_model("tiny", emb_size=8).eval()
     model.load_state_dict(torch.load("theirs.pth"))
-    faces = np.stack([ijb_eval.align(ijb, i) for i in range(PICTURES)]).astype(np.float32)
+    faces = np.stack([ijb_eval.align(ijb, i) for i in range(IMAGES)]).astype(np.float32)
     with torch.no_grad():
         features = model(torch.from_numpy(faces.transpose(0, 3, 1, 2) / 127.5 - 1)).numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
@@ -209,11 +209,11 @@ def test_the_report_is_the_definition_on_the_networks_embeddings(here, benchmark
     assert report["identification"]["G1+G2"]["rank1"] == pytest.approx(np.mean(ranks == 1))
 
 
-def test_features_are_kept_until_model_or_pictures_change(here, changed, capsys, monkeypatch):
+def test_features_are_kept_until_model_or_images_change(here, changed, capsys, monkeypatch):
     folder = changed("ijbc_face_tid_mid.txt", "", "")
     calls = []
-    embed = ijb_eval.embed_pictures
-    monkeypatch.setattr(ijb_eval, "embed_pictures", lambda *a: calls.append(1) or embed(*a))
+    embed = ijb_eval.embed_images
+    monkeypatch.setattr(ijb_eval, "embed_images", lambda *a: calls.append(1) or embed(*a))
     run(folder)
     first = json.loads((here / "runs" / "theirs" / "ijbc.json").read_text())
     run(folder, "--no-detector-score")
@@ -222,8 +222,8 @@ def test_features_are_kept_until_model_or_pictures_change(here, changed, capsys,
     again = json.loads((here / "runs" / "theirs" / "ijbc.json").read_text())
     assert again["tar_at_far"] == first["tar_at_far"]
     run(folder, "--no-flip")
-    picture = folder / "loose_crop" / "3.jpg"
-    picture.write_bytes(picture.read_bytes() + b"\0")
+    image = folder / "loose_crop" / "3.jpg"
+    image.write_bytes(image.read_bytes() + b"\0")
     run(folder)
     assert len(calls) == 3
     features = here / "runs" / "theirs" / "embeddings" / "ijbc-theirs.npy"

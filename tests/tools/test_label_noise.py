@@ -20,7 +20,7 @@ PEOPLE, EACH, WRONG = 12, 20, 24
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
-    """12 identities of 20 noisy pictures each, a tenth under another's name; which, and whose."""
+    """12 identities of 20 noisy images each, a tenth under another's name; which, and whose."""
     folder = tmp_path_factory.mktemp("set")
     rng = np.random.default_rng(0)
     truth = np.repeat(np.arange(PEOPLE), EACH)
@@ -83,7 +83,7 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     flags += f"1 --seed 1 --keep {tmp_path}/keep.tsv --margin subcenter --subcenters 2"
     train.main(parse_args(flags.split(), "train"))
     printed = capsys.readouterr().out
-    assert f"Left out by lists: {dropped.sum()} of 240 pictures." in printed
+    assert f"Left out by lists: {dropped.sum()} of 240 images." in printed
     (run,) = set((tmp_path / "runs").iterdir()) - runs
     assert load_checkpoint(run / "last.pt")["epoch"] == 1
 
@@ -100,14 +100,14 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     (tmp_path / "keep.tsv").write_text("".join(rows[:100]))  # another list under the same name
     with pytest.raises(SystemExit):
         label_noise.main(parse_args(used_by.split(), "label_noise"))
-    assert "other pictures" in capsys.readouterr().err
+    assert "other images" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ models of others
 
 
 def write_pattern_model(path):
-    """An ONNX model whose embeddings are the bright and the dark of the 7x7 squares of a picture.
+    """An ONNX model whose embeddings are the bright and the dark of the 7x7 squares of an image.
 
     Its input is BGR with a mean of 0.5: colours are told apart only if that is heeded.
     """
@@ -125,7 +125,7 @@ def test_a_model_of_others_finds_what_bench_plants(noisy, tmp_path, capsys):
     )
     keep, planted = tmp_path / "keep.tsv", tmp_path / "planted"
     plant(folder, planted, share=0.1, seed=0, keep=str(tmp_path / "right.tsv"))
-    assert "216 pictures, 22 of them" in capsys.readouterr().out
+    assert "216 images, 22 of them" in capsys.readouterr().out
     write_pattern_model(tmp_path / "pattern.onnx")
     flags = f"--train-set {planted} --checkpoint {tmp_path}/pattern.onnx --output {keep} "
     flags += f"--data-dir {tmp_path} --device cpu --input-mean 0.5 0.5 0.5 --input-std 1 1 1 --bgr"
@@ -142,7 +142,7 @@ def test_the_judge_counts_as_by_hand():
     dropped = np.array([True, False, True, False, True, False, False])
     other = np.array([1, 1, 1, 2, 3, 0, 0])
     found = judge(labels, true, dropped, other, 1)
-    counts = {"least": 1, "pictures": 7, "planted": 3, "dropped": 3, "found": 2}
+    counts = {"least": 1, "images": 7, "planted": 3, "dropped": 3, "found": 2}
     shares = {"recall": 0.6667, "precision": 0.6667, "ceiling": 0.6667, "named": 0.5}
     assert found == counts | shares
     assert judge(labels, true, dropped, other, 3)["planted"] == 1

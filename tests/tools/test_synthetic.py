@@ -15,7 +15,7 @@ from config import parse_args
 from preprocessing.detector import FaceDetector
 from tests.helpers.paths import ROOT
 from tools import synthetic
-from tools.synthetic import Task, draw_picture, make_names, make_pairs, make_person
+from tools.synthetic import Task, draw_image, make_names, make_pairs, make_person
 from utils import UserError
 
 FLAGS = [
@@ -38,8 +38,8 @@ def files(tmp_path_factory):
 
 def decode(jpeg):
     """(h, w, 3) uint8 RGB, or None."""
-    picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-    return None if picture is None else cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def pair_lines(text):
@@ -76,24 +76,24 @@ def test_the_training_archive_has_casias_layout(files):
     assert set(people.values()) == {3}
     assert all(len(folder) == 7 and folder.isdigit() for folder in people)
     assert {parts[2] for parts in names} == {"001.jpg", "002.jpg", "003.jpg"}
-    broken = [k for k, picture in enumerate(decoded) if picture is None]
-    assert broken == [5]  # the last picture of the second person is cut short
-    assert {picture.shape for picture in decoded if picture is not None} == {(250, 250, 3)}
+    broken = [k for k, image in enumerate(decoded) if image is None]
+    assert broken == [5]  # the last image of the second person is cut short
+    assert {image.shape for image in decoded if image is not None} == {(250, 250, 3)}
 
 
 def test_the_test_archive_has_lfws_layout(files):
     with tarfile.open(fileobj=io.BytesIO(files["lfw-funneled.tgz"])) as archive:
         members = archive.getmembers()
-        pictures = [decode(archive.extractfile(member).read()) for member in members]
+        images = [decode(archive.extractfile(member).read()) for member in members]
     people = Counter(member.name.split("/")[1] for member in members)
     assert len(people) == 20
     for name, count in people.items():
         wanted = [f"lfw_funneled/{name}/{name}_{i + 1:04d}.jpg" for i in range(count)]
         assert [member.name for member in members if f"/{name}/" in member.name] == wanted
-    assert {picture.shape for picture in pictures} == {(250, 250, 3)}
+    assert {image.shape for image in images} == {(250, 250, 3)}
 
 
-def test_pairs_name_pictures_that_are_there_and_folds_share_no_person(files):
+def test_pairs_name_images_that_are_there_and_folds_share_no_person(files):
     with tarfile.open(fileobj=io.BytesIO(files["lfw-funneled.tgz"])) as archive:
         there = set(archive.getnames())
     folds, size = pair_lines(files["pairs.txt"].decode())
@@ -124,7 +124,7 @@ def test_nobody_is_in_both_archives(tmp_path, monkeypatch):
         drawn.append(task)
         return b""
 
-    monkeypatch.setattr(synthetic, "draw_picture", record)
+    monkeypatch.setattr(synthetic, "draw_image", record)
     population(tmp_path)
     train, test = {t.person for t in drawn[:12]}, {t.person for t in drawn[12:]}
     assert len(train) == 4
@@ -133,17 +133,17 @@ def test_nobody_is_in_both_archives(tmp_path, monkeypatch):
     assert len(set(widths)) == 24
 
 
-def test_a_persons_pictures_differ_and_an_empty_one_shows_nobody():
-    one, two = (decode(draw_picture(Task(0, 7, index))) for index in range(2))
+def test_a_persons_images_differ_and_an_empty_one_shows_nobody():
+    one, two = (decode(draw_image(Task(0, 7, index))) for index in range(2))
     assert np.abs(one.astype(float) - two).mean() > 10
-    empty = decode(draw_picture(Task(0, 7, 0, "empty")))
+    empty = decode(draw_image(Task(0, 7, 0, "empty")))
     faces = FaceDetector("cpu").detect(empty[None])
     assert len(faces[0].boxes) == 0
 
 
 def test_nearly_every_face_is_detected():
-    pictures = [decode(draw_picture(Task(1, person, 0))) for person in range(40)]
-    found = FaceDetector("cpu").detect(np.stack(pictures))
+    images = [decode(draw_image(Task(1, person, 0))) for person in range(40)]
+    found = FaceDetector("cpu").detect(np.stack(images))
     assert sum(len(faces.boxes) > 0 for faces in found) >= 36
 
 

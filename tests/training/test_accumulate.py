@@ -14,9 +14,9 @@ from training.engine import Learner
 CPU = torch.device("cpu")
 
 
-def make_learner(**knobs):
+def make_learner(**settings):
     torch.manual_seed(0)
-    cfg = Config(network="tiny", emb_size=16, batch_size=12, margin_s=16.0, amp=False, **knobs)
+    cfg = Config(network="tiny", emb_size=16, batch_size=12, margin_s=16.0, amp=False, **settings)
     return Learner(cfg, 5, CPU)
 
 

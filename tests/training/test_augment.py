@@ -27,11 +27,11 @@ INTERPOLATIONS = {
 
 @pytest.fixture(scope="module")
 def faces():
-    """12 drawn faces, (12, 3, 112, 112) float32 in 0 to 255."""
+    """12 synthetic faces, (12, 3, 112, 112) float32 in 0 to 255."""
     return drawn_faces(12).permute(0, 3, 1, 2).contiguous().float()
 
 
-def as_pictures(images):
+def as_images(images):
     return images.permute(0, 2, 3, 1).numpy()
 
 
@@ -46,19 +46,19 @@ def test_low_resolution_is_opencvs(faces, down, up):
     small = np.array([22, 23, 28, 37, 45, 56, 60, 75, 90, 99, 111, 112])
     ways = torch.full((12,), DOWN.index(down)), torch.full((12,), UP.index(up))
     found = augment.lower_resolution(faces, torch.from_numpy(small), *ways)
-    for image, result, size in zip(as_pictures(faces), as_pictures(found), small, strict=True):
+    for image, result, size in zip(as_images(faces), as_images(found), small, strict=True):
         expected = cv2.resize(image, (size, size), interpolation=INTERPOLATIONS[down])
         expected = cv2.resize(expected, (112, 112), interpolation=INTERPOLATIONS[up])
         np.testing.assert_allclose(result, expected.clip(0, 255), atol=0.02)
 
 
-def test_blur_is_opencvs_within_the_picture(faces):
+def test_blur_is_opencvs_within_the_image(faces):
     sigmas = np.linspace(0.3, 3, 12, dtype=np.float32)
     found = augment.blur(faces, torch.from_numpy(sigmas))
-    for image, result, sigma in zip(as_pictures(faces), as_pictures(found), sigmas, strict=True):
+    for image, result, sigma in zip(as_images(faces), as_images(found), sigmas, strict=True):
 
-        def gauss(picture, sigma=float(sigma)):
-            return cv2.GaussianBlur(picture, (61, 61), sigma, borderType=cv2.BORDER_CONSTANT)
+        def gauss(image, sigma=float(sigma)):
+            return cv2.GaussianBlur(image, (61, 61), sigma, borderType=cv2.BORDER_CONSTANT)
 
         expected = gauss(image) / gauss(np.ones_like(image))
         np.testing.assert_allclose(result, expected, atol=0.02)
@@ -121,7 +121,7 @@ def test_random_numbers_are_even_and_apart():
 
 
 @pytest.mark.parametrize("name", ["mild", "adaface"])
-def test_a_batch_is_its_pictures_one_by_one(name):
+def test_a_batch_is_its_images_one_by_one(name):
     faces, positions = drawn_faces(4).repeat(16, 1, 1, 1), np.arange(100, 164)
     before = faces.clone()
     change = augmentation(name, seed=3, epoch=2)
@@ -138,7 +138,7 @@ def test_a_batch_is_its_pictures_one_by_one(name):
     assert not torch.equal(augmentation(name, seed=3, epoch=3)(faces, positions), together)
 
 
-def test_as_many_pictures_are_changed_as_the_recipe_says():
+def test_as_many_images_are_changed_as_the_recipe_says():
     faces, positions = drawn_faces(1).expand(512, -1, -1, -1), np.arange(512)
     for name, recipe in RECIPES.items():
         change = augmentation(name, seed=0, epoch=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_gen import ImageStore, split
-from fileio.images import decode_picture
+from fileio.images import decode_image
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader, encode_jpeg
 from preprocessing.detector import FaceDetector, find_face
@@ -17,16 +17,16 @@ from utils import UserError
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """48 drawn faces of 16 people as they come, 250x250."""
-    return np.stack([decode_picture(face(person, i)) for person in range(16) for i in range(3)])
+def images():
+    """48 synthetic faces of 16 people as they come, 250x250."""
+    return np.stack([decode_image(face(person, i)) for person in range(16) for i in range(3)])
 
 
 @pytest.fixture(scope="module")
-def faces(pictures):
+def faces(images):
     """The same, aligned."""
-    found = find_face(FaceDetector(), pictures)
-    pairs = zip(pictures, found, strict=True)
+    found = find_face(FaceDetector(), images)
+    pairs = zip(images, found, strict=True)
     return np.stack([align_face(p, d.points) for p, d in pairs if d.points is not None])
 
 
@@ -54,8 +54,8 @@ def test_faces_with_swapped_channels_get_a_warning(tmp_path, faces, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_faces_off_the_template_get_a_warning(tmp_path, faces, pictures, capsys):
-    check(tmp_path, np.stack([cv2.resize(p, (112, 112)) for p in pictures]))
+def test_faces_off_the_template_get_a_warning(tmp_path, faces, images, capsys):
+    check(tmp_path, np.stack([cv2.resize(p, (112, 112)) for p in images]))
     assert "template has them 35 apart" in capsys.readouterr().out
     for scale, x, y, text in ((1.35, 0, 0, "apart"), (0.7, 0, 0, "apart"), (1, 0, 10, "at y = 6")):
         matrix = np.array(
@@ -79,18 +79,18 @@ def test_real_faces_pass_and_their_opposites_do_not(real_faces, capsys):
     store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
     began = time.perf_counter()
     checks.check_training_set(store, parts.train, parts.num_classes)
-    print(f"{time.perf_counter() - began:.2f} s for all checks of {len(reader):,} pictures")
+    print(f"{time.perf_counter() - began:.2f} s for all checks of {len(reader):,} images")
     assert "Warning" not in capsys.readouterr().out
 
 
-def test_constant_pictures_are_an_error_or_a_warning(tmp_path, faces, capsys):
+def test_constant_images_are_an_error_or_a_warning(tmp_path, faces, capsys):
     grey = np.full_like(faces, 128)
     with pytest.raises(UserError, match="one colour; prepare"):
         check(tmp_path, grey)
     with pytest.raises(UserError, match="are the same"):
         check(tmp_path, np.repeat(faces[:1], 40, 0))
     check(tmp_path, np.concatenate([grey[:3], faces[3:]]))
-    assert f"3 of {len(faces)} sampled pictures are of one colour" in capsys.readouterr().out
+    assert f"3 of {len(faces)} sampled images are of one colour" in capsys.readouterr().out
 
 
 def test_labels_that_do_not_fit_the_head():
@@ -125,7 +125,7 @@ def test_the_order_has_to_be_shuffled(counts, monkeypatch):
     with pytest.raises(UserError, match="not shuffled"):
         checks.check_order(labels, 0)
     monkeypatch.setattr(checks, "epoch_order", lambda p, seed, epoch: (np.zeros_like(p), None))
-    with pytest.raises(UserError, match="leaves pictures out"):
+    with pytest.raises(UserError, match="leaves images out"):
         checks.check_order(labels, 0)
 
 

@@ -99,7 +99,7 @@ def points(cwd):
 
 
 def steps_by_tag(cwd):
-    """{tag: [step]} of all that the only run has logged, pictures and curves included."""
+    """{tag: [step]} of all that the only run has logged, images and curves included."""
     found = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
@@ -243,8 +243,10 @@ def start(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_every_knob_of_train_is_fixed_or_free_on_resume():
-    knobs = {f.name for f in dataclasses.fields(Config) if "train" in f.metadata.get("scripts", [])}
-    assert knobs == FIXED_ON_RESUME | FREE_ON_RESUME
+    settings = {
+        f.name for f in dataclasses.fields(Config) if "train" in f.metadata.get("scripts", [])
+    }
+    assert settings == FIXED_ON_RESUME | FREE_ON_RESUME
     assert not FIXED_ON_RESUME & FREE_ON_RESUME
 
 
@@ -295,7 +297,7 @@ def test_a_best_epoch_counts_as_one_only_once_it_is_written(start, tmp_path, mon
     assert best["best"] == state["best"] != {}
 
 
-def test_other_pictures_are_refused(start, folder, tmp_path):
+def test_other_images_are_refused(start, folder, tmp_path):
     start(resumed=False)
     for change in ("labels", "pictures", "fewer"):
         other = tmp_path / change
@@ -311,7 +313,7 @@ def test_other_pictures_are_refused(start, folder, tmp_path):
         write_dataset(other, jpegs, labels)
         code, printed = start("--resume", "--epochs", "2", "--train-set", str(other))
         assert code == 2
-        assert "trained on other pictures" in printed
+        assert "trained on other images" in printed
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)  # the same set elsewhere is the same set
     code, printed = start("--resume", "--epochs", "2", "--train-set", str(moved))
@@ -383,7 +385,7 @@ def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path)
         ({"head": {"weight": torch.full((4, 16), torch.nan)}}, "not finite"),
         ({"num_classes": 7}, "7 identities"),
         ({"config": whole["config"] | {"batch_size": "x"}}, "--batch-size cannot be x"),
-        ({"config": whole["config"] | {"warp": 9}}, "'warp' is no knob of this version"),
+        ({"config": whole["config"] | {"warp": 9}}, "'warp' is no setting of this version"),
     ):
         torch.save({**whole, **change}, run / "last.pt")
         code, printed = start("--resume", "--epochs", "2")

@@ -245,7 +245,7 @@ def test_a_thread_that_dies_ends_the_run_and_keeps_every_step(start, capsys, mon
         run, code = start("--cache none --checkpoint-steps 0 --epochs 4")
     assert code == 2
     printed = capsys.readouterr().err
-    assert f"thread that loads pictures died ({type(error).__name__}: " in printed
+    assert f"thread that loads images died ({type(error).__name__}: " in printed
     assert f"go on with: python train.py --resume {run}" in printed
     state = load_checkpoint(run / "last.pt")
     assert (state["epoch"], state["step"]) > (1, 0)  # steps that only this end has saved
@@ -273,7 +273,7 @@ def anonymous_bytes():
 
 
 def grown(tmp_path, count):
-    """By how many bytes this process grows from the first quarter of `count` pictures on."""
+    """By how many bytes this process grows from the first quarter of `count` images on."""
     jpeg = encode_jpeg(np.zeros((112, 112, 3), np.uint8))
     write_dataset(tmp_path, (jpeg for _ in range(count)), [i * 100 // count for i in range(count)])
     reader = RecordReader(tmp_path)
@@ -291,11 +291,11 @@ def grown(tmp_path, count):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_stays_flat_without_a_cache(tmp_path):
-    assert grown(tmp_path, 4000) < 30 * 2**20  # as decoded pictures these are 150 MB
+    assert grown(tmp_path, 4000) < 30 * 2**20  # as decoded images these are 150 MB
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_a_hundred_thousand_pictures(tmp_path):
+def test_memory_stays_flat_over_a_hundred_thousand_images(tmp_path):
     more = grown(tmp_path, 100_000)
-    print(f"{more / 2**20:.1f} MiB more after the first quarter of 100,000 pictures")
+    print(f"{more / 2**20:.1f} MiB more after the first quarter of 100,000 images")
     assert more < 30 * 2**20
