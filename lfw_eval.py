@@ -52,15 +52,8 @@ from evaluation.protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
 from evaluation.report.page import provenance, read_training, write_page
 from evaluation.tables import comparison_table, set_table, summary_table
 from evaluation.verification import worst_errors
-from utils import (
-    UserError,
-    atomic_write,
-    exit_on_user_error,
-    get_device,
-    keep_freed_memory,
-    make_folder,
-    newest_run,
-)
+from fileio.safe_files import atomic_write, make_folder
+from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
 
 GALLERY = 10  # false positives, and false negatives, that are shown
 

@@ -55,6 +55,7 @@ from fileio.archives import ArchiveError, Limits, Source, open_source
 from fileio.index_tsv import check_index
 from fileio.locks import LOCK, locked
 from fileio.recordio import RecordReader
+from fileio.safe_files import make_folder, sync_folder
 from preprocessing.dataset_writer import Journal, begin, complete, read_report, write_report
 from preprocessing.detector import FaceDetector
 from preprocessing.index_pack import index_pack
@@ -72,15 +73,7 @@ from preprocessing.summary import (
     timing,
     write_pairs,
 )
-from utils import (
-    UserError,
-    core_count,
-    exit_on_user_error,
-    get_device,
-    make_folder,
-    sync_folder,
-    what_failed,
-)
+from utils import UserError, core_count, exit_on_user_error, get_device, what_failed
 
 PATIENCE = datetime.timedelta(days=7)  # that one process waits for the slowest
 

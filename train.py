@@ -52,6 +52,7 @@ from evaluation.pair_sets import TestSet, find_pairs, find_set, load_set
 from evaluation.tensorboard_log import log_evaluation, log_projector
 from fileio.checkpoint_file import load_checkpoint
 from fileio.locks import locked
+from fileio.safe_files import write_errors
 from lfw_eval import evaluate_lfw
 from training import data_checks as checks
 from training.dataset import open_training_set
@@ -68,7 +69,6 @@ from utils import (
     keep_freed_memory,
     seed_everything,
     what_failed,
-    write_errors,
 )
 
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps

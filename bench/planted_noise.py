@@ -25,8 +25,9 @@ import numpy as np
 from bench.common import RESULTS
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
+from fileio.safe_files import atomic_write
 from training.sample_lists import read_keep, used_images
-from utils import UserError, atomic_write, exit_on_user_error
+from utils import UserError, exit_on_user_error
 
 TRUTH = "planted.tsv"
 COLUMNS = ("record", "label", "true_label")

@@ -42,18 +42,11 @@ from evaluation.all_pairs import low_far
 from evaluation.embedders import Embed, load_embedder
 from evaluation.pair_sets import TestSet, find_pairs, load_set
 from fileio.recordio import RecordReader
+from fileio.safe_files import atomic_write, make_folder
 from lfw_eval import evaluate_lfw
 from tools.held_out import make_pairs
 from training.sample_lists import read_held_out
-from utils import (
-    UserError,
-    atomic_write,
-    core_count,
-    exit_on_user_error,
-    get_device,
-    make_folder,
-    newest_run,
-)
+from utils import UserError, core_count, exit_on_user_error, get_device, newest_run
 
 # The first is what the others are held against: InsightFace's recipe.
 ARMS = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluation.embedders import Embed
 from fileio.onnx_file import check_onnx
-from utils import atomic_write, make_folder
+from fileio.safe_files import atomic_write, make_folder
 
 
 def model_checksum(checkpoint: Path | str, *settings: object) -> str:

@@ -14,7 +14,7 @@ from evaluation.verification import Pairs, Roc, image_name, to_degrees
 from fileio.archives import ArchiveError, open_source
 from fileio.images import ImageError, decode_image
 from fileio.recordio import encode_jpeg
-from utils import atomic_write, make_folder
+from fileio.safe_files import atomic_write, make_folder
 
 MATCHED, MISMATCHED = "#0072b2", "#d55e00"  # told apart by the colour-blind, too (Okabe and Ito)
 

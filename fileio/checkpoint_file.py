@@ -20,8 +20,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from fileio.safe_files import atomic_write
 from fileio.weights import check_packing, check_weights
-from utils import UserError, atomic_write, is_out_of_memory, what_failed
+from utils import UserError, is_out_of_memory, what_failed
 
 LAST = "last.pt"
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})\Z")

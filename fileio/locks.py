@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from utils import UserError, write_errors
+from fileio.safe_files import write_errors
+from utils import UserError
 
 LOCK = ".lock"
 _held: set[IO[bytes]] = set()

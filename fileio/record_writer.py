@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fileio.recordio import HEADER, LABEL_LIMIT, RecordError, frame, labels_record, record_offsets
-from utils import FACE_SIZE, atomic_write, open_to_write, sync, write_errors
+from fileio.safe_files import atomic_write, open_to_write, sync, write_errors
+from utils import FACE_SIZE
 
 
 class RecordWriter:

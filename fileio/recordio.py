@@ -25,8 +25,9 @@ import cv2
 import numpy as np
 
 from fileio.images import ImageError, decode_image
+from fileio.safe_files import atomic_write
 from fileio.safe_pickle import load_two_lists
-from utils import UserError, atomic_write
+from utils import UserError
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 LENGTH_MASK = (1 << 29) - 1

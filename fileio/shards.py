@@ -36,16 +36,8 @@ from fileio.recordio import (
     payload_at,
     record_end,
 )
-from utils import (
-    FACE_SIZE,
-    UserError,
-    atomic_write,
-    exit_on_user_error,
-    make_folder,
-    open_to_write,
-    sync,
-    write_errors,
-)
+from fileio.safe_files import atomic_write, make_folder, open_to_write, sync, write_errors
+from utils import FACE_SIZE, UserError, exit_on_user_error
 
 SHARD = "train-*.rec"
 ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes an image

@@ -21,8 +21,9 @@ from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_ind
 from fileio.locks import LOCK
 from fileio.record_writer import RecordWriter
 from fileio.recordio import record_offsets
+from fileio.safe_files import atomic_write, open_to_write, sync, sync_folder, write_errors
 from preprocessing.pipeline import Aligned
-from utils import UserError, atomic_write, open_to_write, sync, sync_folder, write_errors
+from utils import UserError
 
 NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte
 # What is read of a report.json again, and its types.

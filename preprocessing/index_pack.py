@@ -13,7 +13,8 @@ from tqdm import tqdm
 from fileio.archives import Tally
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from fileio.recordio import RecordError, RecordReader, decode_jpeg
-from utils import FACE_SIZE, UserError, atomic_write, core_count
+from fileio.safe_files import atomic_write
+from utils import FACE_SIZE, UserError, core_count
 
 STEP = 4096  # records checked at a time
 

@@ -13,7 +13,8 @@ import os
 import warnings
 from pathlib import Path
 
-from utils import UserError, atomic_write, make_folder
+from fileio.safe_files import atomic_write, make_folder
+from utils import UserError
 
 
 def download_lfw(data_dir: Path | str) -> Path:

@@ -17,9 +17,10 @@ from fileio.archives import Source, Tally, open_source
 from fileio.images import decode_image
 from fileio.locks import LOCK
 from fileio.recordio import RecordReader, encode_jpeg
+from fileio.safe_files import atomic_write, make_folder, write_errors
 from preprocessing.dataset_writer import FACE, read_report
 from preprocessing.sources import Job
-from utils import UserError, atomic_write, make_folder, write_errors
+from utils import UserError
 
 FINISHED = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 KEPT = ("ok", "retried", "central_crop")

@@ -1,5 +1,3 @@
-import os
-
 import cv2
 import numpy as np
 import pytest
@@ -52,26 +50,6 @@ def test_warp_face_puts_the_points_on_the_template():
     assert face.shape == (112, 112, 3)
     for x, y in TEMPLATE:
         assert face[round(y), round(x)].min() > 200
-
-
-def test_atomic_write_keeps_the_old_file_when_the_writer_fails(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), utils.atomic_write(path, "w") as file:
-        file.write("half of the new")
-        _ = 1 / 0
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    with utils.atomic_write(path, "w") as file:
-        file.write("新")
-    assert path.read_text("utf-8") == "新"
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_newest_run_goes_by_the_time_in_the_name(tmp_path):

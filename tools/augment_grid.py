@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fileio.images import decode_image
 from fileio.recordio import encode_jpeg
+from fileio.safe_files import atomic_write, make_folder
 from tools.synthetic import Task, draw_image
 from training.augment import CHANGES, RECIPES, Recipe, augment
-from utils import FACE_SIZE, atomic_write, exit_on_user_error, make_folder
+from utils import FACE_SIZE, exit_on_user_error
 
 FACES = 8
 SEED = 2

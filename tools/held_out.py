@@ -32,17 +32,10 @@ from evaluation.embedders import Embed, InputSpec, load_embedder
 from evaluation.templates import tar_line
 from fileio.checkpoint_file import load_checkpoint
 from fileio.recordio import RecordReader, write_bin
+from fileio.safe_files import atomic_write, make_folder
 from fileio.shards import is_sharded
 from training.sample_lists import read_held_out, write_held_out
-from utils import (
-    UserError,
-    atomic_write,
-    exit_on_user_error,
-    get_device,
-    keep_freed_memory,
-    make_folder,
-    newest_run,
-)
+from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
 
 FOLDS = 10
 LEAST = 4  # images of an identity that is held out

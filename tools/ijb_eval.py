@@ -42,14 +42,13 @@ from evaluation.templates import (
     tar_line,
 )
 from fileio.recordio import RecordError, decode_jpeg
+from fileio.safe_files import atomic_write, make_folder
 from utils import (
     UserError,
-    atomic_write,
     core_count,
     exit_on_user_error,
     get_device,
     keep_freed_memory,
-    make_folder,
     newest_run,
     similarity_transform,
     warp_face,

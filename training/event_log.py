@@ -13,7 +13,8 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import UserError, atomic_write, write_errors
+from fileio.safe_files import atomic_write, write_errors
+from utils import UserError
 
 
 class EventLog(SummaryWriter):

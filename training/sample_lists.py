@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fileio.recordio import RecordReader
-from utils import UserError, atomic_write, make_folder
+from fileio.safe_files import atomic_write, make_folder
+from utils import UserError
 
 
 def records_checksum(reader: RecordReader) -> str:

@@ -23,7 +23,7 @@ from evaluation.report import plots
 from evaluation.report.markup import name, page, paragraph, section, table, text
 from evaluation.report.markup import plots as side_by_side
 from evaluation.report.set_sections import SetPages, rate
-from utils import atomic_write, make_folder
+from fileio.safe_files import atomic_write, make_folder
 
 GALLERY = 20  # pairs of each kind in the page, fewer where there are many sets
 _OF_ALL_SETS = 60  # so that the page stays below 8 MB

@@ -18,11 +18,12 @@ import pre_process
 from config import Config
 from evaluation.figures import _figure, _save
 from fileio.recordio import encode_jpeg, write_bin
+from fileio.safe_files import atomic_write
 from preprocessing import pipeline as align
 from preprocessing.detector import Detection
 from tests.helpers.faults import FailingDisk
 from tests.helpers.synthetic_faces import write_zip
-from utils import TEMPLATE, UserError, atomic_write
+from utils import TEMPLATE, UserError
 
 SET = ("train.rec", "train.idx", "property", "index.tsv")
 
