@@ -45,8 +45,8 @@ from evaluation.figures import (
     plot_corruptions,
     plot_robustness,
     plot_roc,
-    write_galleries,
 )
+from evaluation.galleries import write_galleries
 from evaluation.pair_sets import SetResult, TestSet, find_pairs, find_set, load_set
 from evaluation.protocols import PROTOCOLS, Protocol, evaluate_views, fuse_views
 from evaluation.report.page import provenance, read_training, write_page

@@ -14,7 +14,7 @@ import torch
 
 import lfw_eval
 from config import parse_args
-from evaluation import figures, verification
+from evaluation import figures, galleries, verification
 from evaluation.pair_sets import find_set, load_set
 from fileio.checkpoint_file import save_checkpoint
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
@@ -220,7 +220,7 @@ def test_galleries_hold_the_originals_and_lose_stale_ones(data, tmp_path):
         (images / name).write_bytes(b"old")
     # Pair 4 is Ann_0's first image (record 1) and 李_5's second (12); pair 0 Ann_0's two.
     errors = {"fp": np.array([3]), "fn": np.array([0])}
-    notice = figures.write_galleries(images, lfw.pairs, lfw.images, errors, lfw.source)
+    notice = galleries.write_galleries(images, lfw.pairs, lfw.images, errors, lfw.source)
     assert notice == ""
     assert grey_level(images / "0_fp_0.jpg") == ((250, 250, 3), 1)
     assert grey_level(images / "0_fp_1.jpg") == ((250, 250, 3), 12)
@@ -234,7 +234,7 @@ def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     errors = {"fp": np.array([3]), "fn": np.array([], int)}
     for source in ("", str(tmp_path / "gone.tgz")):
-        notice = figures.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
+        notice = galleries.write_galleries(tmp_path, lfw.pairs, lfw.images, errors, source)
         assert "aligned faces" in notice
         shape, level = grey_level(tmp_path / "0_fp_1.jpg")
         assert shape == (112, 112, 3)
@@ -250,7 +250,7 @@ def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
     (person / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
     (person / "Ann_0_0002.bmp").write_bytes(b"no image")
     errors = {"fp": np.array([], int), "fn": np.array([0])}
-    notice = figures.write_galleries(
+    notice = galleries.write_galleries(
         tmp_path, lfw.pairs, lfw.images, errors, str(tmp_path / "originals")
     )
     assert "1 of 2" in notice

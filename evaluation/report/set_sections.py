@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from evaluation import pair_quality, verification
-from evaluation.figures import read_originals
+from evaluation.galleries import read_originals
 from evaluation.pair_sets import SetResult
 from evaluation.report import plots
 from evaluation.report.markup import image, name, paragraph, section, table, text
