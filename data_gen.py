@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distributed import process_group as parallel
+from distributed.collectives import part
+from distributed.process_group import local_world_size, world_size
 from fileio.recordio import RecordError, RecordReader
 from utils import FACE_SIZE, UserError, core_count
 
@@ -179,7 +180,7 @@ def choose_cache(count: int, device: torch.device) -> str:
     # Half of the GPU stays for the network, the head and its activations.
     if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 2:
         return "gpu"
-    return "ram" if size * parallel.local_world_size() < available_memory() * 0.7 else "none"
+    return "ram" if size * local_world_size() < available_memory() * 0.7 else "none"
 
 
 class ImageStore:
@@ -286,7 +287,7 @@ class ImageStore:
 
     def width(self, batch_size: int) -> int:
         """The most images of a batch that a process computes."""
-        return -(-batch_size // parallel.world_size())
+        return -(-batch_size // world_size())
 
     def good(self, positions: np.ndarray) -> np.ndarray:
         """`positions` without those of images known to be bad."""
@@ -358,7 +359,7 @@ def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) 
 
 def slice_of(start: int, size: int) -> slice:
     """This process's part of the `size` images from `start` on."""
-    mine = parallel.part(size)
+    mine = part(size)
     return slice(start + mine.start, start + mine.stop)
 
 

@@ -42,13 +42,13 @@ import torch
 from tqdm import tqdm
 
 from config import Config, parse_args
+from distributed.collectives import together
 from distributed.process_group import (
     is_main,
     local_device,
     local_world_size,
     process_group,
     rank,
-    together,
     world_size,
 )
 from fileio.archives import ArchiveError, Limits, Source, open_source

@@ -34,16 +34,14 @@ import torch
 
 from config import Config, parse_args
 from data_gen import steps_per_epoch
+from distributed.collectives import any_of, from_main, together
 from distributed.process_group import (
-    any_of,
-    from_main,
     is_main,
     local_device,
     lost_peer,
     own_random_numbers,
     process_group,
     rank,
-    together,
     world_size,
 )
 from evaluation.embedders import torch_embedder

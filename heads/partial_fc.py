@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed.process_group import gather_rows, part, rank, reduce_
+from distributed.collectives import gather_rows, part, reduce_
+from distributed.process_group import rank
 
 # Logits computed at a time; with what the margin makes of them, five times as many numbers.
 CHUNK = 1 << 24

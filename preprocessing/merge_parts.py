@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed.process_group import part
+from distributed.collectives import part
 from fileio.archives import Entry
 from fileio.index_tsv import INDEX_HEADER
 from fileio.recordio import HEADER, map_file, payload_at, record_offsets

@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from distributed.process_group import (
-    gather_rows,
-    gather_shards,
-    gradients_kept,
-    part,
-    reduce_,
-    replicate,
-    synchronise_batch_norm,
-    world_size,
-)
+from distributed.collectives import gather_rows, gather_shards, part, reduce_
+from distributed.data_parallel import gradients_kept, replicate, synchronise_batch_norm
+from distributed.process_group import world_size
 from fileio.checkpoint_file import load_momentum
 from focal_loss import FocalLoss
 from heads.partial_fc import HeadLoss, PartialFC

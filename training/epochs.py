@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distributed.process_group import from_main
+from distributed.collectives import from_main
 from evaluation.embedders import Embed
 from evaluation.pair_sets import TestSet
 from fileio.checkpoint_file import save_checkpoint

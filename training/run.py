@@ -23,16 +23,9 @@ from data_gen import (
     train_batches,
     valid_batches,
 )
-from distributed.process_group import (
-    any_of,
-    from_main,
-    gather_objects,
-    is_main,
-    own_random_numbers,
-    rank,
-    share_buffers,
-    world_size,
-)
+from distributed.collectives import any_of, from_main, gather_objects
+from distributed.data_parallel import share_buffers
+from distributed.process_group import is_main, own_random_numbers, rank, world_size
 from fileio.checkpoint_file import (
     INCOMPATIBLE,
     random_states,

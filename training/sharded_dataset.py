@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from data_gen import ImageStore, Parts, Split
-from distributed import process_group as parallel
+from distributed.collectives import part
+from distributed.process_group import world_size
 from fileio.shards import ShardReader
 from utils import UserError, splitmix64
 
@@ -133,9 +134,9 @@ class ShardStore(ImageStore):
         everything = Split(_Same(), np.zeros(0, np.int64), reader.num_classes, order, order)
         super().__init__(reader, everything, device, cache="none", workers=workers)
         self.order = order
-        if parallel.world_size() > order.lanes:
+        if world_size() > order.lanes:
             raise UserError(
-                f"{parallel.world_size()} processes share batches of {order.lanes} lanes; take a "
+                f"{world_size()} processes share batches of {order.lanes} lanes; take a "
                 "larger --batch-size, best a power of two."
             )
 
@@ -167,12 +168,12 @@ class ShardStore(ImageStore):
         flip: bool,
     ) -> Parts:
         """This process's part of each batch."""
-        lanes = parallel.part(self.order.lanes)
+        lanes = part(self.order.lanes)
         return LazyParts(self.order, epoch, steps, lanes, flip)
 
     def width(self, batch_size: int) -> int:
         """The most images of a batch that a process computes."""
-        return -(-self.order.lanes // parallel.world_size()) * self.order.each
+        return -(-self.order.lanes // world_size()) * self.order.each
 
     def fingerprint(self) -> str:
         """What identifies the images of a run."""

@@ -11,15 +11,8 @@ import pre_process
 import train
 from config import parse_args
 from data_gen import Batch
-from distributed import process_group as parallel
-from distributed.process_group import (
-    gather_objects,
-    gather_shards,
-    is_main,
-    part,
-    process_group,
-    world_size,
-)
+from distributed.collectives import gather_objects, gather_shards, part
+from distributed.process_group import is_main, process_group, rank, world_size
 from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
@@ -99,7 +92,7 @@ def at_step(count, who, number):
 
     def step(self, *args):
         steps.append(1)
-        if len(steps) == count and parallel.rank() == who():
+        if len(steps) == count and rank() == who():
             os.kill(os.getpid(), number)
         return train_step(self, *args)
 
