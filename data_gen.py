@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distributed.collectives import part
+from distributed.collectives import rank_slice
 from distributed.process_group import local_world_size, world_size
 from fileio.recordio import RecordError, RecordReader
 from utils import FACE_SIZE, UserError, core_count
@@ -359,7 +359,7 @@ def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) 
 
 def slice_of(start: int, size: int) -> slice:
     """This process's part of the `size` images from `start` on."""
-    mine = part(size)
+    mine = rank_slice(size)
     return slice(start + mine.start, start + mine.stop)
 
 

@@ -42,7 +42,7 @@ import torch
 from tqdm import tqdm
 
 from config import Config, parse_args
-from distributed.collectives import together
+from distributed.collectives import run_on_all
 from distributed.process_group import (
     is_main,
     local_device,
@@ -307,7 +307,7 @@ def main(cfg: Config) -> None:
 
 def prepare_all(cfg: Config) -> None:
     """Prepare every set there is."""
-    lfw = together(lambda: download_lfw(cfg.data_dir)) if cfg.download_lfw else None
+    lfw = run_on_all(lambda: download_lfw(cfg.data_dir)) if cfg.download_lfw else None
     threads = cfg.workers or max(1, core_count() // local_world_size())
     get_detector = functools.cache(
         lambda: FaceDetector(local_device(cfg.device), cfg.min_face, threads=threads)
@@ -335,7 +335,7 @@ def prepare_together(
     if job.source.suffix == ".rec" or (count == 1 and not cfg.merge):
         return prepare(job, cfg, get_detector) if is_main() else None
     if not cfg.merge:
-        together(lambda: prepare_shard(job, cfg, get_detector, number, count))
+        run_on_all(lambda: prepare_shard(job, cfg, get_detector, number, count))
     if not is_main() or (world_size() == 1 and not cfg.merge):
         return None
     shards = [] if is_taken(job.output) else find_shards(job.output)

@@ -34,14 +34,14 @@ import torch
 
 from config import Config, parse_args
 from data_gen import steps_per_epoch
-from distributed.collectives import any_of, from_main, together
+from distributed.collectives import any_rank, run_on_all, run_on_main
 from distributed.process_group import (
+    is_lost_peer,
     is_main,
     local_device,
-    lost_peer,
-    own_random_numbers,
     process_group,
     rank,
+    seed_per_rank,
     world_size,
 )
 from evaluation.embedders import torch_embedder
@@ -107,7 +107,7 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
             if trainer.learner.ema is not None:
                 save_best_average(trainer, run_dir / "best_ema.pt")
         trainer.save_last(run_dir, writer)
-        if any_of(trainer.stop)[0]:
+        if any_rank(trainer.stop)[0]:
             raise KeyboardInterrupt
 
 
@@ -125,7 +125,7 @@ def saved_at_the_end(trainer: Trainer, writer: EventLog, run_dir: Path) -> Itera
             print(f"\nStopped at {at}; go on with: {again(run_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
     except (UserError, OSError, RuntimeError, MemoryError) as error:
-        if lost_peer(error):
+        if is_lost_peer(error):
             raise UserError(lost_sentence(trainer, run_dir)) from None
         if isinstance(error, TrainingError) or not trainer.whole:
             raise
@@ -226,20 +226,20 @@ def stop_on_signals(trainer: Trainer) -> None:
 
 def open_trainer(cfg: Config) -> Trainer:
     """The training set, checked, and a trainer on it that has not trained yet."""
-    device = together(lambda: local_device(cfg.device))
+    device = run_on_all(lambda: local_device(cfg.device))
     seed_everything(cfg.seed)
     torch.backends.cudnn.benchmark = True  # every training step has the same shapes
-    store, faces = together(lambda: open_training_set(cfg, device))
+    store, faces = run_on_all(lambda: open_training_set(cfg, device))
     steps = steps_per_epoch(len(store.good(faces.train)), cfg.batch_size) * cfg.epochs
     cfg = dataclasses.replace(cfg, compile=choose_compile(cfg, device, steps))
     trainer = Trainer(cfg, store, faces)
-    own_random_numbers(cfg.seed, 0)
+    seed_per_rank(cfg.seed, 0)
     positions, classes = trainer.train_positions, faces.num_classes
     if isinstance(store, ShardStore):
         some, _ = store.whole_batch(positions, cfg.batch_size, cfg.seed, 0, 0)
-        together(lambda: checks.check_images(store, some[: checks.SAMPLE]))
+        run_on_all(lambda: checks.check_images(store, some[: checks.SAMPLE]))
     else:
-        together(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
+        run_on_all(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
     return trainer
 
 
@@ -247,7 +247,7 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
     """Train to the end in a run folder that is this process's own."""
     cfg = trainer.cfg
     opened: list[TestSet | None] = []
-    from_main(lambda: opened.append(open_lfw(cfg)))  # who writes evaluates
+    run_on_main(lambda: opened.append(open_lfw(cfg)))  # who writes evaluates
     lfw = opened[0] if opened else None
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     print(
@@ -297,7 +297,7 @@ def open_for_all(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
         opened.append(checkpoint)
         return path
 
-    path = from_main(choose)
+    path = run_on_main(choose)
     return (opened or [load_checkpoint(path)])[0], path
 
 
@@ -315,19 +315,19 @@ def run(cfg: Config) -> None:
         def own(run_dir: Path) -> None:
             stack.enter_context(locked(run_dir, "train.py"))
 
-        run_dir = from_main(lambda: run_folder(cfg))
+        run_dir = run_on_main(lambda: run_folder(cfg))
         if cfg.resume:
-            from_main(lambda: own(run_dir))
+            run_on_main(lambda: own(run_dir))
             checkpoint, path = open_for_all(cfg, run_dir)
             cfg = resumed_config(cfg, checkpoint, run_dir)
             history, best, steps = (checkpoint[name] for name in ("history", "best", "steps"))
         if not cfg.resume or checkpoint["epoch"] < cfg.epochs:
             trainer = open_trainer(cfg)
             if cfg.resume:
-                together(lambda: trainer.load(checkpoint, path))
+                run_on_all(lambda: trainer.load(checkpoint, path))
                 del checkpoint
             else:
-                from_main(lambda: begin_run(run_dir, own))
+                run_on_main(lambda: begin_run(run_dir, own))
             train(trainer, run_dir, resumed=bool(cfg.resume))
             history, best, steps = trainer.history, trainer.best, trainer.steps
         else:

@@ -16,7 +16,7 @@ from utils import UserError
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T]) -> T:
+def run_on_all(work: Callable[[], T]) -> T:
     """The result of `work`, which every process runs by itself.
 
     Where it is a UserError or OSError for some, the first of them raises it and the others end
@@ -33,7 +33,7 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def from_main(work: Callable[[], T]) -> T:
+def run_on_main(work: Callable[[], T]) -> T:
     """The result of `work`, which rank 0 runs for all; where it fails there, all of them end."""
     if world_size() == 1:
         return work()
@@ -57,7 +57,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def any_of(*flags: bool) -> tuple[bool, ...]:
+def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Of each flag, whether any process has it set; all come to the same answer."""
     if world_size() == 1:
         return flags
@@ -66,7 +66,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(number) for number in numbers)
 
 
-def gather_objects(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """Everyone's value, by rank."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
@@ -77,16 +77,30 @@ def gather_objects(value: T) -> list[T]:
 # ------------------------------------------------------------------------------ tensors
 
 
-def part(count: int, number: int | None = None, parts: int | None = None) -> slice:
-    """Which of `count` things are this process's: slices that differ by one in length at most."""
-    number, parts = rank() if number is None else number, parts or world_size()
-    return slice(number * count // parts, (number + 1) * count // parts)
+def even_slice(count: int, index: int, parts: int) -> slice:
+    """Part `index` (from 0) of `count` items cut into `parts` slices, whose sizes differ by one.
+
+    10 items in 3 parts: 0 to 3, 3 to 6, 6 to 10.
+    """
+    return slice(index * count // parts, (index + 1) * count // parts)
 
 
-def reduce_(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Sum a tensor (or take the maximum) over all processes, in place."""
+def rank_slice(count: int) -> slice:
+    """The slice of `count` items that this process works on; all of them in one process."""
+    return even_slice(count, rank(), world_size())
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+    return tensor
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Take the elementwise maximum of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
@@ -111,12 +125,12 @@ class _GatherRows(torch.autograd.Function):
         return mine
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """(n, ...), n the same everywhere, to (world size * n, ...) with gradients."""
     return _GatherRows.apply(rows) if world_size() > 1 else rows
 
 
-def gather_shards(shard: Tensor, count: int) -> Tensor | None:
+def gather_to_main(shard: Tensor, count: int) -> Tensor | None:
     """A (count, ...) tensor of which each process has its `part`, whole, in rank 0's main memory.
 
     None on the others. One shard at a time is on its way.
@@ -127,7 +141,7 @@ def gather_shards(shard: Tensor, count: int) -> Tensor | None:
         dist.send(shard.detach().cpu().contiguous(), 0)
         return None
     whole = torch.empty(count, *shard.shape[1:], dtype=shard.dtype)
-    whole[part(count)] = shard.detach().cpu()
+    whole[rank_slice(count)] = shard.detach().cpu()
     for other in range(1, world_size()):
-        dist.recv(whole[part(count, other)], other)
+        dist.recv(whole[even_slice(count, other, world_size())], other)
     return whole

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.collectives import reduce_
+from distributed.collectives import all_reduce_sum
 from distributed.process_group import world_size
 
 
-def replicate(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module) -> nn.Module:
     """The network as every process runs it on its slice of the batch; itself in one process.
 
     Gradients are summed over the processes bucket by bucket while backward still runs. They are
@@ -40,21 +40,21 @@ def _sum(state, bucket):  # PyTorch checks annotations, and takes no postponed o
     return reduced.then(lambda done: done.value()[0])
 
 
-def gradients_kept(replica: nn.Module, kept: bool) -> contextlib.AbstractContextManager[None]:
+def no_gradient_sync(replica: nn.Module, kept: bool) -> contextlib.AbstractContextManager[None]:
     """For a block with forward and backward: if `kept`, its gradients are not summed yet."""
     if kept and isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
     return contextlib.nullcontext()
 
 
-def share_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Give every process rank 0's running statistics."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """Have batch normalisation use the statistics of the whole batch, not of a process's slice."""
     if world_size() == 1:
         return model
@@ -71,12 +71,12 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return reduce_(tensor.clone())
+        return all_reduce_sum(tensor.clone())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return reduce_(grad.clone())
+        return all_reduce_sum(grad.clone())
 
 
 class _SyncBatchNormOnCPU(nn.modules.batchnorm._BatchNorm):

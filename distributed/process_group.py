@@ -94,7 +94,7 @@ def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterato
         try:
             yield
         except RuntimeError as error:
-            if not lost_peer(error):
+            if not is_lost_peer(error):
                 raise
             raise UserError(
                 f"Another of the {world_size()} processes has ended or cannot be reached, so this "
@@ -109,14 +109,14 @@ _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "ime
 _LOST += ("NCCL", "Gloo", "gloo", "refused", "ProcessGroup")
 
 
-def lost_peer(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether an error says that another process of the group has ended or cannot be reached."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
-def own_random_numbers(seed: int, step: int) -> None:
+def seed_per_rank(seed: int, step: int) -> None:
     """Seed PyTorch anew, differently in each process but rank 0: else all drop the same units."""
     if not is_main():
         numbers = np.random.default_rng([seed, 4, step, rank()])

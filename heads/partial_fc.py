@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distributed.collectives import gather_rows, part, reduce_
+from distributed.collectives import all_gather_rows, all_reduce_max, all_reduce_sum, rank_slice
 from distributed.process_group import rank
 
 # Logits computed at a time; with what the margin makes of them, five times as many numbers.
@@ -61,7 +60,7 @@ class PartialFC(nn.Module):
         super().__init__()
         self.num_classes, self.margin, self.chunk = num_classes, margin, chunk
         self.sample_rate, self.seed = sample_rate, seed
-        self.shard = part(num_classes)
+        self.shard = rank_slice(num_classes)
         self.weight = nn.Parameter(_initial_rows(num_classes, emb_size, self.shard))
         self.rows: Tensor | None = None  # those sampled for this step, ascending; None: all
         self._sampled: Tensor | None = None  # their centres
@@ -118,7 +117,8 @@ class PartialFC(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):
             missing = width - len(label)
             rows = F.pad(F.normalize(embedding.float()), (0, 0, 0, missing))
-            rows, label = gather_rows(rows), gather_rows(F.pad(label, (0, missing), value=-1))
+            rows = all_gather_rows(rows)
+            label = all_gather_rows(F.pad(label, (0, missing), value=-1))
             place = label - self.shard.start
             mine = (label >= self.shard.start) & (label < self.shard.stop)
             if self.rows is not None:
@@ -174,7 +174,7 @@ class _ShardedSoftmax(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         mine = place >= 0
         cosine = _target_cosine(rows, weight[place.clamp(min=0)]) * mine if len(weight) else None
-        cosine = reduce_(rows.new_zeros(len(rows)) if cosine is None else cosine)
+        cosine = all_reduce_sum(rows.new_zeros(len(rows)) if cosine is None else cosine)
         highest = rows.new_full((2, len(rows)), LOWEST)  # logit, cosine
         total = rows.new_zeros(len(rows))
         for start, centres in _chunks(weight, len(rows), chunk):
@@ -184,8 +184,8 @@ class _ShardedSoftmax(torch.autograd.Function):
             total += (logits - peak[0][:, None]).exp_().sum(1)
             highest = peak
         local = highest[0].clone()
-        reduce_(highest, dist.ReduceOp.MAX)
-        total = reduce_(total * (local - highest[0]).exp())
+        all_reduce_max(highest)
+        total = all_reduce_sum(total * (local - highest[0]).exp())
         others = highest[0] + total.log()
         target = margin(cosine[:, None], torch.zeros_like(place))[:, 0]
         ctx.save_for_backward(rows, weight, place, cosine, others)
@@ -214,7 +214,7 @@ class _ShardedSoftmax(torch.autograd.Function):
             grad_weight[start : start + len(centres)] = found[1]
             grad_cosine += 0 if found[2] is None else found[2]
             del logits, grad, found
-        reduce_(grad_cosine)  # each process knows what its own classes make of it
+        all_reduce_sum(grad_cosine)  # each process knows what its own classes make of it
         with torch.enable_grad():
             target = ctx.margin(cosine[:, None], torch.zeros_like(place))[:, 0]
         grad_cosine += torch.autograd.grad(target, cosine, grad_target)[0]

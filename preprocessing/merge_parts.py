@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distributed.collectives import part
+from distributed.collectives import even_slice
 from fileio.archives import Entry
 from fileio.index_tsv import INDEX_HEADER
 from fileio.recordio import HEADER, map_file, payload_at, record_offsets
@@ -32,7 +32,7 @@ def shard_folder(output: Path, number: int, count: int) -> Path:
 
 def shard_blocks(blocks: Sequence[Block], number: int, count: int) -> list[Block]:
     """The blocks of part `number` (from 1) of `count`."""
-    return list(blocks[part(len(blocks), number - 1, count)])
+    return list(blocks[even_slice(len(blocks), number - 1, count)])
 
 
 def find_shards(output: Path) -> list[Path]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from distributed.collectives import gather_rows, gather_shards, part, reduce_
-from distributed.data_parallel import gradients_kept, replicate, synchronise_batch_norm
+from distributed.collectives import all_gather_rows, all_reduce_sum, even_slice, gather_to_main
+from distributed.data_parallel import convert_sync_batch_norm, no_gradient_sync, wrap_ddp
 from distributed.process_group import world_size
 from fileio.checkpoint_file import load_momentum
 from focal_loss import FocalLoss
@@ -46,13 +46,13 @@ class Learner:
         if cfg.checkpoint_activations:
             checkpoint_activations(model)
         if cfg.sync_bn:
-            model = synchronise_batch_norm(model, device)
+            model = convert_sync_batch_norm(model, device)
         self.model = model.to(device, memory_format=torch.channels_last)
         many = cfg.batch_size * num_classes > MANY_LOGITS
         many = many and MARGINS[cfg.margin].shardable
         self.sharded = world_size() > 1 or cfg.sample_rate < 1 or many
         self.head = self._build_head().to(device)
-        self.replica = replicate(self.model)
+        self.replica = wrap_ddp(self.model)
         self.forward = torch.compile(self.replica) if cfg.compile == "on" else self.replica
         self.criterion = FocalLoss(cfg.gamma) if cfg.focal_loss else nn.CrossEntropyLoss()
         modules = (self.model, self.head)
@@ -147,13 +147,13 @@ class Learner:
         total: Tensor | int = len(labels)
         width = self.width
         if isinstance(self.head, PartialFC):
-            label = gather_rows(F.pad(labels, (0, width - len(labels)), value=-1))
+            label = all_gather_rows(F.pad(labels, (0, width - len(labels)), value=-1))
             self.head.sample(label, step)
             total = (label >= 0).sum()
         losses, rights, parts = [], [], self.cfg.accumulate
         for number in range(parts):
-            some = part(len(labels), number, parts)
-            with gradients_kept(self.replica, number < parts - 1):
+            some = even_slice(len(labels), number, parts)
+            with no_gradient_sync(self.replica, number < parts - 1):
                 found = self.loss(images[some], labels[some], -(-width // parts))
                 loss = found.loss if parts == 1 else found.loss * (found.count / total)
                 loss.backward()
@@ -174,7 +174,7 @@ class Learner:
         if self.sharded:
             shared = nn.utils.get_total_norm(gradients[:-1])
             of_head = nn.utils.get_total_norm([self.head.active.grad])
-            norm = (shared.square() + reduce_(of_head.square())).sqrt()
+            norm = (shared.square() + all_reduce_sum(of_head.square())).sqrt()
         else:
             norm = nn.utils.get_total_norm(gradients)
         if self.cfg.clip_norm > 0:
@@ -205,12 +205,12 @@ class Learner:
         optimizer = self.optimizer.state_dict()
         head = self.head.state_dict()
         if self.sharded:
-            head = {"weight": gather_shards(self.head.weight, self.num_classes)}
+            head = {"weight": gather_to_main(self.head.weight, self.num_classes)}
             last = len(self.parameters) - 1
             if last in optimizer["state"]:
                 state = dict(optimizer["state"][last])
                 momentum = state["momentum_buffer"]
-                state["momentum_buffer"] = gather_shards(momentum, self.num_classes)
+                state["momentum_buffer"] = gather_to_main(momentum, self.num_classes)
                 optimizer["state"] = {**optimizer["state"], last: state}
         state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
         return state if self.ema is None else {**state, "ema": self.ema.state()}
@@ -237,5 +237,5 @@ class Learner:
         """Whether all weights and running statistics, of all processes, are numbers."""
         tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-        bad = reduce_((~finite).float())
+        bad = all_reduce_sum((~finite).float())
         return not bool(bad)

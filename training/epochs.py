@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distributed.collectives import from_main
+from distributed.collectives import run_on_main
 from evaluation.embedders import Embed
 from evaluation.pair_sets import TestSet
 from fileio.checkpoint_file import save_checkpoint
@@ -59,4 +59,4 @@ def save_best_average(trainer: Trainer, path: Path) -> None:
         return
     with trainer.learner.ema.in_place():
         state = {k: v for k, v in trainer.state().items() if k not in NOT_KEPT}
-        from_main(lambda: save_checkpoint(path, state))
+        run_on_main(lambda: save_checkpoint(path, state))

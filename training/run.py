@@ -23,9 +23,9 @@ from data_gen import (
     train_batches,
     valid_batches,
 )
-from distributed.collectives import any_of, from_main, gather_objects
-from distributed.data_parallel import share_buffers
-from distributed.process_group import is_main, own_random_numbers, rank, world_size
+from distributed.collectives import all_gather_objects, any_rank, run_on_main
+from distributed.data_parallel import broadcast_buffers
+from distributed.process_group import is_main, rank, seed_per_rank, world_size
 from fileio.checkpoint_file import (
     INCOMPATIBLE,
     random_states,
@@ -125,7 +125,7 @@ class Trainer:
                     rate = (self.step - first) * cfg.batch_size / seconds
                     self.log(rate, writer, bar)
                     began, first = time.perf_counter(), self.step
-                stop, due = any_of(self.stop, is_main() and self.checkpoint_is_due())
+                stop, due = any_rank(self.stop, is_main() and self.checkpoint_is_due())
                 if stop or due:
                     self.save_last(run_dir, writer)
                 if stop:
@@ -180,7 +180,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
-        share_buffers(self.learner.model)
+        broadcast_buffers(self.learner.model)
         self.learner.train(False)
         total_loss = total_right = count = 0.0
         batch_size = self.cfg.eval_batch
@@ -207,7 +207,7 @@ class Trainer:
             return
         self.whole = False
         step, (loss, norm) = self.window[int(bad[0])], found[int(bad[0])].tolist()
-        from_main(lambda: self.refuse(step, loss, norm, run_dir / "bad_batch.pt"))
+        run_on_main(lambda: self.refuse(step, loss, norm, run_dir / "bad_batch.pt"))
 
     def refuse(self, step: Step, loss: float, norm: float, path: Path) -> None:
         """Raise TrainingError for a step; its batch goes into `path`."""
@@ -264,7 +264,7 @@ class Trainer:
             "history": self.history,
             "window": torch.stack(window) if window else torch.zeros(0, 3),
             "random": random_states(self.device),
-            "random_of_others": gather_objects(torch_states(self.device))[1:],
+            "random_of_others": all_gather_objects(torch_states(self.device))[1:],
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
@@ -292,7 +292,7 @@ class Trainer:
             self.window = [Step(first + i, *row.unbind(), None) for i, row in enumerate(window)]
             set_random_states(checkpoint["random"], self.device)
             others = checkpoint.get("random_of_others", [])
-            own_random_numbers(self.cfg.seed, self.global_step)
+            seed_per_rank(self.cfg.seed, self.global_step)
             if 0 < rank() <= len(others):
                 set_torch_states(others[rank() - 1], self.device)
         except INCOMPATIBLE as error:
@@ -319,7 +319,7 @@ class Trainer:
         """Write a checkpoint, unless the weights are no numbers any more (TrainingError)."""
         self.check_weights(path)
         state = self.state()
-        from_main(lambda: save_checkpoint(path, state))
+        run_on_main(lambda: save_checkpoint(path, state))
 
     def save_last(self, run_dir: Path, writer: EventLog) -> None:
         """Write last.pt, with all that it has logged on disk before it; once a step."""
@@ -334,7 +334,7 @@ class Trainer:
             sync_events(run_dir)
             save_last(run_dir, state, self.cfg.keep_checkpoints)
 
-        from_main(write)
+        run_on_main(write)
         self.saved_at = time.monotonic()
         self.saved_step = (self.epoch, self.step)
 

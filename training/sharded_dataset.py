@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_gen import ImageStore, Parts, Split
-from distributed.collectives import part
+from distributed.collectives import rank_slice
 from distributed.process_group import world_size
 from fileio.shards import ShardReader
 from utils import UserError, splitmix64
@@ -168,7 +168,7 @@ class ShardStore(ImageStore):
         flip: bool,
     ) -> Parts:
         """This process's part of each batch."""
-        lanes = part(self.order.lanes)
+        lanes = rank_slice(self.order.lanes)
         return LazyParts(self.order, epoch, steps, lanes, flip)
 
     def width(self, batch_size: int) -> int:

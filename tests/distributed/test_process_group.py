@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed.collectives import part
+from distributed.collectives import even_slice
 from fileio.checkpoint_file import load_checkpoint
 from fileio.record_writer import write_dataset
 from fileio.recordio import encode_jpeg
@@ -208,7 +208,7 @@ def test_torchrun_itself(folder, tmp_path):
 def test_slices_cover_and_differ_by_one():
     for count in (0, 1, 7, 8, 1000):
         for parts in (1, 2, 3, 7):
-            slices = [part(count, number, parts) for number in range(parts)]
+            slices = [even_slice(count, number, parts) for number in range(parts)]
             numbers = [i for s in slices for i in range(s.start, s.stop)]
             assert numbers == list(range(count))
             sizes = [s.stop - s.start for s in slices]

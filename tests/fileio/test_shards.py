@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config import parse_args
-from distributed.collectives import part
+from distributed.collectives import even_slice
 from fileio import shards
 from fileio.checkpoint_file import load_checkpoint
 from fileio.recordio import RecordError, RecordReader
@@ -109,7 +109,7 @@ STARTS = np.cumsum([0, 700, 3, 512, 64, 1000, 721])  # 3,000 images in files of 
 def epoch(order, number, batch, ranks):
     """All batches of an epoch as lists of each process's images, down to the lanes' ends."""
     steps = -(-(len(order) // order.lanes + 1) // order.each)
-    parts = [part(order.lanes, rank, ranks) for rank in range(ranks)]
+    parts = [even_slice(order.lanes, rank, ranks) for rank in range(ranks)]
     return [[order.batch(number, step, p)[0].tolist() for p in parts] for step in range(steps)]
 
 
@@ -136,7 +136,7 @@ def test_epochs_differ_and_batches_mix_the_files():
     assert first != second
     assert len(set(np.searchsorted(STARTS, first, "right"))) >= 4
     # A process's images come from a part of the data set, not from all of it.
-    mine = part(order.lanes, 0, 8)
+    mine = even_slice(order.lanes, 0, 8)
     seen = np.concatenate([order.batch(0, step, mine)[0] for step in range(40)])
     files = np.unique(np.searchsorted(STARTS, seen, "right"))
     assert len(files) <= 3

@@ -11,7 +11,7 @@ import pre_process
 import train
 from config import parse_args
 from data_gen import Batch
-from distributed.collectives import gather_objects, gather_shards, part
+from distributed.collectives import all_gather_objects, gather_to_main, rank_slice
 from distributed.process_group import is_main, process_group, rank, world_size
 from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
@@ -56,14 +56,14 @@ def sharded_heads(orders):
             embedding, label, weight = problem(labels)
             head = PartialFC(EMB, CLASSES, MARGINS[margin], chunk=16)
             head.weight.data.copy_(weight[head.shard])
-            mine = part(len(label))
+            mine = rank_slice(len(label))
             rows = embedding[mine].clone().requires_grad_()
             criterion = FocalLoss(gamma) if gamma else nn.CrossEntropyLoss()
             width = -(-len(label) // world_size())
             result = head(rows, label[mine], criterion, width)
             result.loss.backward()
-            gradients = gather_objects(rows.grad)
-            weight_gradient = gather_shards(head.weight.grad, CLASSES)
+            gradients = all_gather_objects(rows.grad)
+            weight_gradient = gather_to_main(head.weight.grad, CLASSES)
             found[str(number)] = {
                 "loss": result.loss.detach(),
                 "right": int(result.right),
