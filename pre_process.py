@@ -174,7 +174,8 @@ def align_into(
     )
     total, done = (sum(b - a for a, b in some) for some in (blocks, blocks[: journal.done]))
     shown = {"unit": " images", "desc": job.source.name, "disable": not is_main()}
-    with tqdm(total=total, initial=done, **shown) as bar:
+    # Closed here, whatever fails below, so that its threads have ended when this function has.
+    with contextlib.closing(results), tqdm(total=total, initial=done, **shown) as bar:
         for block in results:
             if any(face.status == "unreadable" for face in block):
                 check_there(job.source, there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,9 +35,13 @@ def index_pack(rec_path: Path, output: Path, workers: int = 0) -> tuple[Tally, d
             f"{FACE_SIZE}x{FACE_SIZE}; training needs an aligned pack of that size."
         )
     statuses = Tally()
-    with atomic_write(output / "index.tsv") as file:
+    # The check has threads, which end when it is closed; the file may fail before its last record.
+    with (
+        contextlib.closing(check_records(reader, workers)) as checked,
+        atomic_write(output / "index.tsv") as file,
+    ):
         file.write(INDEX_HEADER.encode())
-        for i, status in enumerate(check_records(reader, workers)):
+        for i, status in enumerate(checked):
             label = int(reader.labels[i])
             row = IndexRow(int(reader.keys[i]), label, str(label), reader.path.name, status)
             file.write(format_index_row(row).encode())
@@ -61,7 +66,7 @@ def check_records(reader: RecordReader, workers: int = 0) -> Iterator[str]:
         return "ok" if image.shape[:2] == (FACE_SIZE, FACE_SIZE) else "wrong_size"
 
     bar = tqdm(total=len(reader), unit=" images", desc=f"checking {reader.path.name}")
-    with bar, ThreadPoolExecutor(workers or core_count()) as pool:
+    with bar, ThreadPoolExecutor(workers or core_count(), "check") as pool:
         for start in range(0, len(reader), STEP):
             found = list(pool.map(check, range(start, min(start + STEP, len(reader)))))
             bar.update(len(found))

@@ -28,7 +28,7 @@ BLOCK_BYTES = 16 << 20
 MIN_SIDE = 20  # pixels; MTCNN finds no smaller faces
 MAX_SIDE = 1024  # larger images are searched in a smaller copy, and aligned from the whole
 USUAL_PIXELS = 250 * 250  # batches of larger images have fewer of them
-
+THREADS = "align"  # what the names of the threads begin with
 
 T = TypeVar("T")
 Batches = list[tuple[list[int], Future]]  # places in a block, and the detections to come
@@ -78,15 +78,19 @@ def align_blocks(
 
     Reading, decoding, detecting and encoding overlap, each some blocks ahead of the next. Raises
     UserError where one of the threads dies.
+
+    Close it (`contextlib.closing`) where not all blocks may be taken: the threads end with it. Left
+    to the garbage collector, they would be joined at any time and in any thread, even by one that
+    holds the lock they need to end: a deadlock.
     """
     workers = workers or core_count()
     wanted = [entry for start, stop in blocks for entry in source.entries()[start:stop]]
     contents = source.read(wanted)
     ahead = 1 + workers // 4  # blocks; each gives four threads a batch
-    reader = ThreadPoolExecutor(1)
-    pool = ThreadPoolExecutor(workers)
+    reader = ThreadPoolExecutor(1, THREADS)
+    pool = ThreadPoolExecutor(workers, THREADS)
     # the detector has threads of its own; with two batches or more it never waits for us
-    searcher = ThreadPoolExecutor(1 + workers // 2)
+    searcher = ThreadPoolExecutor(1 + workers // 2, THREADS)
 
     def load(block: tuple[int, int]) -> list[Future]:
         return [pool.submit(load_image, *next(contents)) for _ in range(*block)]
@@ -124,6 +128,7 @@ def align_blocks(
     finally:  # on Ctrl-C what is queued is dropped, not waited for
         for threads in (reader, searcher, pool):
             threads.shutdown(cancel_futures=True)
+        contents.close()  # only now: until then the reader may be inside it
 
 
 def run_ahead(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import subprocess
+import threading
 
 import cv2
 import numpy as np
@@ -17,8 +18,10 @@ import torch
 import pre_process
 from config import Config
 from evaluation.figures import _figure, _save
+from fileio.record_writer import write_dataset
 from fileio.recordio import encode_jpeg, write_bin
 from fileio.safe_files import atomic_write
+from preprocessing import index_pack
 from preprocessing import pipeline as align
 from preprocessing.detector import Detection
 from tests.helpers.faults import FailingDisk
@@ -289,6 +292,48 @@ def test_a_thread_that_dies_ends_it_with_a_sentence_and_what_is_done_stays(
     assert everything(tmp_path / "x") == everything(tmp_path / "whole")
     report = json.loads((tmp_path / "x" / "faces" / "report.json").read_text())
     assert report["resumed_at"] == len(rows)
+
+
+def live_threads(prefix):
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(prefix)]
+
+
+def test_a_failing_writer_leaves_no_thread_behind(prepare_in, tmp_path, monkeypatch):
+    """The pipeline is closed by its consumer; the garbage collector could do so in any thread."""
+    real, ended, errors = align.align_blocks, [], []
+
+    def watched(*args):
+        try:
+            yield from real(*args)
+        finally:
+            ended.append(threading.current_thread())
+
+    def failing(self, block):
+        assert live_threads(align.THREADS)
+        errors.append(UserError("the writer has failed"))
+        raise errors[0]  # kept, and with it its traceback and the frames: nothing is collected
+
+    monkeypatch.setattr(pre_process, "align_blocks", watched)
+    monkeypatch.setattr(pre_process.Journal, "append", failing)
+    assert "the writer has failed" in prepare_in(tmp_path / "x")
+    assert ended == [threading.current_thread()]
+    assert live_threads(align.THREADS) == []
+
+
+def test_a_failing_index_leaves_no_thread_behind(tmp_path, monkeypatch):
+    write_dataset(tmp_path, [encode_jpeg(np.zeros((112, 112, 3), np.uint8))] * 9, [0] * 9)
+    monkeypatch.setattr(index_pack, "STEP", 2)
+    errors = []
+
+    def failing(row):
+        assert live_threads("check")
+        errors.append(UserError("the index has failed"))
+        raise errors[0]
+
+    monkeypatch.setattr(index_pack, "format_index_row", failing)
+    with pytest.raises(UserError, match="index has failed"):
+        index_pack.index_pack(tmp_path / "train.rec", tmp_path)
+    assert live_threads("check") == []
 
 
 @pytest.fixture
