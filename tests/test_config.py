@@ -103,7 +103,7 @@ def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
 def test_a_script_reads_every_knob_it_offers(script):
     split = {"train": ("train", "training/dataset", "training/run", "training/engine")}
     split["train"] += ("training/resume",)
-    split["pre_process"] = ("pre_process", "preprocessing/sources")
+    split["pre_process"] = ("pre_process", "preprocessing/prepare", "preprocessing/sources")
     split["label_noise"] = ("tools/label_noise", "training/dataset", "training/resume")
     split["shards"] = ("fileio/shards",)
     script_file = script if script == "lfw_eval" else f"tools/{script}"

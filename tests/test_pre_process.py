@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pre_process
 from config import Config
 from fileio.images import decode_image
 from fileio.index_tsv import read_index
+from fileio.locks import locked
 from fileio.recordio import RecordReader
-from pre_process import main, prepare
+from pre_process import main
+from preprocessing.prepare import prepare
 from preprocessing.sources import find_jobs, find_sources
 from tests.helpers.paths import ROOT
 from tests.helpers.synthetic_faces import face, nobody, people, same_pixels, write_zip
@@ -344,7 +345,7 @@ def test_two_at_once_on_one_output(run, tmp_path):
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(1, 1))
     part = tmp_path / "data" / "faces_webface_112x112.part"
     part.mkdir()
-    with pre_process.locked(part, "pre_process.py"):
+    with locked(part, "pre_process.py"):
         status, _, complaints = run()
     assert status == 2
     assert f"{part} is in use by pre_process.py, process {os.getpid()} on " in complaints

@@ -16,6 +16,7 @@ from distributed.process_group import is_main, process_group, rank, world_size
 from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
+from preprocessing import prepare
 from training import run as trainer
 
 
@@ -101,5 +102,5 @@ def at_step(count, who, number):
 
 def run_pre_process(argv, block):
     """pre_process.py with blocks of so many images."""
-    pre_process.BLOCK_IMAGES = block
+    prepare.BLOCK_IMAGES = block
     pre_process.main(parse_args(argv, "pre_process"))

@@ -161,6 +161,7 @@ def test_complete_gives_the_name(tmp_path):
 KILLER = """
 import json, os, signal, sys
 import pre_process
+from preprocessing import prepare
 from preprocessing import pipeline as align
 from preprocessing import dataset_writer as journal
 from preprocessing import summary as outcome
@@ -168,7 +169,7 @@ from fileio import record_writer
 from config import parse_args
 
 source, folder = sys.argv[1:]
-pre_process.BLOCK_IMAGES = 4
+prepare.BLOCK_IMAGES = 4
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -211,8 +212,8 @@ places = {
     "in-finish": (record_writer, "atomic_write", 0),
     "property-without-idx": (record_writer, "atomic_write", 1),
     "in-pairs": (outcome, "atomic_write", 5),
-    "before-report": (pre_process, "write_report", 0),
-    "before-rename": (pre_process, "complete", 0),
+    "before-report": (prepare, "write_report", 0),
+    "before-rename": (prepare, "complete", 0),
 }
 outcomes = {"whole": child("whole", None)}
 for name, place in places.items():

@@ -21,7 +21,7 @@ from evaluation.figures import _figure, _save
 from fileio.record_writer import write_dataset
 from fileio.recordio import encode_jpeg, write_bin
 from fileio.safe_files import atomic_write
-from preprocessing import index_pack
+from preprocessing import index_pack, prepare
 from preprocessing import pipeline as align
 from preprocessing.detector import Detection
 from tests.helpers.faults import FailingDisk
@@ -154,7 +154,7 @@ def prepare_in(tmp_path, capsys, monkeypatch):
     """Prepare tiny images with a stub for a detector, in a folder; returns what it complains."""
     monkeypatch.setattr(align, "find_face", stub)
     monkeypatch.setattr(pre_process, "FaceDetector", lambda *_, **__: None)
-    monkeypatch.setattr(pre_process, "BLOCK_IMAGES", 4)
+    monkeypatch.setattr(prepare, "BLOCK_IMAGES", 4)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and no power is cut here
     source = write_zip(tmp_path / "source" / "tiny.zip", tiny_images())
 
@@ -219,7 +219,7 @@ def test_setting_aside_can_be_cut_short_anywhere(prepare_in, tmp_path, monkeypat
     """What was begun with other settings ends up in one piece in one folder."""
     folder = tmp_path / "x"
     with monkeypatch.context() as patch:
-        FailingDisk(patch, 1, calls=((pre_process, "complete"),))
+        FailingDisk(patch, 1, calls=((prepare, "complete"),))
         prepare_in(folder)
     begun = contents(folder / "faces.part", (*SET, "report.json"))
     for fail_at in range(1, 20):
@@ -246,7 +246,7 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
     assert prepare_in(tmp_path / "whole", source) == ""
-    real = pre_process.plan_blocks
+    real = prepare.plan_blocks
 
     def unmount(*args):
         blocks = real(*args)
@@ -254,7 +254,7 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
         return blocks
 
     with monkeypatch.context() as patch:
-        patch.setattr(pre_process, "plan_blocks", unmount)
+        patch.setattr(prepare, "plan_blocks", unmount)
         assert "has gone while it was being read" in prepare_in(tmp_path / "x", source)
     (tmp_path / "elsewhere").rename(source)
     assert prepare_in(tmp_path / "x", source) == ""
@@ -313,8 +313,8 @@ def test_a_failing_writer_leaves_no_thread_behind(prepare_in, tmp_path, monkeypa
         errors.append(UserError("the writer has failed"))
         raise errors[0]  # kept, and with it its traceback and the frames: nothing is collected
 
-    monkeypatch.setattr(pre_process, "align_blocks", watched)
-    monkeypatch.setattr(pre_process.Journal, "append", failing)
+    monkeypatch.setattr(prepare, "align_blocks", watched)
+    monkeypatch.setattr(prepare.Journal, "append", failing)
     assert "the writer has failed" in prepare_in(tmp_path / "x")
     assert ended == [threading.current_thread()]
     assert live_threads(align.THREADS) == []
@@ -373,7 +373,7 @@ def test_a_disk_that_turns_read_only_and_one_that_goes(
 ):
     assert prepare_in(tmp_path / "whole") == ""
     disk = small_disk("size=10m")
-    real, left = pre_process.Journal.append, [1]
+    real, left = prepare.Journal.append, [1]
 
     def append(self, block):
         left[0] -= 1
@@ -382,8 +382,8 @@ def test_a_disk_that_turns_read_only_and_one_that_goes(
         real(self, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pre_process.Journal, "append", append)
-        patch.setattr(pre_process.Journal, "command", ["umount", "-l", disk], raising=False)
+        patch.setattr(prepare.Journal, "append", append)
+        patch.setattr(prepare.Journal, "command", ["umount", "-l", disk], raising=False)
         assert "property cannot be written (No such file" in prepare_in(disk)
     assert list(disk.iterdir()) == []
     small_disk("size=10m,ro")

@@ -20,10 +20,11 @@ RUNS = """
 import json, os, random, resource, signal, sys, time
 from pathlib import Path
 import pre_process
+from preprocessing import prepare
 from config import parse_args
 
 source, folder, kills, block = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-pre_process.BLOCK_IMAGES = block
+prepare.BLOCK_IMAGES = block
 random.seed(1)
 
 def start(name, limit=None):

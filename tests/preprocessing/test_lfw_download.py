@@ -10,8 +10,9 @@ import pytest
 from sklearn.datasets import _base, _lfw
 
 from config import Config
-from pre_process import find_jobs, main
+from pre_process import main
 from preprocessing.lfw_download import download_lfw
+from preprocessing.sources import find_jobs
 from tests.helpers.synthetic_faces import face
 from utils import UserError
 

@@ -8,6 +8,7 @@ import pytest
 import pre_process
 from config import Config
 from preprocessing import pipeline as align
+from preprocessing import prepare
 from preprocessing.merge_parts import find_shards, shard_folder
 from tests.helpers.synthetic_faces import nobody, people, write_zip
 
@@ -23,10 +24,10 @@ def source(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(pre_process, "BLOCK_IMAGES", 4)
+    monkeypatch.setattr(prepare, "BLOCK_IMAGES", 4)
 
 
-def prepare(source, output, **settings):
+def run_main(source, output, **settings):
     """main's exit status."""
     where = {"source": str(source), "output": str(output), "images_dir": str(output) + "-images"}
     try:
@@ -41,8 +42,8 @@ def whole(source, tmp_path_factory):
     """The set as one process makes it."""
     output = tmp_path_factory.mktemp("whole") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pre_process, "BLOCK_IMAGES", 4)
-        assert prepare(source, output) == 0
+        patch.setattr(prepare, "BLOCK_IMAGES", 4)
+        assert run_main(source, output) == 0
     return output
 
 
@@ -61,12 +62,12 @@ def assert_same(output, whole):
 def test_parts_merged_are_the_single_run(source, whole, tmp_path, count):
     output = tmp_path / "set"
     for number in range(count, 0, -1):  # in whatever order
-        assert prepare(source, output, shard=f"{number}/{count}") == 0
+        assert run_main(source, output, shard=f"{number}/{count}") == 0
     assert len(find_shards(output)) == count
-    assert prepare(source, output, merge=True) == 0
+    assert run_main(source, output, merge=True) == 0
     print(count, "parts:", assert_same(output, whole), "bytes equal")
-    assert prepare(source, output, merge=True) == 0  # finished: nothing to do
-    assert prepare(source, output, shard="1/2") == 0
+    assert run_main(source, output, merge=True) == 0  # finished: nothing to do
+    assert run_main(source, output, shard="1/2") == 0
     assert not list(tmp_path.glob("*.shard-*"))
 
 
@@ -80,7 +81,7 @@ def test_processes_of_one_group_make_the_same_set(groups, source, whole, tmp_pat
 
 def test_a_part_that_was_killed_goes_on(source, whole, tmp_path, monkeypatch):
     output = tmp_path / "set"
-    append, calls = pre_process.Journal.append, []
+    append, calls = prepare.Journal.append, []
 
     def failing(self, block):
         calls.append(1)
@@ -88,15 +89,15 @@ def test_a_part_that_was_killed_goes_on(source, whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         append(self, block)
 
-    monkeypatch.setattr(pre_process.Journal, "append", failing)
-    assert prepare(source, output, shard="1/2") == 130
+    monkeypatch.setattr(prepare.Journal, "append", failing)
+    assert run_main(source, output, shard="1/2") == 130
     aligned = []
     load = align.load_image
     monkeypatch.setattr(align, "load_image", lambda *a: (aligned.append(1), load(*a))[1])
-    assert prepare(source, output, shard="1/2") == 0
+    assert run_main(source, output, shard="1/2") == 0
     assert len(aligned) == 4  # of the 12 of its three blocks, two blocks were done
-    assert prepare(source, output, shard="2/2") == 0
-    assert prepare(source, output, merge=True) == 0
+    assert run_main(source, output, shard="2/2") == 0
+    assert run_main(source, output, merge=True) == 0
     assert_same(output, whole)
 
 
@@ -104,16 +105,16 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
     output = tmp_path / "set"
 
     def merge():
-        assert prepare(source, output, merge=True) == 2
+        assert run_main(source, output, merge=True) == 2
         return capsys.readouterr().err
 
     assert "There is no finished part" in merge()
     for number in (1, 3):
-        assert prepare(source, output, shard=f"{number}/3") == 0
+        assert run_main(source, output, shard=f"{number}/3") == 0
     (tmp_path / "set.shard-00002-of-00003.part").mkdir()
     assert "Parts 2 of 3 of" in (text := merge())
     assert "(2 begun); run pre_process.py --shard 2/3" in text
-    assert prepare(source, output, shard="2/3") == 0
+    assert run_main(source, output, shard="2/3") == 0
     other = shard_folder(output, 1, 2)
     shutil.copytree(shard_folder(output, 1, 3), other)
     assert "has parts by 2 and by 3" in merge()
@@ -124,7 +125,7 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
     shutil.copytree(first, second)  # the first part twice, the second missing
     assert "does not hold each of its images once" in merge()
     shutil.rmtree(second)
-    assert prepare(source, output, shard="2/3") == 0
+    assert run_main(source, output, shard="2/3") == 0
 
     index = (first / "index.tsv").read_text().splitlines(keepends=True)
     for damaged in (index[:-1], [*index, index[-1]], [index[0], *index[2:], index[1]]):
@@ -135,12 +136,12 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
     (first / "train.rec").write_bytes(records[: len(records) // 2])
     assert "does not hold each of its images once" in merge()
     (first / "train.rec").write_bytes(records)
-    assert prepare(source, output, merge=True, min_face=30) == 2
+    assert run_main(source, output, merge=True, min_face=30) == 2
     assert "was made with other settings" in capsys.readouterr().err
-    assert prepare(source, output, merge=True) == 0
+    assert run_main(source, output, merge=True) == 0
 
 
 @pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "a/b", "1/4/2", "-1/4"])
 def test_wrong_parts_are_refused(source, tmp_path, capsys, shard):
-    assert prepare(source, tmp_path / "set", shard=shard) == 2
+    assert run_main(source, tmp_path / "set", shard=shard) == 2
     assert f"--shard {shard} should be like 1/4" in capsys.readouterr().err
