@@ -279,7 +279,7 @@ def build_model(
     return model
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def enable_activation_checkpointing(model: nn.Module) -> None:
     """Have the residual blocks keep their inputs only and compute the rest again in backward.
 
     It saves most of the activations' memory for a third more arithmetic (Chen et al., 1604.06174).

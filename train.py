@@ -55,11 +55,11 @@ from lfw_eval import evaluate_lfw
 from training import data_checks as checks
 from training.dataset import open_training_set
 from training.epochs import log_average, save_best_average
-from training.event_log import EventLog, NoWriter, cut_events
+from training.event_log import EventLog, NullEventLog, truncate_events
 from training.resume import open_checkpoint, resumed_config, run_folder
 from training.run import Trainer
 from training.sharded_dataset import ShardStore
-from training.step_errors import TrainingError, gpu_memory, out_of_memory
+from training.step_errors import TrainingError, describe_out_of_memory, gpu_memory
 from utils import (
     UserError,
     exit_on_user_error,
@@ -99,7 +99,7 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
         print(line, flush=True)
         # Until here it is the epoch's last step to a checkpoint, and all of this is done again.
         with trainer.finishing_epoch(points):
-            checks.warn_of_evaluation(accuracy, [point[1] for point in trainer.history["lfw"]])
+            checks.warn_if_lfw_at_chance(accuracy, [point[1] for point in trainer.history["lfw"]])
             best = trainer.best
             if not best or (accuracy, -loss) > (best["accuracy"], -best["loss"]):
                 trainer.best = {"epoch": epoch, "accuracy": accuracy, "loss": loss}
@@ -138,7 +138,7 @@ def saved_at_the_end(trainer: Trainer, writer: EventLog, run_dir: Path) -> Itera
             if evaluating:
                 flag, batch = "--eval-batch", cfg.eval_batch
             memory = gpu_memory(trainer.device)
-            why = out_of_memory(error, batch=batch, flag=flag, memory=memory)
+            why = describe_out_of_memory(error, batch=batch, flag=flag, memory=memory)
             why = f"{'Evaluating' if evaluating else 'Loading a batch'}, {why}."
         elif isinstance(error, OSError):
             why = what_failed(error)
@@ -237,7 +237,7 @@ def open_trainer(cfg: Config) -> Trainer:
     positions, classes = trainer.train_positions, faces.num_classes
     if isinstance(store, ShardStore):
         some, _ = store.whole_batch(positions, cfg.batch_size, cfg.seed, 0, 0)
-        run_on_all(lambda: checks.check_images(store, some[: checks.SAMPLE]))
+        run_on_all(lambda: checks.check_images(store, some[: checks.SAMPLE_SIZE]))
     else:
         run_on_all(lambda: checks.check_training_set(store, positions, classes, cfg.seed))
     return trainer
@@ -263,7 +263,7 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
     )
     stop_on_signals(trainer)
     if resumed and is_main():
-        cut_events(run_dir, trainer.global_step, epoch_is_open=trainer.step > 0)
+        truncate_events(run_dir, trainer.global_step, epoch_is_open=trainer.step > 0)
     with events_of(run_dir, trainer) as writer:
         if not resumed:
             writer.add_text("config", config_table(cfg))
@@ -275,7 +275,7 @@ def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
 def events_of(run_dir: Path, trainer: Trainer) -> contextlib.AbstractContextManager:
     """TensorBoard's writer for a run, in rank 0."""
     if not is_main():
-        return contextlib.nullcontext(NoWriter())
+        return contextlib.nullcontext(NullEventLog())
     # A TensorBoard that is looking on forgets, too, what was logged after the checkpoint.
     return EventLog(run_dir, trainer.global_step + 1)
 

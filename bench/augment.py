@@ -19,18 +19,18 @@ import torch
 from bench.common import Row, alone, arguments, clock, finish
 from bench.train import ours
 from tools.augment_grid import drawn_faces
-from training.augment import CHANGES, RECIPES, Recipe, augment
+from training.augment import AUGMENTATIONS, TRANSFORMS, AugmentPolicy, augment_batch
 from utils import exit_on_user_error, keep_freed_memory
 
 
-def changes(recipe: Recipe, size: int, device: torch.device, repeats: int) -> list[float]:
+def changes(recipe: AugmentPolicy, size: int, device: torch.device, repeats: int) -> list[float]:
     """Seconds of augmenting a batch, with other numbers each time."""
     keep_freed_memory()
     faces = drawn_faces(16).repeat(-(-size // 16), 1, 1, 1)[:size].to(device)
     epochs = iter(range(10**9))
 
     def work() -> None:
-        augment(faces, np.arange(size), recipe=recipe, seed=0, epoch=next(epochs))
+        augment_batch(faces, np.arange(size), policy=recipe, seed=0, epoch=next(epochs))
 
     return clock(work, device, 10 * repeats, 3)
 
@@ -39,8 +39,8 @@ def changes(recipe: Recipe, size: int, device: torch.device, repeats: int) -> li
 def main(argv: Sequence[str]) -> None:
     """Time changes, recipes and the step."""
     args = arguments("augment", __doc__, argv, network="r50", batch=32, steps=3)
-    recipes = {f"{change}, every image": Recipe(**{change: 1.0}) for change in CHANGES}
-    recipes |= {f"recipe {name}": RECIPES[name] for name in RECIPES if name != "none"}
+    recipes = {f"{change}, every image": AugmentPolicy(**{change: 1.0}) for change in TRANSFORMS}
+    recipes |= {f"recipe {name}": AUGMENTATIONS[name] for name in AUGMENTATIONS if name != "none"}
     rows = [
         Row(name, args.batch, alone(changes, recipe, args.batch, args.device, args.repeats))
         for name, recipe in recipes.items()

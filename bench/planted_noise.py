@@ -26,7 +26,7 @@ from bench.common import RESULTS
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write
-from training.sample_lists import read_keep, used_images
+from training.sample_lists import read_keep_list, training_mask
 from utils import UserError, exit_on_user_error
 
 TRUTH = "planted.tsv"
@@ -62,7 +62,7 @@ def plant(train_set: Path, output: Path, *, share: float, seed: int, keep: str =
     reader = RecordReader(train_set)
     if output.resolve() == train_set.resolve():
         raise UserError(f"{output} is the set itself; give another --output.")
-    used = used_images(reader, keep=keep)
+    used = training_mask(reader, keep=keep)
     there = np.arange(len(reader)) if used is None else np.flatnonzero(used)
     true = reader.labels[there]
     labels = permuted_labels(true, share, seed)
@@ -119,7 +119,7 @@ def judge(
 def judge_list(train_set: Path, keep: Path) -> list[dict[str, Any]]:
     """What a list is worth on a planted set, for each of LEAST; the images listed count alone."""
     reader = RecordReader(train_set)
-    true, used = read_truth(train_set / TRUTH, reader), read_keep(keep, reader)
+    true, used = read_truth(train_set / TRUTH, reader), read_keep_list(keep, reader)
     record, other = np.loadtxt(keep, np.int64, skiprows=1, usecols=(0, 3), ndmin=2).T
     listed = np.searchsorted(reader.keys, record)
     columns = reader.labels[listed], true[listed], ~used[listed], other

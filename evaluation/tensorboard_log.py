@@ -1,6 +1,7 @@
 """The test set in TensorBoard while a model trains: rates, curves, wrong pairs, and the projector.
 
-All tags begin with "lfw/": resume.cut_events knows by that what belongs to the end of an epoch.
+All tags begin with "lfw/", which tells training.event_log.truncate_events that a point belongs to
+the end of an epoch.
 """
 
 from __future__ import annotations

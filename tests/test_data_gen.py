@@ -6,7 +6,7 @@ import data_gen
 from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordError, RecordReader, encode_jpeg
-from training.augment import augmentation
+from training.augment import build_augmentation
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_max_classes_keeps_the_largest_and_renumbers_them():
 @pytest.mark.parametrize("cache", ["ram", "none"])
 def test_augmented_batches_begin_anywhere_and_validation_stays_clean(folder, cache):
     store, faces = store_of(folder, cache)
-    change = augmentation("adaface", seed=0, epoch=3)
+    change = build_augmentation("adaface", seed=0, epoch=3)
     options = {"batch_size": 8, "seed": 0, "epoch": 3, "augment": change}
     whole = list(train_batches(store, faces.train, **options))
     rest = list(train_batches(store, faces.train, **options, first_step=4))

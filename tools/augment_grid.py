@@ -22,7 +22,7 @@ from fileio.images import decode_image
 from fileio.recordio import encode_jpeg
 from fileio.safe_files import atomic_write, make_folder
 from tools.synthetic import Task, draw_image
-from training.augment import CHANGES, RECIPES, Recipe, augment
+from training.augment import AUGMENTATIONS, TRANSFORMS, AugmentPolicy, augment_batch
 from utils import FACE_SIZE, exit_on_user_error
 
 FACES = 8
@@ -37,11 +37,11 @@ def drawn_faces(count: int) -> Tensor:
 
 def rows(faces: Tensor) -> dict[str, Tensor]:
     """The faces as they are, under each change by itself, and under each recipe, by name."""
-    recipes = {change.replace("_", " "): Recipe(**{change: 1.0}) for change in CHANGES}
-    recipes |= {name: recipe for name, recipe in RECIPES.items() if name != "none"}
+    recipes = {change.replace("_", " "): AugmentPolicy(**{change: 1.0}) for change in TRANSFORMS}
+    recipes |= {name: recipe for name, recipe in AUGMENTATIONS.items() if name != "none"}
     found = {"as they are": faces}
     for name, recipe in recipes.items():
-        found[name] = augment(faces, np.arange(len(faces)), recipe=recipe, seed=SEED, epoch=0)
+        found[name] = augment_batch(faces, np.arange(len(faces)), policy=recipe, seed=SEED, epoch=0)
     return found
 
 

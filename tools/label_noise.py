@@ -38,7 +38,7 @@ from evaluation.embedders import Embed, InputSpec, load_embedder
 from fileio.checkpoint_file import load_checkpoint
 from training.dataset import open_training_set
 from training.resume import check_run, fingerprint, resumed_config
-from training.sample_lists import KeepList, write_keep
+from training.sample_lists import KeepList, write_keep_list
 from training.sharded_dataset import ShardStore
 from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
 
@@ -144,7 +144,7 @@ def main(cfg: Config) -> None:
         found.other_angle,
         kept,
     )
-    write_keep(output, rows)
+    write_keep_list(output, rows)
     nearer, far = found.nearer() > cfg.nearer_by, found.angle > cfg.max_angle
     print(
         f"{len(kept):,} images, {np.median(found.angle):.1f} degrees from their class in the "

@@ -14,8 +14,8 @@ from torch import Tensor
 from data_gen import ImageStore, epoch_order
 from utils import TEMPLATE, UserError
 
-SAMPLE = 256  # images looked at
-ENOUGH = 32  # fewer say nothing about the colour and the place of eyes
+SAMPLE_SIZE = 256  # images looked at
+MIN_SAMPLE = 32  # fewer say nothing about the colour and the place of eyes
 
 
 def check_training_set(
@@ -27,11 +27,13 @@ def check_training_set(
     UserError where training could not work.
     """
     check_labels(store.labels, num_classes)
-    check_order(store.labels[torch.from_numpy(positions).to(store.device)].cpu().numpy(), seed)
-    warning = classes_warning(store.reader.num_classes, num_classes, len(store.reader.labels))
+    check_shuffled(store.labels[torch.from_numpy(positions).to(store.device)].cpu().numpy(), seed)
+    warning = missing_classes_warning(
+        store.reader.num_classes, num_classes, len(store.reader.labels)
+    )
     if warning:
         print(f"Warning: {warning}")
-    check_images(store, np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE])
+    check_images(store, np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE_SIZE])
 
 
 def check_images(store: ImageStore, chosen: np.ndarray) -> None:
@@ -44,7 +46,7 @@ def check_images(store: ImageStore, chosen: np.ndarray) -> None:
     images = images[np.isin(chosen, store.good(chosen))]  # without a cache, bad ones show only now
     if not len(images):
         raise UserError(f"None of {len(chosen)} sampled images can be decoded; see --train-set.")
-    warnings = [check_constant(images), colour_warning(images), eyes_warning(images)]
+    warnings = [check_not_constant(images), bgr_warning(images), alignment_warning(images)]
     for warning in filter(None, warnings):
         print(f"Warning: {warning}")
 
@@ -67,7 +69,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         )
 
 
-def classes_warning(declared: int, num_classes: int, images: int) -> str:
+def missing_classes_warning(declared: int, num_classes: int, images: int) -> str:
     """What to say of a set that declares more identities than its images show; empty if nothing.
 
     Sets of the zoo may have lost some, and --max-classes leaves some out: neither is worth a word
@@ -81,7 +83,7 @@ def classes_warning(declared: int, num_classes: int, images: int) -> str:
     )
 
 
-def check_order(labels: np.ndarray, seed: int) -> None:
+def check_shuffled(labels: np.ndarray, seed: int) -> None:
     """Raise UserError if an epoch's order keeps images of one identity together.
 
     `labels` (n,) are those of the images to train on. In shuffled order two neighbours share an
@@ -101,7 +103,7 @@ def check_order(labels: np.ndarray, seed: int) -> None:
         )
 
 
-def check_constant(images: np.ndarray) -> str:
+def check_not_constant(images: np.ndarray) -> str:
     """What to say of (n, 112, 112, 3) images of one colour, empty if there are none.
 
     Raises UserError where none shows anything, or all show the same.
@@ -118,7 +120,7 @@ def check_constant(images: np.ndarray) -> str:
     return f"{blank.sum()} of {len(images)} sampled images are of one colour; is the set damaged?"
 
 
-def colour_warning(images: np.ndarray) -> str:
+def bgr_warning(images: np.ndarray) -> str:
     """What to say of (n, 112, 112, 3) images with red and blue swapped, empty if they are not.
 
     Skin is redder than blue. In the middle of aligned faces the mean of R - B is about +60 of 255
@@ -126,7 +128,7 @@ def colour_warning(images: np.ndarray) -> str:
     """
     face = images[:, 40:100, 30:82].reshape(len(images), -1, 3).mean(1)
     difference = float(np.mean(face[:, 0] - face[:, 2]))
-    if len(images) < ENOUGH or difference > -5:
+    if len(images) < MIN_SAMPLE or difference > -5:
         return ""
     return (
         f"the faces are bluer than red (R - B is {difference:.0f} on average, +60 is usual): their "
@@ -155,10 +157,10 @@ def find_eyes(images: np.ndarray) -> tuple[float, float, float]:
     return float(2 * half[0, column]), float(rows[row, 0]), float(contrast[row, column])
 
 
-def eyes_warning(images: np.ndarray) -> str:
+def alignment_warning(images: np.ndarray) -> str:
     """What to say of (n, 112, 112, 3) images that are not on the template, empty if they are."""
     distance, y, contrast = find_eyes(images)
-    if len(images) < ENOUGH or (30 <= distance <= 45 and 47 <= y <= 57 and contrast > 15):
+    if len(images) < MIN_SAMPLE or (30 <= distance <= 45 and 47 <= y <= 57 and contrast > 15):
         return ""
     if contrast <= 15:
         found = "the mean of the images shows no eyes"
@@ -170,7 +172,7 @@ def eyes_warning(images: np.ndarray) -> str:
     )
 
 
-def warn_of_evaluation(accuracy: float, lfw: list[float]) -> None:
+def warn_if_lfw_at_chance(accuracy: float, lfw: list[float]) -> None:
     """Say so where people are told apart in training and not on LFW: the evaluation is broken.
 
     `accuracy` is that of this epoch on the images that choose the best, `lfw` LFW's so far. A

@@ -15,7 +15,7 @@ from data_gen import ImageStore, Split, split
 from distributed.process_group import is_main
 from fileio.recordio import RecordReader
 from fileio.shards import ShardReader, is_sharded
-from training.sample_lists import used_images
+from training.sample_lists import training_mask
 from training.sharded_dataset import ShardOrder, ShardStore
 from utils import UserError
 
@@ -31,7 +31,7 @@ def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Sp
     if is_sharded(folder):
         return open_shards(cfg, folder, device)
     reader = RecordReader(folder)
-    used = used_images(reader, keep=cfg.keep, hold_out=cfg.hold_out)
+    used = training_mask(reader, keep=cfg.keep, hold_out=cfg.hold_out)
     if used is not None:
         print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} images.")
     faces = split(

@@ -1,8 +1,8 @@
 """An exponential moving average of a network's weights, evaluated beside them.
 
-    average = WeightAverage(model, 0.999)
+    average = ModelEMA(model, 0.999)
     average.update(step)        # after each step of the optimiser
-    with average.in_place():    # the network has the averaged weights for the block
+    with average.applied():    # the network has the averaged weights for the block
         ...
 
 Averaged are the weights and batch normalisation's running statistics (Polyak and Juditsky 1992).
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 
-class WeightAverage:
+class ModelEMA:
     """a = d·a + (1 − d)·w after every step, d = min(decay, (1 + step) / (10 + step)).
 
     The second bound lets the first steps, taken from random weights, be forgotten.
@@ -37,7 +37,7 @@ class WeightAverage:
         torch._foreach_lerp_(list(self.average.values()), live, rate)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Have the network use the averaged weights, and put its own back afterwards."""
         own = {k: v.detach().clone() for k, v in self.live.items()}
         self._fill(self.live, self.average)
@@ -46,12 +46,12 @@ class WeightAverage:
         finally:
             self._fill(self.live, own)
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The averages, for a checkpoint."""
         return dict(self.average)
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go back to what `state` returned; KeyError or RuntimeError where it is another's."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go back to what `state_dict` returned; KeyError or RuntimeError where it is another's."""
         self._fill(self.average, state)
 
     @staticmethod

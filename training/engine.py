@@ -17,8 +17,8 @@ from fileio.checkpoint_file import load_momentum
 from focal_loss import FocalLoss
 from heads.partial_fc import HeadLoss, PartialFC
 from heads.registry import MARGINS, MarginHead, build_head
-from models import build_model, checkpoint_activations
-from training.ema import WeightAverage
+from models import build_model, enable_activation_checkpointing
+from training.ema import ModelEMA
 from utils import UserError, has_bfloat16
 
 MANY_LOGITS = 1 << 28  # a gigabyte of them: more are computed in chunks in one process, too
@@ -44,7 +44,7 @@ class Learner:
                 f"{world_size()} processes in {cfg.accumulate} parts; take a larger one."
             )
         if cfg.checkpoint_activations:
-            checkpoint_activations(model)
+            enable_activation_checkpointing(model)
         if cfg.sync_bn:
             model = convert_sync_batch_norm(model, device)
         self.model = model.to(device, memory_format=torch.channels_last)
@@ -64,7 +64,7 @@ class Learner:
             momentum=cfg.momentum,
             fused=device.type in ("cpu", "cuda"),
         )
-        self.ema = WeightAverage(self.model, cfg.ema) if cfg.ema else None
+        self.ema = ModelEMA(self.model, cfg.ema) if cfg.ema else None
         self.amp = cfg.amp and has_bfloat16(device)
         self.width = -(-cfg.batch_size // world_size())  # most images of a batch for a process
 
@@ -213,7 +213,7 @@ class Learner:
                 state["momentum_buffer"] = gather_to_main(momentum, self.num_classes)
                 optimizer["state"] = {**optimizer["state"], last: state}
         state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
-        return state if self.ema is None else {**state, "ema": self.ema.state()}
+        return state if self.ema is None else {**state, "ema": self.ema.state_dict()}
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Go back to what `state` returned, in however many processes that was.
@@ -231,7 +231,7 @@ class Learner:
         self.head.load_state_dict({k: v[shard] for k, v in state["head"].items()})
         load_momentum(self.optimizer, optimizer, path)
         if self.ema is not None:
-            self.ema.load(state["ema"])
+            self.ema.load_state_dict(state["ema"])
 
     def is_finite(self) -> bool:
         """Whether all weights and running statistics, of all processes, are numbers."""

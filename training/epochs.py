@@ -1,7 +1,7 @@
 """What a run says of its averaged weights after an epoch, and best_ema.pt.
 
 TensorBoard's tags begin with "valid/" and "lfw/" like those of the raw weights, by which
-resume.cut_events knows them.
+event_log.truncate_events knows them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def log_average(
     loss, accuracy) on the held-out images and "ema_lfw" (epoch, accuracy, threshold).
     """
     epoch, step, line = trainer.epoch + 1, trainer.global_step, ""
-    with trainer.learner.ema.in_place():
+    with trainer.learner.ema.applied():
         if len(trainer.valid_positions):
             loss, accuracy = trainer.validate()
             points["ema"] = [(epoch, loss, accuracy)]
@@ -57,6 +57,6 @@ def save_best_average(trainer: Trainer, path: Path) -> None:
     ranks = [(accuracy, -loss) for _, loss, accuracy in trainer.history.get("ema", [])]
     if ranks and any(earlier >= ranks[-1] for earlier in ranks[:-1]):
         return
-    with trainer.learner.ema.in_place():
+    with trainer.learner.ema.applied():
         state = {k: v for k, v in trainer.state().items() if k not in NOT_KEPT}
         run_on_main(lambda: save_checkpoint(path, state))

@@ -52,7 +52,7 @@ class EventLog(SummaryWriter):
             self.close()
 
 
-class NoWriter:
+class NullEventLog:
     """TensorBoard's writer in the processes that do not write."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -65,7 +65,7 @@ class NoWriter:
         """Do nothing."""
 
 
-def cut_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
+def truncate_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
     """Take out of TensorBoard's files what was logged after the checkpoint at global step `step`.
 
     The run logs it again. At `step` itself, training's points stay, and those of validation and
@@ -73,7 +73,11 @@ def cut_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
     """
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         data = path.read_bytes()
-        kept = [frame for frame, event in _frames(data) if _is_before(event, step, epoch_is_open)]
+        kept = [
+            frame
+            for frame, event in read_event_frames(data)
+            if _is_before(event, step, epoch_is_open)
+        ]
         if sum(map(len, kept)) < len(data):
             with atomic_write(path) as file:
                 file.writelines(kept)
@@ -85,7 +89,7 @@ def _is_before(event: Event, step: int, epoch_is_open: bool) -> bool:
     return not any(value.tag.startswith(("valid/", "lfw/")) for value in event.summary.value)
 
 
-def _frames(data: bytes) -> list[tuple[bytes, Event]]:
+def read_event_frames(data: bytes) -> list[tuple[bytes, Event]]:
     """The whole records of a TFRecord file: (size, its CRC, an Event, its CRC) each."""
     found, start = [], 0
     while start + 16 <= len(data):
@@ -101,7 +105,7 @@ def _frames(data: bytes) -> list[tuple[bytes, Event]]:
     return found
 
 
-def sync_events(run_dir: Path) -> None:
+def fsync_events(run_dir: Path) -> None:
     """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
     files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
     for path in files[-1:]:

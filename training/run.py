@@ -35,12 +35,18 @@ from fileio.checkpoint_file import (
     set_torch_states,
     torch_states,
 )
-from training.augment import augmentation
+from training.augment import build_augmentation
 from training.engine import Learner
-from training.event_log import EventLog, sync_events
+from training.event_log import EventLog, fsync_events
 from training.resume import fingerprint
 from training.schedule import learning_rate
-from training.step_errors import TrainingError, fixed_memory, gpu_memory, not_finite, out_of_memory
+from training.step_errors import (
+    TrainingError,
+    describe_out_of_memory,
+    fixed_gpu_memory,
+    gpu_memory,
+    non_finite_error,
+)
 from utils import UserError, is_out_of_memory
 
 
@@ -101,10 +107,10 @@ class Trainer:
             epoch=self.epoch,
             first_step=self.step,
             flip=cfg.flip,
-            augment=augmentation(cfg.augment, seed=cfg.seed, epoch=self.epoch),
+            augment=build_augmentation(cfg.augment, seed=cfg.seed, epoch=self.epoch),
         )
         title = f"epoch {self.epoch + 1}/{cfg.epochs}"
-        fixed = fixed_memory(self.learner.optimizer, self.device)
+        fixed = fixed_gpu_memory(self.learner.optimizer, self.device)
         shown = {"desc": title, "unit": "step", "leave": False, "disable": not is_main()}
         with tqdm(total=self.steps, initial=self.step, **shown) as bar:
             began, first = time.perf_counter(), self.step
@@ -214,7 +220,7 @@ class Trainer:
         positions, flips = self.store.whole_batch(
             self.train_positions, self.cfg.batch_size, self.cfg.seed, self.epoch, step.number
         )
-        raise not_finite(
+        raise non_finite_error(
             path,
             self.store,
             positions,
@@ -224,12 +230,12 @@ class Trainer:
                 **{"scale": self.cfg.margin_s, "epoch": self.epoch, "step": step.number},
                 **{"steps": self.steps, "random": step.random},
             },
-            augmentation(self.cfg.augment, seed=self.cfg.seed, epoch=self.epoch),
+            build_augmentation(self.cfg.augment, seed=self.cfg.seed, epoch=self.epoch),
         )
 
     def memory_error(self, error: BaseException, fixed: int) -> TrainingError:
         """What to say of a step for which memory did not suffice."""
-        why = out_of_memory(
+        why = describe_out_of_memory(
             error,
             batch=self.cfg.batch_size,
             flag="--batch-size",
@@ -331,7 +337,7 @@ class Trainer:
 
         def write() -> None:
             writer.flush()
-            sync_events(run_dir)
+            fsync_events(run_dir)
             save_last(run_dir, state, self.cfg.keep_checkpoints)
 
         run_on_main(write)

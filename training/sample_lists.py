@@ -1,6 +1,6 @@
 """Which images of a training set are trained on: the lists that leave some of them out.
 
-    used = used_images(reader, keep="data/keep.tsv", hold_out="data/held_out.txt")    # (n,) bool
+    used = training_mask(reader, keep="data/keep.tsv", hold_out="data/held_out.txt")    # (n,) bool
 
 held_out.txt has a class of train.rec a line, under a line that says which records it speaks of.
 keep.tsv has an image a line, with columns record, label, angle, other, other_angle and kept, of
@@ -67,7 +67,7 @@ class KeepList(NamedTuple):
     kept: np.ndarray  # bool
 
 
-def write_keep(path: Path | str, rows: KeepList) -> None:
+def write_keep_list(path: Path | str, rows: KeepList) -> None:
     """Write keep.tsv."""
     path = Path(path)
     make_folder(path.parent)
@@ -77,7 +77,7 @@ def write_keep(path: Path | str, rows: KeepList) -> None:
             file.write(f"{record}\t{label}\t{angle:.2f}\t{other}\t{far:.2f}\t{int(kept)}\n")
 
 
-def read_keep(path: Path | str, reader: RecordReader) -> np.ndarray:
+def read_keep_list(path: Path | str, reader: RecordReader) -> np.ndarray:
     """Which of the reader's images a keep.tsv leaves, (n,) bool; those not listed stay.
 
     UserError where it is none, or speaks of other records or labels.
@@ -105,11 +105,11 @@ def read_keep(path: Path | str, reader: RecordReader) -> np.ndarray:
     return used
 
 
-def used_images(reader: RecordReader, *, keep: str = "", hold_out: str = "") -> np.ndarray | None:
+def training_mask(reader: RecordReader, *, keep: str = "", hold_out: str = "") -> np.ndarray | None:
     """Which of the reader's images both lists leave to train on, (n,) bool; None: all of them."""
     if not keep and not hold_out:
         return None
-    used = read_keep(keep, reader) if keep else np.ones(len(reader), bool)
+    used = read_keep_list(keep, reader) if keep else np.ones(len(reader), bool)
     if hold_out:
         used &= ~np.isin(reader.labels, read_held_out(hold_out, reader))
     return used

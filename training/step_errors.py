@@ -20,7 +20,7 @@ class TrainingError(UserError):
     """A step went wrong; what it changed is not to be saved, the checkpoint before it stays."""
 
 
-def not_finite(
+def non_finite_error(
     path: Path,
     store: ImageStore,
     positions: np.ndarray,
@@ -92,7 +92,7 @@ def gpu_memory(device: torch.device) -> GpuMemory | None:
     )
 
 
-def fixed_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+def fixed_gpu_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Bytes on a GPU that no smaller batch saves: cache, weights, gradients, momentum.
 
     Between two steps only; from here on the peak is measured anew. 0 for other devices.
@@ -107,7 +107,7 @@ def fixed_memory(optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) + missing
 
 
-def batch_that_fits(batch: int, asked: int, fixed: int, memory: GpuMemory) -> int:
+def largest_fitting_batch(batch: int, asked: int, fixed: int, memory: GpuMemory) -> int:
     """The largest power of two under `batch` that should fit, 0 if not even two images do.
 
     `fixed` bytes are needed whatever the batch is; what a step took on top when it failed, with
@@ -122,27 +122,27 @@ def batch_that_fits(batch: int, asked: int, fixed: int, memory: GpuMemory) -> in
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-def asked_bytes(error: BaseException) -> int:
+def requested_bytes(error: BaseException) -> int:
     """How many bytes an out-of-memory error says were asked for, 0 where it does not say."""
     found = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)", str(error))
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
-def out_of_memory(
+def describe_out_of_memory(
     error: BaseException, *, batch: int, flag: str, fixed: int = 0, memory: GpuMemory | None = None
 ) -> str:
     """What was asked for, what was free, which batch size would fit: clauses for a sentence.
 
     `flag` is the setting that `batch` came from, `memory` the GPU's, None for main memory.
     """
-    asked = asked_bytes(error)
+    asked = requested_bytes(error)
     words = ["the GPU's memory is full" if memory else "memory is full"]
     if asked:
         words.append(f"{asked / 2**30:,.2f} GiB were asked for")
     fits = batch // 2
     if memory:
         words.append(f"{memory.free / 2**30:,.2f} GiB were free")
-        fits = batch_that_fits(batch, asked, fixed, memory)
+        fits = largest_fitting_batch(batch, asked, fixed, memory)
     if fits >= 2:
         words.append(f"{flag} {fits} should fit in place of {batch}")
     else:

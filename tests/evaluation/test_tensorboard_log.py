@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from evaluation.tensorboard_log import PROJECTED, SPRITE, log_evaluation, log_projector, pair_grid
 from tests.evaluation.test_report import make_result
 from tests.helpers.tiny import hostile_names
-from training.event_log import cut_events
+from training.event_log import truncate_events
 
 
 def read(folder):
@@ -56,7 +56,7 @@ def test_an_open_epochs_evaluation_is_cut_away_whole(tmp_path):
     with SummaryWriter(tmp_path) as writer:
         writer.add_scalar("train/loss", 1.0, 4)
         log_evaluation(writer, make_result(tmp_path), 4)
-    cut_events(tmp_path, 4, epoch_is_open=True)
+    truncate_events(tmp_path, 4, epoch_is_open=True)
     shown = read(tmp_path)
     tags = shown.Tags()
     assert (tags["scalars"], tags["images"], tags["tensors"]) == (["train/loss"], [], [])

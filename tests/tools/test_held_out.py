@@ -15,7 +15,7 @@ from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader, encode_jpeg
 from tools import held_out
 from tools.held_out import choose_identities, make_pairs
-from training.sample_lists import read_held_out, used_images, write_held_out
+from training.sample_lists import read_held_out, training_mask, write_held_out
 from utils import UserError
 
 PEOPLE, EACH = 60, 5
@@ -93,7 +93,7 @@ def test_held_out_identities_are_not_trained_on(folder, tmp_path):
     reader, path = RecordReader(folder), tmp_path / "a" / "held_out.txt"
     write_held_out(path, reader, np.array([3, 10, 59]))
     assert read_held_out(path, reader).tolist() == [3, 10, 59]
-    used = used_images(reader, hold_out=str(path))
+    used = training_mask(reader, hold_out=str(path))
     faces = split(reader.labels, valid_fraction=0.2, used=used)
     assert faces.num_classes == 57
     assert set(reader.labels[faces.indices]) == set(range(60)) - {3, 10, 59}

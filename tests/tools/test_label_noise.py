@@ -12,7 +12,7 @@ from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader, encode_jpeg
 from tests.evaluation.test_embedders import write_onnx
 from tools import label_noise
-from training.sample_lists import KeepList, read_keep, write_keep
+from training.sample_lists import KeepList, read_keep_list, write_keep_list
 from utils import UserError
 
 PEOPLE, EACH, WRONG = 12, 20, 24
@@ -41,21 +41,21 @@ def test_a_list_is_read_as_it_was_written_and_another_sets_refused(noisy, tmp_pa
     some = np.arange(0, len(reader), 2)
     angles = np.linspace(0, 90, len(some))
     rows = KeepList(reader.keys[some], reader.labels[some], angles, some, angles, ~wrong[some])
-    write_keep(path, rows)
-    used = read_keep(path, reader)
+    write_keep_list(path, rows)
+    used = read_keep_list(path, reader)
     assert np.array_equal(used[some], ~wrong[some])
     assert used[1::2].all()
-    write_keep(path, rows._replace(label=rows.label + 1))
+    write_keep_list(path, rows._replace(label=rows.label + 1))
     with pytest.raises(UserError, match=r"other records.* line 2 speaks of record 1 with label 1"):
-        read_keep(path, reader)
-    write_keep(path, rows)
+        read_keep_list(path, reader)
+    write_keep_list(path, rows)
     whole = path.read_text()
     for text, why in ((whole[7:], "no list"), (whole[:-4], "cannot be read"), ("", "no list")):
         path.write_text(text)
         with pytest.raises(UserError, match=why):
-            read_keep(path, reader)
+            read_keep_list(path, reader)
     with pytest.raises(UserError, match="label_noise"):
-        read_keep(tmp_path / "none.tsv", reader)
+        read_keep_list(tmp_path / "none.tsv", reader)
 
 
 def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
@@ -68,7 +68,7 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     train.main(parse_args(f"{flags} 3".split(), "train"))
     label_noise.main(parse_args(where.split(), "label_noise"))
     reader = RecordReader(folder)
-    used = read_keep(tmp_path / "keep.tsv", reader)
+    used = read_keep_list(tmp_path / "keep.tsv", reader)
     dropped = ~used
     found = (dropped & wrong).sum()
     print(f"recall {found / wrong.sum():.3f}, precision {found / dropped.sum():.3f}")
@@ -120,7 +120,7 @@ def write_pattern_model(path):
 def test_a_model_of_others_finds_what_bench_plants(noisy, tmp_path, capsys):
     folder, wrong, _ = noisy
     rows = RecordReader(folder)
-    write_keep(
+    write_keep_list(
         tmp_path / "right.tsv", KeepList(rows.keys, rows.labels, *np.zeros((3, 240)), ~wrong)
     )
     keep, planted = tmp_path / "keep.tsv", tmp_path / "planted"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from config import Config
-from models import build_model, checkpoint_activations
+from models import build_model, enable_activation_checkpointing
 from training.engine import Learner
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_activations_computed_twice_change_no_bit(network):
     torch.manual_seed(0)
     plain = build_model(network, 16, dropout=0.4)
     twice = copy.deepcopy(plain)
-    checkpoint_activations(twice)
+    enable_activation_checkpointing(twice)
     assert list(twice.state_dict()) == list(plain.state_dict())
     images = torch.randn(4, 3, 112, 112)
     for model in (plain, twice):
@@ -78,7 +78,7 @@ def test_far_fewer_activations_are_kept():
     for twice in (False, True):
         model = build_model("r18", 16)
         if twice:
-            checkpoint_activations(model)
+            enable_activation_checkpointing(model)
         sizes = {}
 
         def pack(tensor, sizes=sizes):

@@ -7,14 +7,14 @@ import torchvision.transforms.functional as TF
 from tools.augment_grid import drawn_faces
 from training import augment
 from training.augment import (
-    CHANGES,
-    DOWN,
-    ORDERS,
-    RECIPES,
-    UP,
-    Recipe,
-    augmentation,
-    random_numbers,
+    AUGMENTATIONS,
+    DOWNSAMPLING,
+    JITTER_ORDERS,
+    TRANSFORMS,
+    UPSAMPLING,
+    AugmentPolicy,
+    build_augmentation,
+    hashed_uniform,
 )
 
 INTERPOLATIONS = {
@@ -38,13 +38,13 @@ def as_images(images):
 # ------------------------------------------------------------------------------ one by one
 
 
-@pytest.mark.parametrize("down", DOWN)
-@pytest.mark.parametrize("up", UP)
+@pytest.mark.parametrize("down", DOWNSAMPLING)
+@pytest.mark.parametrize("up", UPSAMPLING)
 def test_low_resolution_is_opencvs(faces, down, up):
     # At some sizes (36, 72, 100 ...) OpenCV's nearest, which computes in floating point, takes the
     # pixel before the one that k * 112 / size says.
     small = np.array([22, 23, 28, 37, 45, 56, 60, 75, 90, 99, 111, 112])
-    ways = torch.full((12,), DOWN.index(down)), torch.full((12,), UP.index(up))
+    ways = torch.full((12,), DOWNSAMPLING.index(down)), torch.full((12,), UPSAMPLING.index(up))
     found = augment.lower_resolution(faces, torch.from_numpy(small), *ways)
     for image, result, size in zip(as_images(faces), as_images(found), small, strict=True):
         expected = cv2.resize(image, (size, size), interpolation=INTERPOLATIONS[down])
@@ -54,7 +54,7 @@ def test_low_resolution_is_opencvs(faces, down, up):
 
 def test_blur_is_opencvs_within_the_image(faces):
     sigmas = np.linspace(0.3, 3, 12, dtype=np.float32)
-    found = augment.blur(faces, torch.from_numpy(sigmas))
+    found = augment.gaussian_blur(faces, torch.from_numpy(sigmas))
     for image, result, sigma in zip(as_images(faces), as_images(found), sigmas, strict=True):
 
         def gauss(image, sigma=float(sigma)):
@@ -67,8 +67,8 @@ def test_blur_is_opencvs_within_the_image(faces):
 def test_jitter_is_torchvisions_in_any_order(faces):
     rng = np.random.default_rng(0)
     factors = rng.uniform(0.5, 1.5, (12, 3)).astype(np.float32)
-    orders = ORDERS[np.arange(12) % 6]
-    found = augment.jitter(faces, torch.from_numpy(factors), torch.from_numpy(orders))
+    orders = JITTER_ORDERS[np.arange(12) % 6]
+    found = augment.colour_jitter(faces, torch.from_numpy(factors), torch.from_numpy(orders))
     steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
     for i in range(12):
         expected = faces[i] / 255
@@ -79,12 +79,12 @@ def test_jitter_is_torchvisions_in_any_order(faces):
 
 def test_grey_is_torchvisions(faces):
     expected = TF.rgb_to_grayscale(faces / 255, 3)
-    torch.testing.assert_close(augment.grey(faces) / 255, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(augment.to_grey(faces) / 255, expected, rtol=0, atol=1e-5)
 
 
 def test_crop_keeps_the_rectangle_where_it_is(faces):
-    boxes = augment.crop_boxes(np.random.default_rng(0).random((12, 4)), 0.2)
-    found = augment.crop(faces, torch.from_numpy(boxes))
+    boxes = augment.random_crop_boxes(np.random.default_rng(0).random((12, 4)), 0.2)
+    found = augment.zero_outside(faces, torch.from_numpy(boxes))
     for image, result, (top, left, height, width) in zip(faces, found, boxes, strict=True):
         expected = torch.zeros_like(image)
         inside = slice(None), slice(top, top + height), slice(left, left + width)
@@ -93,7 +93,7 @@ def test_crop_keeps_the_rectangle_where_it_is(faces):
 
 
 def test_crops_are_as_large_and_as_wide_as_they_say():
-    boxes = augment.crop_boxes(np.random.default_rng(0).random((20000, 4)), 0.2)
+    boxes = augment.random_crop_boxes(np.random.default_rng(0).random((20000, 4)), 0.2)
     assert boxes[:, :2].min() == 0
     assert (boxes[:, :2] + boxes[:, 2:]).max() == 112
     area, aspect = boxes[:, 2:].prod(1) / 112**2, boxes[:, 3] / boxes[:, 2]
@@ -109,14 +109,14 @@ def test_crops_are_as_large_and_as_wide_as_they_say():
 
 
 def test_random_numbers_are_even_and_apart():
-    drawn = random_numbers(np.arange(20000), seed=0, epoch=0, count=5)
+    drawn = hashed_uniform(np.arange(20000), seed=0, epoch=0, count=5)
     assert drawn.min() >= 0
     assert drawn.max() < 1
     histogram = np.stack([np.histogram(column, 10, (0, 1))[0] for column in drawn.T])
     assert np.all(abs(histogram - 2000) < 200)
     assert np.all(abs(np.corrcoef(drawn.T) - np.eye(5)) < 0.03)
     for seed, epoch in ((1, 0), (0, 1)):
-        other = random_numbers(np.arange(20000), seed, epoch, 5)
+        other = hashed_uniform(np.arange(20000), seed, epoch, 5)
         assert abs(np.corrcoef(drawn[:, 0], other[:, 0])[0, 1]) < 0.03
 
 
@@ -124,7 +124,7 @@ def test_random_numbers_are_even_and_apart():
 def test_a_batch_is_its_images_one_by_one(name):
     faces, positions = drawn_faces(4).repeat(16, 1, 1, 1), np.arange(100, 164)
     before = faces.clone()
-    change = augmentation(name, seed=3, epoch=2)
+    change = build_augmentation(name, seed=3, epoch=2)
     together = change(faces, positions)
     assert together.dtype == torch.uint8
     assert together.shape == faces.shape
@@ -135,26 +135,26 @@ def test_a_batch_is_its_images_one_by_one(name):
         # Sums may come out in another order, and half a level to another side.
         assert (alone.int() - together[part].int()).abs().max() <= 1
     assert torch.equal(change(faces, positions), together)
-    assert not torch.equal(augmentation(name, seed=3, epoch=3)(faces, positions), together)
+    assert not torch.equal(build_augmentation(name, seed=3, epoch=3)(faces, positions), together)
 
 
 def test_as_many_images_are_changed_as_the_recipe_says():
     faces, positions = drawn_faces(1).expand(512, -1, -1, -1), np.arange(512)
-    for name, recipe in RECIPES.items():
-        change = augmentation(name, seed=0, epoch=0)
+    for name, policy in AUGMENTATIONS.items():
+        change = build_augmentation(name, seed=0, epoch=0)
         if name == "none":
             assert change is None
             continue
         touched = (change(faces, positions) != faces).flatten(1).any(1).float().mean().item()
-        kept = np.prod([1 - getattr(recipe, change) for change in CHANGES])
+        kept = np.prod([1 - getattr(policy, change) for change in TRANSFORMS])
         assert touched == pytest.approx(1 - kept, abs=0.06)  # 2.7 standard errors
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", TRANSFORMS)
 def test_each_change_changes_a_face_and_leaves_it_a_face(change):
     faces = drawn_faces(8)
-    recipe = Recipe(**{change: 1.0})
-    changed = augment.augment(faces, np.arange(8), recipe=recipe, seed=0, epoch=0).float()
+    policy = AugmentPolicy(**{change: 1.0})
+    changed = augment.augment_batch(faces, np.arange(8), policy=policy, seed=0, epoch=0).float()
     assert (changed != faces).flatten(1).any(1).all()
     for face, result in zip(faces.float(), changed, strict=True):
         seen = result.sum(2) > 0  # a crop blackens the rest

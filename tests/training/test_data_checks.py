@@ -69,12 +69,12 @@ def test_faces_off_the_template_get_a_warning(tmp_path, faces, images, capsys):
 
 def test_real_faces_pass_and_their_opposites_do_not(real_faces, capsys):
     reader = RecordReader(real_faces / "faces_mixed_112x112")
-    chosen = np.random.default_rng(1).permutation(len(reader))[: checks.SAMPLE]
+    chosen = np.random.default_rng(1).permutation(len(reader))[: checks.SAMPLE_SIZE]
     images = np.stack([reader.image(int(i)) for i in chosen])
-    assert checks.colour_warning(images) == checks.eyes_warning(images) == ""
-    assert checks.check_constant(images) == ""
-    assert "BGR" in checks.colour_warning(images[..., ::-1])
-    assert "at y = 6" in checks.eyes_warning(images[:, ::-1])
+    assert checks.bgr_warning(images) == checks.alignment_warning(images) == ""
+    assert checks.check_not_constant(images) == ""
+    assert "BGR" in checks.bgr_warning(images[..., ::-1])
+    assert "at y = 6" in checks.alignment_warning(images[:, ::-1])
     parts = split(reader.labels, valid_fraction=0.02)
     store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
     began = time.perf_counter()
@@ -108,30 +108,30 @@ def test_labels_that_do_not_fit_the_head():
 
 
 def test_a_set_that_lost_most_of_its_people_is_noticed():
-    assert checks.classes_warning(10572, 10572, 490623) == ""
-    assert checks.classes_warning(10575, 10572, 490623) == ""
-    assert "declares 10,572" in checks.classes_warning(10572, 4000, 490623)
+    assert checks.missing_classes_warning(10572, 10572, 490623) == ""
+    assert checks.missing_classes_warning(10575, 10572, 490623) == ""
+    assert "declares 10,572" in checks.missing_classes_warning(10572, 4000, 490623)
 
 
 @pytest.mark.parametrize("counts", [[1000] * 2, [30] * 100, [1] * 3000, [2000, 1, 1, 1], [4] * 4])
 def test_the_order_has_to_be_shuffled(counts, monkeypatch):
     labels = np.repeat(np.arange(len(counts)), counts)
     for seed in range(20):
-        checks.check_order(labels, seed)
+        checks.check_shuffled(labels, seed)
     if max(counts) == 1 or len(counts) * 10 < max(counts) or len(labels) < 100:
         return  # sorted or not makes no difference to see
     sorted_order = lambda positions, seed, epoch: (positions, None)  # noqa: E731
     monkeypatch.setattr(checks, "epoch_order", sorted_order)
     with pytest.raises(UserError, match="not shuffled"):
-        checks.check_order(labels, 0)
+        checks.check_shuffled(labels, 0)
     monkeypatch.setattr(checks, "epoch_order", lambda p, seed, epoch: (np.zeros_like(p), None))
     with pytest.raises(UserError, match="leaves images out"):
-        checks.check_order(labels, 0)
+        checks.check_shuffled(labels, 0)
 
 
 def test_evaluation_at_chance_beside_good_validation_is_called_out(capsys):
     for accuracy, lfw in ((0.9, []), (0.9, [0.5]), (0.2, [0.5, 0.5]), (0.9, [0.5, 0.7])):
-        checks.warn_of_evaluation(accuracy, lfw)
+        checks.warn_if_lfw_at_chance(accuracy, lfw)
     assert capsys.readouterr().out == ""
-    checks.warn_of_evaluation(0.9, [0.8, 0.5, 0.51])
+    checks.warn_if_lfw_at_chance(0.9, [0.8, 0.5, 0.51])
     assert "90% of the identities are recognised, yet LFW stays at 51%" in capsys.readouterr().out

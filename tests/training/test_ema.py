@@ -8,16 +8,16 @@ from config import Config, parse_args
 from fileio.checkpoint_file import load_checkpoint
 from models import Bottleneck, IRBlock, build_model
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
-from training.ema import WeightAverage
+from training.ema import ModelEMA
 from training.engine import Learner
-from training.event_log import _frames
+from training.event_log import read_event_frames
 
 CPU = torch.device("cpu")
 
 
 def test_the_average_follows_its_definition():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    average = WeightAverage(model, 0.6)
+    average = ModelEMA(model, 0.6)
     expected = {k: v.clone() for k, v in model.state_dict().items() if v.is_floating_point()}
     for step in range(12):
         with torch.no_grad():
@@ -29,22 +29,22 @@ def test_the_average_follows_its_definition():
             if name in expected:
                 expected[name] = d * expected[name] + (1 - d) * value
     assert "1.running_mean" in expected
-    torch.testing.assert_close(average.state(), expected)
+    torch.testing.assert_close(average.state_dict(), expected)
 
 
 def test_the_network_has_the_average_for_a_block_only():
     model = nn.BatchNorm1d(2)
-    average = WeightAverage(model, 0.9)
+    average = ModelEMA(model, 0.9)
     with torch.no_grad():
         model.weight.fill_(5)
         model.running_var.fill_(7)
-    with pytest.raises(ZeroDivisionError), average.in_place():
+    with pytest.raises(ZeroDivisionError), average.applied():
         assert model.weight.tolist() == [1, 1]
         assert model.running_var.tolist() == [1, 1]
         raise ZeroDivisionError
     assert model.weight.tolist() == [5, 5]
     assert model.running_var.tolist() == [7, 7]
-    assert average.state()["weight"].tolist() == [1, 1]
+    assert average.state_dict()["weight"].tolist() == [1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(folder, tmp_path, monkeypatch,
     tags = [
         value.tag
         for path in straight.glob("events.*")
-        for _, event in _frames(path.read_bytes())
+        for _, event in read_event_frames(path.read_bytes())
         for value in event.summary.value
     ]
     assert {"valid/ema_loss", "valid/ema_accuracy", "lfw/ema_accuracy"} <= set(tags)

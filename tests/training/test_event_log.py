@@ -13,7 +13,7 @@ from config import parse_args
 from fileio.checkpoint_file import load_checkpoint
 from tests.helpers.tiny import FLAGS, write_tiny_set
 from training import event_log as events
-from training.event_log import cut_events
+from training.event_log import truncate_events
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def start(tmp_path, capsys, monkeypatch):
 
 def logged(folder):
     (path,) = folder.glob("events.*")
-    frames = events._frames(path.read_bytes())
+    frames = events.read_event_frames(path.read_bytes())
     return [(v.tag, event.step) for _, event in frames for v in event.summary.value]
 
 
@@ -87,7 +87,7 @@ def test_a_full_disk_under_the_points_is_a_sentence(start, tmp_path, monkeypatch
     assert start("--resume", resumed=True)[0] == 0
     state = load_checkpoint(run / "last.pt")
     found = [event.step for path in sorted(run.glob("events.*"))
-             for _, event in events._frames(path.read_bytes())
+             for _, event in events.read_event_frames(path.read_bytes())
              for value in event.summary.value if value.tag == "train/loss"]  # fmt: skip
     assert found == [4 * epoch + step for epoch, step, *_ in state["history"]["train"]]
 
@@ -102,15 +102,15 @@ def test_what_was_logged_after_the_checkpoint_is_cut_away(tmp_path, epoch_is_ope
     (path,) = tmp_path.glob("events.*")
     with path.open("ab") as file:  # a point that a kill cut in two
         file.write(struct.pack("<Q", 100) + b"abc")
-    cut_events(tmp_path, 4, epoch_is_open)
+    truncate_events(tmp_path, 4, epoch_is_open)
     expected = [("train/loss", 2), ("train/loss", 4)]
     assert logged(tmp_path) == expected + [("valid/loss", 4)] * (not epoch_is_open)
     before = path.stat()
-    cut_events(tmp_path, 4, epoch_is_open)  # nothing to do, nothing written
+    truncate_events(tmp_path, 4, epoch_is_open)  # nothing to do, nothing written
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     with path.open("ab") as file:
         file.write(bytes(64))  # what a power cut leaves
-    cut_events(tmp_path, 4, epoch_is_open)
+    truncate_events(tmp_path, 4, epoch_is_open)
     assert path.stat().st_size == before.st_size
     shown = EventAccumulator(str(tmp_path))
     shown.Reload()

@@ -89,7 +89,7 @@ def points(cwd):
     found = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
-        for _, event in events._frames(path.read_bytes()):
+        for _, event in events.read_event_frames(path.read_bytes()):
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars" or value.HasField(
                     "simple_value"
@@ -103,7 +103,7 @@ def steps_by_tag(cwd):
     found = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
-        for _, event in events._frames(path.read_bytes()):
+        for _, event in events.read_event_frames(path.read_bytes()):
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append(event.step)
     return found

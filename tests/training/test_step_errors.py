@@ -16,7 +16,12 @@ from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader, encode_jpeg
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training.run import Trainer
-from training.step_errors import GpuMemory, asked_bytes, batch_that_fits, out_of_memory
+from training.step_errors import (
+    GpuMemory,
+    describe_out_of_memory,
+    largest_fitting_batch,
+    requested_bytes,
+)
 from utils import UserError, is_out_of_memory
 
 CUDA = (
@@ -166,14 +171,14 @@ def test_the_batch_that_fits_follows_from_what_was_asked_for_and_free():
     gib = 2**30
     # 512 images: 2 GiB fixed, 18 wanted on top of it, 16 there are: nine tenths are 14.4.
     memory = GpuMemory(free=1 * gib, peak=17 * gib, reserved=15 * gib)
-    assert batch_that_fits(512, asked=3 * gib, fixed=2 * gib, memory=memory) == 256
-    assert batch_that_fits(512, asked=30 * gib, fixed=2 * gib, memory=memory) == 128
-    assert batch_that_fits(96, asked=3 * gib, fixed=2 * gib, memory=memory) == 64
-    assert batch_that_fits(512, asked=3 * gib, fixed=15 * gib, memory=memory) == 0
-    assert batch_that_fits(2, asked=3 * gib, fixed=0, memory=memory) == 0
+    assert largest_fitting_batch(512, asked=3 * gib, fixed=2 * gib, memory=memory) == 256
+    assert largest_fitting_batch(512, asked=30 * gib, fixed=2 * gib, memory=memory) == 128
+    assert largest_fitting_batch(96, asked=3 * gib, fixed=2 * gib, memory=memory) == 64
+    assert largest_fitting_batch(512, asked=3 * gib, fixed=15 * gib, memory=memory) == 0
+    assert largest_fitting_batch(2, asked=3 * gib, fixed=0, memory=memory) == 0
     # However much there is in all, the batch that failed is not proposed again.
     roomy = GpuMemory(free=200 * gib, peak=1 * gib, reserved=gib)
-    assert batch_that_fits(512, asked=1, fixed=0, memory=roomy) == 256
+    assert largest_fitting_batch(512, asked=1, fixed=0, memory=roomy) == 256
 
 
 def test_errors_of_full_memory_are_known_and_read():
@@ -185,13 +190,13 @@ def test_errors_of_full_memory_are_known_and_read():
         (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 0),
     ):
         assert is_out_of_memory(error)
-        assert asked_bytes(error) == asked
+        assert requested_bytes(error) == asked
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(real.value)
-    assert asked_bytes(real.value) == 2**60
-    text = out_of_memory(real.value, batch=2, flag="--batch-size")
+    assert requested_bytes(real.value) == 2**60
+    text = describe_out_of_memory(real.value, batch=2, flag="--batch-size")
     assert text.endswith("not even a batch of two would fit")
 
 
