@@ -1,10 +1,10 @@
 """Data sets spread over many record files, for those that no memory holds.
 
-    python shards.py --source data/faces_webface_112x112 --output data/faces_webface_shards
+    python -m tools.make_shards --source data/faces_webface_112x112 --output data/webface_shards
 
 deals the images of a set out at random to train-00000.rec, train-00001.rec ... (each with its
 .idx; each can be read by itself like any .rec), so that a file is a sample of the whole and reading
-a few at a time is as good as a shuffle. `python train.py --train-set data/faces_webface_shards`
+a few at a time is as good as a shuffle. `python train.py --train-set data/webface_shards`
 reads such a folder file by file, each process its own part of it.
 
 Beside each .rec lies a .npy with the byte offset and label of every image, 12 bytes each. It is
@@ -17,15 +17,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from config import Config, parse_args
 from fileio.recordio import (
     HEADER,
     RecordError,
@@ -37,7 +34,7 @@ from fileio.recordio import (
     record_end,
 )
 from fileio.safe_files import atomic_write, make_folder, open_to_write, sync, write_errors
-from utils import FACE_SIZE, UserError, exit_on_user_error
+from utils import FACE_SIZE
 
 SHARD = "train-*.rec"
 ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes an image
@@ -74,7 +71,9 @@ class ShardReader:
         numbers = declared.read_text("latin-1").split(",") if declared.is_file() else []
         numbers = [number.strip() for number in numbers]
         if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
-            raise RecordError(f"{declared} should be 'classes,height,width'; shards.py writes it.")
+            raise RecordError(
+                f"{declared} should be 'classes,height,width'; write the shards again."
+            )
         self.num_classes, height, width = map(int, numbers)
         self.size = (height, width)
         if self.size != (FACE_SIZE, FACE_SIZE):
@@ -211,24 +210,3 @@ def write_shards(
         _write_entries(name.with_suffix(".npy"), found)
     with atomic_write(folder / "property") as file:
         file.write(b"%d,112,112" % (int(labels.max()) + 1))
-
-
-@exit_on_user_error
-def main(cfg: Config) -> None:
-    """Deal a set's images out to shards of about --shard-images."""
-    source = cfg.source or Path(cfg.data_dir, "faces_webface_112x112")
-    output = Path(cfg.output or Path(cfg.data_dir, "faces_webface_shards"))
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty; give another --output, or delete it.")
-    reader = RecordReader(source)
-    count = max(1, round(len(reader) / cfg.shard_images))
-    jpegs = (reader.jpeg(i) for i in tqdm(range(len(reader)), unit="img"))
-    write_shards(output, jpegs, reader.labels, count, cfg.seed)
-    print(
-        f"{len(reader):,} images of {reader.num_classes:,} people in {count:,} files, {output}. "
-        f"Next: python train.py --train-set {output}"
-    )
-
-
-if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "shards"))

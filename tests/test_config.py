@@ -105,7 +105,7 @@ def test_a_script_reads_every_knob_it_offers(script):
     split["train"] += ("training/resume",)
     split["pre_process"] = ("pre_process", "preprocessing/prepare", "preprocessing/sources")
     split["label_noise"] = ("tools/label_noise", "training/dataset", "training/resume")
-    split["shards"] = ("fileio/shards",)
+    split["shards"] = ("tools/make_shards",)
     script_file = script if script == "lfw_eval" else f"tools/{script}"
     modules = split.get(script, (script_file,))
     code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)

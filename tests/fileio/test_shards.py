@@ -15,6 +15,7 @@ from fileio.recordio import RecordError, RecordReader
 from fileio.shards import ShardReader, write_shards
 from tests.helpers.faults import FailingDisk
 from tests.helpers.tiny import FLAGS, write_tiny_set
+from tools import make_shards
 from training.sharded_dataset import ShardOrder, mirrored
 
 
@@ -28,7 +29,7 @@ def folder(whole, tmp_path_factory):
     """The 48 images in 5 files."""
     folder = tmp_path_factory.mktemp("shards")
     argv = f"--source {whole} --output {folder}/s --shard-images 10 --seed 3"
-    shards.main(parse_args(argv.split(), "shards"))
+    make_shards.main(parse_args(argv.split(), "shards"))
     return folder / "s"
 
 
@@ -190,7 +191,7 @@ def test_after_any_failing_call_the_files_are_no_set(whole, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             disk = FailingDisk(patch, fail_at)
             try:
-                shards.main(parse_args(argv.split(), "shards"))
+                make_shards.main(parse_args(argv.split(), "shards"))
             except SystemExit as ended:
                 assert ended.code == 2
                 assert "cannot be written (" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""Deal the images of a training set out at random to many record files.
+
+    python -m tools.make_shards --source data/faces_webface_112x112 --output data/webface_shards
+
+fileio/shards.py describes the folder that it writes; train.py --train-set reads it file by file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import Config, parse_args
+from fileio.recordio import RecordReader
+from fileio.shards import write_shards
+from utils import UserError, exit_on_user_error
+
+
+@exit_on_user_error
+def main(cfg: Config) -> None:
+    """Deal a set's images out to shards of about --shard-images."""
+    source = cfg.source or Path(cfg.data_dir, "faces_webface_112x112")
+    output = Path(cfg.output or Path(cfg.data_dir, "faces_webface_shards"))
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty; give another --output, or delete it.")
+    reader = RecordReader(source)
+    count = max(1, round(len(reader) / cfg.shard_images))
+    jpegs = (reader.jpeg(i) for i in tqdm(range(len(reader)), unit="img"))
+    write_shards(output, jpegs, reader.labels, count, cfg.seed)
+    print(
+        f"{len(reader):,} images of {reader.num_classes:,} people in {count:,} files, {output}. "
+        f"Next: python train.py --train-set {output}"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:], "shards"))
