@@ -24,7 +24,8 @@ from torch import Tensor
 from data_gen import load_images
 from evaluation import verification
 from evaluation.face_folders import open_faces
-from fileio.recordio import RecordError, decode_jpeg, read_bin
+from fileio.bin_sets import read_bin
+from fileio.recordio import RecordError, decode_jpeg
 from utils import UserError
 
 

@@ -16,10 +16,11 @@ import lfw_eval
 from config import parse_args
 from evaluation import figures, galleries, verification
 from evaluation.pair_sets import find_set, load_set
+from fileio.bin_sets import write_bin
 from fileio.checkpoint_file import save_checkpoint
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg, write_bin
+from fileio.recordio import encode_jpeg
 from models import build_model
 from tests.helpers.paths import ROOT
 from utils import UserError

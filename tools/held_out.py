@@ -30,8 +30,9 @@ from data_gen import load_images
 from evaluation.all_pairs import low_far
 from evaluation.embedders import Embed, InputSpec, load_embedder
 from evaluation.templates import tar_line
+from fileio.bin_sets import write_bin
 from fileio.checkpoint_file import load_checkpoint
-from fileio.recordio import RecordReader, write_bin
+from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder
 from fileio.shards import is_sharded
 from training.sample_lists import read_held_out, write_held_out

@@ -18,7 +18,7 @@ import numpy as np
 from config import Config, parse_args
 from evaluation.face_folders import open_faces
 from evaluation.pair_sets import find_pairs, load_set, set_name
-from fileio.recordio import write_bin
+from fileio.bin_sets import write_bin
 from fileio.safe_files import make_folder
 from utils import UserError, exit_on_user_error
 

@@ -30,11 +30,12 @@ from config import parse_args
 from evaluation.embedders import load_embedder
 from evaluation.verification import parse_pair_list, parse_pairs
 from fileio.archives import ArchiveError, open_source
+from fileio.bin_sets import read_bin
 from fileio.images import MAX_PIXELS, ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
 from fileio.onnx_file import check_onnx
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordError, RecordReader, read_bin, record_offsets
+from fileio.recordio import RecordError, RecordReader, record_offsets
 from fileio.shards import ShardReader, write_shards
 from models import build_model
 from tests.fileio.test_onnx_file import external, model

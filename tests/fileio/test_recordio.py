@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fileio import record_writer, recordio
+from fileio import bin_sets, record_writer, recordio
 from fileio.record_writer import RecordWriter
 from fileio.recordio import RecordError, RecordReader, decode_jpeg, encode_jpeg
 from tests.helpers.bounded import within
@@ -453,13 +453,13 @@ def test_jpeg_is_rgb_and_close(tmp_path):
 
 def test_bin_both_ways_as_insightface_reads_it(tmp_path):
     same = [True, False]
-    recordio.write_bin(tmp_path / "lfw.bin", [bytearray(JPEGS[0]), *JPEGS[1:4]], np.array(same))
+    bin_sets.write_bin(tmp_path / "lfw.bin", [bytearray(JPEGS[0]), *JPEGS[1:4]], np.array(same))
     with (tmp_path / "lfw.bin").open("rb") as file:
         assert pickle.load(file, encoding="bytes") == (JPEGS[:4], same)
-    images, read = recordio.read_bin(tmp_path / "lfw.bin")
+    images, read = bin_sets.read_bin(tmp_path / "lfw.bin")
     assert images == JPEGS[:4] and read.dtype == bool and read.tolist() == same
     with pytest.raises(RecordError, match="3 images do not make 2 pairs"):
-        recordio.write_bin(tmp_path / "x.bin", JPEGS[:3], same)
+        bin_sets.write_bin(tmp_path / "x.bin", JPEGS[:3], same)
     assert not (tmp_path / "x.bin").exists()
 
 
@@ -478,21 +478,21 @@ def test_bin_that_is_none(tmp_path, content, words):
     path = tmp_path / "测试.bin"
     path.write_bytes(pickle.dumps(content))
     with pytest.raises(RecordError, match=words) as caught:
-        recordio.read_bin(path)
+        bin_sets.read_bin(path)
     assert str(path) in str(caught.value)
 
 
 def test_bin_that_is_damaged_or_hostile(tmp_path):
     path = tmp_path / "lfw.bin"
     with pytest.raises(RecordError, match="There is no"):
-        recordio.read_bin(path)
+        bin_sets.read_bin(path)
     for content in (b"", b"JPEG", pickle.dumps((JPEGS[:2], [True]))[:-40]):
         path.write_bytes(content)
         with pytest.raises(RecordError, match="is not a test set, a pickle of"):
-            recordio.read_bin(path)
+            bin_sets.read_bin(path)
     path.write_bytes(b"cposix\nsystem\n(S'touch %s'\ntR." % os.fsencode(tmp_path / "owned"))
     with pytest.raises(RecordError, match=r"asks for posix\.system.* a source you trust"):
-        recordio.read_bin(path)
+        bin_sets.read_bin(path)
     assert not (tmp_path / "owned").exists()
 
 
