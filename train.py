@@ -45,13 +45,13 @@ from distributed.process_group import (
     world_size,
 )
 from evaluation.embedders import torch_embedder
+from evaluation.evaluate import evaluate_lfw
 from evaluation.figures import plot_curves
 from evaluation.pair_sets import TestSet, find_pairs, find_set, load_set
 from evaluation.tensorboard_log import log_evaluation, log_projector
 from fileio.checkpoint_file import load_checkpoint
 from fileio.locks import locked
 from fileio.safe_files import write_errors
-from lfw_eval import evaluate_lfw
 from training import data_checks as checks
 from training.dataset import open_training_set
 from training.epochs import log_average, save_best_average

@@ -40,10 +40,10 @@ from data_gen import load_images
 from evaluation import verification
 from evaluation.all_pairs import low_far
 from evaluation.embedders import Embed, load_embedder
+from evaluation.evaluate import evaluate_lfw
 from evaluation.pair_sets import TestSet, find_pairs, load_set
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder
-from lfw_eval import evaluate_lfw
 from tools.held_out import make_pairs
 from training.sample_lists import read_held_out
 from utils import UserError, core_count, exit_on_user_error, get_device, newest_run

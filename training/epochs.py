@@ -10,9 +10,9 @@ from pathlib import Path
 
 from distributed.collectives import run_on_main
 from evaluation.embedders import Embed
+from evaluation.evaluate import evaluate_lfw
 from evaluation.pair_sets import TestSet
 from fileio.checkpoint_file import save_checkpoint
-from lfw_eval import evaluate_lfw
 from training.event_log import EventLog
 from training.run import Trainer
 

@@ -10,11 +10,11 @@ import torch
 from bench import study
 from config import parse_args
 from evaluation.embedders import load_embedder
+from evaluation.evaluate import evaluate_lfw
 from evaluation.pair_sets import load_set
 from fileio.bin_sets import write_bin
 from fileio.record_writer import write_dataset
 from fileio.recordio import encode_jpeg
-from lfw_eval import evaluate_lfw
 from tools import held_out
 
 PEOPLE, EACH = 40, 5

@@ -148,7 +148,8 @@ FAULTS = [
         "after": True,
     },  # the old one has moved up
     {"at": "training.run:Trainer.validate", "count": 1},  # the epoch's last step and its end
-    {"at": "lfw_eval:summarise", "count": 1, "after": True},  # valid/ is logged, lfw/ is not
+    # valid/ is logged, lfw/ is not
+    {"at": "evaluation.evaluate:summarise", "count": 1, "after": True},
     {"at": "train:log_evaluation", "count": 1, "after": True},  # all of it is logged, not saved
     {
         "at": "training.run:Trainer.save",
