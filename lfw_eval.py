@@ -124,7 +124,7 @@ def evaluate_sets(
         if cfg.robustness:
             found = measure_robustness(model, results[-1], protocol)
             results[-1].report["robustness"] = found
-            print(robustness.table(found))
+            print(robustness.robustness_table(found))
     return results
 
 
@@ -181,7 +181,7 @@ def draw(cfg: Config, result: SetResult) -> str:
     if cfg.robustness:
         plot_robustness(images_dir / "robustness.png", report["robustness"])
         face = test_set.images[test_set.pairs.second[0]].numpy()
-        plot_corruptions(images_dir / "robustness_grid.jpg", robustness.showcase(face))
+        plot_corruptions(images_dir / "robustness_grid.jpg", robustness.corruption_examples(face))
     names = "theta_dist.png, roc.png" + ", robustness.png, robustness_grid.jpg" * cfg.robustness
     return (
         f"into {images_dir}/, {names}, {len(errors['fp'])} false positives and "

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.calibration import refusal
+from evaluation.calibration import explain_unsupported_far
 
 LOW_FARS = ("1e-3", "1e-4", "1e-5", "1e-6")
 ROWS, COLUMNS = 1024, 8192  # pairs worked on at a time: 32 MB of scores
@@ -38,9 +38,10 @@ def low_far(
     mismatched = len(rows) * (len(rows) - 1) // 2 - matched
     if not matched or not mismatched:
         raise ValueError("there are pairs of one kind only")
-    refused = [sentence for far in fars if (sentence := refusal(far, mismatched))]
+    reasons = {far: explain_unsupported_far(far, mismatched) for far in fars}
+    refused = [reason for reason in reasons.values() if reason]
     allowed = {
-        far: int(float(far) * mismatched + 1e-9) for far in fars if not refusal(far, mismatched)
+        far: int(float(far) * mismatched + 1e-9) for far, reason in reasons.items() if not reason
     }
     ends = np.cumsum(sizes)
     highest = top_impostors(rows, np.repeat(ends, sizes), max(allowed.values(), default=0) + 1)

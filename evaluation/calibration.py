@@ -1,10 +1,10 @@
-"""From a score to a probability and to an operating point: pure maths, no files.
+"""Calibration of scores to probabilities, and operating points. Pure maths, no files.
 
     from evaluation.calibration import calibrate, operating_points
     calibrate(scores, pairs.same, pairs.folds)["ece"]
-    points, refused = operating_points(scores, pairs.same)
+    points, unsupported = operating_points(scores, pairs.same)
 
-Scores are cosines; a probability is of both images showing one person.
+Scores are cosines; a probability is that of a genuine pair, P(same identity).
 """
 
 from __future__ import annotations
@@ -16,68 +16,85 @@ from sklearn.linear_model import LogisticRegression
 
 from evaluation import verification
 
-BINS = 15  # of equal width, as in Guo et al., "On calibration of modern neural networks" (2017)
+# Of equal width, as in Guo et al., "On calibration of modern neural networks" (ICML 2017).
+RELIABILITY_BINS = 15
 OPERATING_FARS = ("1e-1", "1e-2", "1e-3", "1e-4")
 # The rule of 30 (Doddington et al., "The NIST speaker recognition evaluation", 2000; ISO/IEC
-# 19795-1): with 30 errors the true rate is within 30 % of the one seen, with 90 % confidence.
+# 19795-1): with 30 errors the true rate is within 30 % of the measured one, at 90 % confidence.
 ERRORS_NEEDED = 30
 
 
-def fit_logistic(scores: np.ndarray, same: np.ndarray) -> tuple[float, float]:
-    """Slope and intercept of P(same person) = 1 / (1 + exp(-(slope * score + intercept))).
+# ------------------------------------------------------------------------------ probabilities
 
-    Platt scaling ("Probabilistic outputs for support vector machines", 1999): targets a little
-    within 0 and 1, so that a set which one threshold separates has a finite slope, too.
+
+def fit_platt(scores: np.ndarray, same: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept of P(same identity) = 1 / (1 + exp(-(slope * score + intercept))).
+
+    Platt scaling (Platt, "Probabilistic outputs for support vector machines", 1999): logistic
+    regression on targets slightly inside 0 and 1, (n+ + 1) / (n+ + 2) for genuine pairs and
+    1 / (n- + 2) for impostor pairs. So the slope is finite even where one threshold separates both.
     """
-    matched, mismatched = int(same.sum()), int((~same).sum())
-    target = np.where(same, (matched + 1) / (matched + 2), 1 / (mismatched + 2))
+    genuine, impostors = int(same.sum()), int((~same).sum())
+    target = np.where(same, (genuine + 1) / (genuine + 2), 1 / (impostors + 2))
+    # scikit-learn takes no fractional labels. A pair with target t is the same as one with label 1
+    # and weight t plus one with label 0 and weight 1 - t. C=1e6 means practically no L2 penalty.
     model = LogisticRegression(C=1e6, solver="newton-cholesky")
-    both = np.tile(scores, 2)[:, None]
+    twice = np.tile(scores, 2)[:, None]
     labels = np.repeat([1, 0], len(scores))
-    model.fit(both, labels, sample_weight=np.concatenate([target, 1 - target]))
+    model.fit(twice, labels, sample_weight=np.concatenate([target, 1 - target]))
     return float(model.coef_[0, 0]), float(model.intercept_[0])
 
 
-def probability(scores: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """P(same person) of each score."""
+def genuine_probability(scores: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """P(same identity) of each score, (pairs,) float64."""
     return 1 / (1 + np.exp(-(slope * scores + intercept)))
 
 
-def reliability(probabilities: np.ndarray, same: np.ndarray) -> list[dict[str, Any]]:
-    """Bins of equal width that are not empty: range, pairs, mean probability, share matched."""
-    place = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+def reliability_bins(probabilities: np.ndarray, same: np.ndarray) -> list[dict[str, Any]]:
+    """The bins of a reliability diagram that hold pairs, of equal width.
+
+    A bin is {"from", "to", "pairs", "probability": mean probability, "matched": fraction of genuine
+    pairs}.
+    """
+    # A probability of 1.0 belongs to the last bin, not to one beyond it.
+    index = np.minimum((probabilities * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
     return [
         {
-            "from": number / BINS,
-            "to": (number + 1) / BINS,
-            "pairs": int(np.sum(place == number)),
-            "probability": float(probabilities[place == number].mean()),
-            "matched": float(same[place == number].mean()),
+            "from": number / RELIABILITY_BINS,
+            "to": (number + 1) / RELIABILITY_BINS,
+            "pairs": int(np.sum(index == number)),
+            "probability": float(probabilities[index == number].mean()),
+            "matched": float(same[index == number].mean()),
         }
-        for number in np.unique(place).tolist()
+        for number in np.unique(index).tolist()
     ]
 
 
 def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
-    """Mean distance of probability and share matched over bins, weighted by their pairs."""
+    """ECE (Guo et al. 2017): mean of |probability - fraction of genuine pairs|, weighted by pairs.
+
+    Example: 30 pairs at 0.9 of which 80 % are genuine, and 10 at 0.1 of which 10 % are, give
+    (30 * 0.1 + 10 * 0) / 40 = 0.075.
+    """
     pairs = sum(row["pairs"] for row in bins)
     return sum(row["pairs"] * abs(row["probability"] - row["matched"]) for row in bins) / pairs
 
 
 def calibrate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> dict[str, Any]:
-    """slope and intercept fitted on all pairs, and how good such a fit is on pairs not seen.
+    """Platt scaling fitted on all pairs, and its error on held-out folds.
 
-    bins, ece and brier (mean squared error) are of probabilities that the other folds gave. They
-    hold where matched pairs are as frequent as in the set (share_matched). Raises ValueError where
-    the folds but one hold a single kind of pair.
+    slope and intercept are the fit on all pairs. bins, ece and brier (Brier score: mean squared
+    error) come from cross-validation: each fold's probabilities from a fit on the other folds. They
+    hold where genuine pairs are as common as in the set (share_matched). Raises ValueError where
+    the other folds have only one kind of pair.
     """
     held_out = np.empty(len(scores))
     for fold in np.unique(folds):
-        held = folds == fold
-        fitted = fit_logistic(scores[~held], same[~held])
-        held_out[held] = probability(scores[held], *fitted)
-    slope, intercept = fit_logistic(scores, same)
-    bins = reliability(held_out, same)
+        in_fold = folds == fold
+        slope, intercept = fit_platt(scores[~in_fold], same[~in_fold])
+        held_out[in_fold] = genuine_probability(scores[in_fold], slope, intercept)
+    slope, intercept = fit_platt(scores, same)
+    bins = reliability_bins(held_out, same)
     return {
         "slope": slope,
         "intercept": intercept,
@@ -88,13 +105,20 @@ def calibrate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> dict[s
     }
 
 
-def refusal(far: str, mismatched: int) -> str:
-    """Why a FAR is not shown of so many mismatched pairs, a sentence; empty where it is."""
-    errors = float(far) * mismatched
-    if errors >= ERRORS_NEEDED - 1e-9:
+# ------------------------------------------------------------------------------ operating points
+
+
+def explain_unsupported_far(far: str, impostors: int) -> str:
+    """Why so many impostor pairs cannot support a FAR, a sentence; empty where they can.
+
+    Example: at a FAR of 1e-3, 3,000 impostor pairs give 3 false accepts. One more or less changes
+    the rate by a third, so the threshold found there says little about new pairs.
+    """
+    errors = float(far) * impostors
+    if errors >= ERRORS_NEEDED - 1e-9:  # the product may be rounded to just below
         return ""
     return (
-        f"FAR {far} is not shown: {errors:.3g} of {mismatched:,} mismatched pairs would decide it; "
+        f"FAR {far} is not shown: {errors:.3g} of {impostors:,} impostor pairs would decide it; "
         f"{ERRORS_NEEDED} are needed, a set of {round(ERRORS_NEEDED / float(far)):,}."
     )
 
@@ -102,28 +126,29 @@ def refusal(far: str, mismatched: int) -> str:
 def operating_points(
     scores: np.ndarray, same: np.ndarray
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(threshold, far, frr) for each of OPERATING_FARS that the set supports, and refusals.
+    """Thresholds for those of OPERATING_FARS that the set supports, and a sentence for each other.
 
-    Supported is a FAR at which at least ERRORS_NEEDED mismatched pairs are accepted. The threshold
-    is the lowest that keeps to the FAR; far is what it gives. A refusal is a sentence.
+    Supported means at least ERRORS_NEEDED false accepts. A point is {"wanted": FAR asked for,
+    "threshold": the lowest whose FAR is not above it, "degrees", "far", "frr": measured}.
     """
     curve = verification.roc(scores, same)
-    mismatched = int((~same).sum())
-    points, refused = [], []
-    for name in OPERATING_FARS:
-        why = refusal(name, mismatched)
-        if why:
-            refused.append(why)
+    impostors = int((~same).sum())
+    points, unsupported = [], []
+    for wanted in OPERATING_FARS:
+        reason = explain_unsupported_far(wanted, impostors)
+        if reason:
+            unsupported.append(reason)
             continue
-        at = int(np.flatnonzero(curve.far <= float(name))[-1])
-        threshold = float(curve.thresholds[at])
+        # FAR rises along the curve as the threshold falls: the last point within the limit.
+        index = int(np.flatnonzero(curve.far <= float(wanted))[-1])
+        threshold = float(curve.thresholds[index])
         points.append(
             {
-                "wanted": name,
+                "wanted": wanted,
                 "threshold": threshold,
                 "degrees": float(verification.to_degrees(threshold)),
-                "far": float(curve.far[at]),
-                "frr": float(1 - curve.tar[at]),
+                "far": float(curve.far[index]),
+                "frr": float(1 - curve.tar[index]),
             }
         )
-    return points, refused
+    return points, unsupported

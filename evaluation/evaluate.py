@@ -24,7 +24,12 @@ from evaluation.embedders import Embed, InputSpec, load_embedder
 from evaluation.embedding_cache import EmbeddingCache, model_checksum
 from evaluation.pair_sets import SetResult, TestSet, identity_groups
 from evaluation.protocols import Protocol, evaluate_views, fuse_views
-from evaluation.significance import compare, identity_weights, intervals, judged_rightly
+from evaluation.significance import (
+    bootstrap_intervals,
+    bootstrap_weights,
+    compare_paired,
+    correct_predictions,
+)
 from evaluation.verification import worst_errors
 from utils import UserError, get_device
 
@@ -109,14 +114,16 @@ def evaluate_set(model: Model, test_set: TestSet, protocol: Protocol) -> SetResu
 
 
 def measure_robustness(model: Model, result: SetResult, protocol: Protocol) -> dict[str, Any]:
-    """robustness.measure with the protocol's embeddings; always on cosines, without a mean."""
+    """evaluate_corruptions with the protocol's embeddings; always on cosines, without a mean."""
 
     def embed(faces: Tensor) -> Tensor:
         views = [model.embed(side) for side in (faces, faces.flip(2))[: 1 + protocol.flip]]
         return torch.from_numpy(fuse_views(torch.stack(views).numpy(), protocol))
 
     test_set = result.test_set
-    return robustness.measure(embed, test_set.images, test_set.pairs, result.embeddings)
+    return robustness.evaluate_corruptions(
+        embed, test_set.images, test_set.pairs, result.embeddings
+    )
 
 
 # ------------------------------------------------------------------------------ statistics
@@ -128,7 +135,7 @@ def set_statistics(result: SetResult, seed: int) -> dict[str, Any]:
     weights, people, how = _weights(result, seed)
     points, refused = operating_points(result.scores, pairs.same)
     report: dict[str, Any] = {
-        "intervals": intervals(result.scores, pairs.same, _right(result), weights),
+        "intervals": bootstrap_intervals(result.scores, pairs.same, _right(result), weights),
         "identities": people,
         "identities_known": how,
         "resamples": RESAMPLES,
@@ -146,16 +153,18 @@ def compare_results(first: SetResult, second: SetResult, seed: int) -> dict[str,
     weights, _, _ = _weights(first, seed)
     same = first.test_set.pairs.same
     scores, right = (first.scores, second.scores), (_right(first), _right(second))
-    return compare(scores, same, right, weights)
+    return compare_paired(scores, same, right, weights)
 
 
 def _weights(result: SetResult, seed: int) -> tuple[np.ndarray, int, str]:
     groups, how = identity_groups(result.test_set)
     pairs = result.test_set.pairs
-    weights = identity_weights(groups, pairs.first, pairs.second, RESAMPLES, seed)
+    weights = bootstrap_weights(groups, pairs.first, pairs.second, RESAMPLES, seed)
     return weights, int(groups.max()) + 1, how
 
 
 def _right(result: SetResult) -> np.ndarray:
     pairs = result.test_set.pairs
-    return judged_rightly(result.scores, pairs.same, pairs.folds, result.report["fold_thresholds"])
+    return correct_predictions(
+        result.scores, pairs.same, pairs.folds, result.report["fold_thresholds"]
+    )

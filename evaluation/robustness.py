@@ -1,10 +1,10 @@
-"""How well a model stands up to worse images: the same pairs, the second of each made worse.
+"""Robustness to image corruptions: the same pairs, with the second image of each corrupted.
 
     python lfw_eval.py --robustness
 
-The first image of a pair stays as it is (the gallery), the second (the probe) is compressed,
-blurred, shrunk and enlarged again, made grey, brighter or darker, covered at the eyes or the mouth,
-or moved. Each of the ten `CORRUPTIONS` is a pure function of aligned faces.
+The first image of a pair stays as it is (the gallery image); the second one (the probe) is
+compressed, blurred, reduced in resolution, turned grey, made brighter or darker, occluded at the
+eyes or the mouth, or shifted. Each of the ten `CORRUPTIONS` is a pure function of aligned faces.
 """
 
 from __future__ import annotations
@@ -19,159 +19,170 @@ from torch import Tensor
 
 from evaluation import verification
 from evaluation.embedders import Embed
-from evaluation.significance import judged_rightly
+from evaluation.significance import correct_predictions
 from evaluation.verification import Pairs
 
-Faces = np.ndarray  # (n, 112, 112, 3) uint8 RGB
+AlignedFaces = np.ndarray  # (n, 112, 112, 3) uint8 RGB
 
-# What covers a face, in pixels of the aligned image (x1, y1, x2, y2): the template's eyes are at
-# (38, 52) and (74, 52), the corners of its mouth at (42, 92) and (71, 92).
+# Occluding boxes (x1, y1, x2, y2) in pixels of the aligned image. The alignment template has the
+# eyes at (38, 52) and (74, 52) and the corners of the mouth at (42, 92) and (71, 92).
 EYES, MOUTH = (22, 41, 91, 62), (32, 80, 81, 105)
-GREY = 128  # of the cover: next to zero in every model's input
+OCCLUDER_LEVEL = 128  # mid-grey: close to zero in every model's normalised input
 SHIFT = 10  # pixels
 
 
 # ------------------------------------------------------------------------------ the corruptions
 
 
-def jpeg(faces: Faces, quality: int = 30) -> Faces:
-    """Compress as JPEG of a quality from 0 to 100, and decode again."""
+def compress_jpeg(faces: AlignedFaces, quality: int = 30) -> AlignedFaces:
+    """JPEG compression at a quality from 0 to 100."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
 
     def compress(face: np.ndarray) -> np.ndarray:
+        # OpenCV encodes and decodes BGR.
         return cv2.imdecode(cv2.imencode(".jpg", face[..., ::-1], options)[1], 1)[..., ::-1]
 
-    return _each(compress, faces)
+    return _apply_to_each(compress, faces)
 
 
-def blur(faces: Faces, sigma: float = 2.0) -> Faces:
-    """Gaussian blur of a deviation in pixels; the eyes are 35 apart."""
-    return _each(lambda face: cv2.GaussianBlur(face, (0, 0), sigma), faces)
+def gaussian_blur(faces: AlignedFaces, sigma: float = 2.0) -> AlignedFaces:
+    """Gaussian blur; sigma is in pixels, the eyes are 35 pixels apart."""
+    return _apply_to_each(lambda face: cv2.GaussianBlur(face, (0, 0), sigma), faces)
 
 
-def shrink(faces: Faces, factor: int = 2) -> Faces:
-    """Down to a fraction of the width and height by averaging, and up again bilinearly."""
+def reduce_resolution(faces: AlignedFaces, factor: int = 2) -> AlignedFaces:
+    """Downsample width and height by a factor (area average), and upsample again (bilinear)."""
 
-    def shrunk(face: np.ndarray) -> np.ndarray:
+    def reduce(face: np.ndarray) -> np.ndarray:
         height, width = face.shape[:2]
         small = (width // factor, height // factor)
         return cv2.resize(cv2.resize(face, small, interpolation=cv2.INTER_AREA), (width, height))
 
-    return _each(shrunk, faces)
+    return _apply_to_each(reduce, faces)
 
 
-def grey(faces: Faces) -> Faces:
-    """Luma (ITU-R BT.601) in all three colours."""
-    return _each(lambda face: cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)[..., None], faces)
+def to_grayscale(faces: AlignedFaces) -> AlignedFaces:
+    """Luma (ITU-R BT.601) in all three channels."""
+    return _apply_to_each(lambda face: cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)[..., None], faces)
 
 
-def brightness(faces: Faces, factor: float = 1.4) -> Faces:
-    """Every level times a factor, clipped at 255 as an overexposed image is."""
+def scale_brightness(faces: AlignedFaces, factor: float = 1.4) -> AlignedFaces:
+    """Multiply all levels by a factor; those above 255 are clipped, as in an overexposed image."""
     levels = np.rint(np.arange(256) * factor).clip(0, 255).astype(np.uint8)
     return levels[faces]
 
 
-def cover(faces: Faces, box: tuple[int, int, int, int] = EYES) -> Faces:
-    """Paint a rectangle grey."""
+def occlude(faces: AlignedFaces, box: tuple[int, int, int, int] = EYES) -> AlignedFaces:
+    """Cover a box (x1, y1, x2, y2) with grey."""
     x1, y1, x2, y2 = box
-    covered = faces.copy()
-    covered[:, y1:y2, x1:x2] = GREY
-    return covered
+    occluded = faces.copy()
+    occluded[:, y1:y2, x1:x2] = OCCLUDER_LEVEL
+    return occluded
 
 
-def shift(faces: Faces, pixels: int = SHIFT, seed: int = 0) -> Faces:
-    """Move each face left, right, up or down, as chance (seeded) will have it.
+def shift_randomly(faces: AlignedFaces, pixels: int = SHIFT, seed: int = 0) -> AlignedFaces:
+    """Shift each face left, right, up or down at random (seeded).
 
-    A crop does not know what lay beside it: its edge is repeated.
+    The aligned crop has nothing beyond its edge, so edge pixels are repeated.
     """
     axes, signs = np.random.default_rng(seed).integers(0, 2, (2, len(faces)))
-    moved = np.empty_like(faces)
-    for face, out, axis, sign in zip(faces, moved, axes, signs, strict=True):
-        places = np.arange(face.shape[axis]) + (pixels if sign else -pixels)
-        out[:] = face.take(places, axis=axis, mode="clip")
-    return moved
+    shifted = np.empty_like(faces)
+    for face, out, axis, sign in zip(faces, shifted, axes, signs, strict=True):
+        source = np.arange(face.shape[axis]) + (pixels if sign else -pixels)
+        out[:] = face.take(source, axis=axis, mode="clip")
+    return shifted
 
 
-def _each(function: Callable[[np.ndarray], np.ndarray], faces: Faces) -> Faces:
+def _apply_to_each(
+    function: Callable[[np.ndarray], np.ndarray], faces: AlignedFaces
+) -> AlignedFaces:
+    """A function of one face (112, 112, 3), applied to all; it may return one channel."""
     changed = np.empty_like(faces)
     for face, out in zip(faces, changed, strict=True):
         out[:] = function(face)
     return changed
 
 
-CORRUPTIONS: dict[str, Callable[[Faces], Faces]] = {
-    "JPEG quality 30": jpeg,
-    "blur, 2 pixels": blur,
-    "half resolution": shrink,
-    "quarter resolution": lambda faces: shrink(faces, 4),
-    "grey": grey,
-    "brightness +40 %": brightness,
-    "brightness -40 %": lambda faces: brightness(faces, 0.6),
-    "eyes covered": cover,
-    "mouth covered": lambda faces: cover(faces, MOUTH),
-    "moved by 10 pixels": shift,
+# The names are keys of lfw.json.
+CORRUPTIONS: dict[str, Callable[[AlignedFaces], AlignedFaces]] = {
+    "JPEG quality 30": compress_jpeg,
+    "blur, 2 pixels": gaussian_blur,
+    "half resolution": reduce_resolution,
+    "quarter resolution": lambda faces: reduce_resolution(faces, 4),
+    "grey": to_grayscale,
+    "brightness +40 %": scale_brightness,
+    "brightness -40 %": lambda faces: scale_brightness(faces, 0.6),
+    "eyes covered": occlude,
+    "mouth covered": lambda faces: occlude(faces, MOUTH),
+    "moved by 10 pixels": shift_randomly,
 }
 
 
-def showcase(face: np.ndarray) -> dict[str, np.ndarray]:
+def corruption_examples(face: np.ndarray) -> dict[str, np.ndarray]:
     """A face (112, 112, 3) as it is, "clean", and under every corruption, by name."""
-    worse = {name: corrupt(face[None])[0] for name, corrupt in CORRUPTIONS.items()}
-    return {"clean": face, **worse}
+    corrupted = {name: corrupt(face[None])[0] for name, corrupt in CORRUPTIONS.items()}
+    return {"clean": face, **corrupted}
 
 
 # ------------------------------------------------------------------------------ the measurement
 
 
-def measure(
+def evaluate_corruptions(
     embed: Embed, images: Tensor, pairs: Pairs, embeddings: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    """Verification results by corruption, "clean" first; they can go into JSON.
+    """Verification results by corruption, "clean" first; JSON can hold them.
 
-    images (n, 112, 112, 3) uint8 and their embeddings (n, d), which serve as the first images;
-    the second ones are corrupted and embedded once for each corruption. accuracy has thresholds
-    fitted to the corrupted pairs of the other folds, accuracy_as_set those fitted to clean ones: a
-    system in use keeps the threshold that it was set to.
+    images (n, 112, 112, 3) uint8 and their embeddings (n, d), which are those of the first images
+    of all pairs. The second images are corrupted and embedded once for each corruption. accuracy is
+    at thresholds fitted to corrupted pairs of the other folds; accuracy_as_set is at those fitted
+    to clean pairs, since a deployed system keeps its threshold when images get worse.
     """
     clean = verification.pair_scores(embeddings, pairs.first, pairs.second)
-    numbers, thresholds = _of(clean, pairs, None)
-    found = {"clean": numbers}
-    faces, second = np.unique(pairs.second, return_inverse=True)
-    probes = images.numpy()[faces]
-    # The rows of the second images come after those of the first ones.
-    second = second + len(embeddings)
+    metrics, clean_thresholds = _evaluate_scores(clean, pairs)
+    results = {"clean": metrics}
+    # Only faces that are some pair's second image need to be corrupted: index is where each pair's
+    # second image is among them.
+    probe_faces, index = np.unique(pairs.second, return_inverse=True)
+    probes = images.numpy()[probe_faces]
     for name, corrupt in CORRUPTIONS.items():
-        worse = embed(torch.from_numpy(corrupt(probes))).float().cpu().numpy()
-        both = np.concatenate([embeddings, worse])
-        scores = verification.pair_scores(both, pairs.first, second)
-        found[name] = _of(scores, pairs, thresholds)[0]
-    return found
+        corrupted = embed(torch.from_numpy(corrupt(probes))).float().cpu().numpy()
+        # One array for pair_scores: the clean embeddings, and after them the corrupted ones.
+        both = np.concatenate([embeddings, corrupted])
+        scores = verification.pair_scores(both, pairs.first, len(embeddings) + index)
+        results[name], _ = _evaluate_scores(scores, pairs, clean_thresholds)
+    return results
 
 
-def _of(
-    scores: np.ndarray, pairs: Pairs, thresholds: np.ndarray | None
+def _evaluate_scores(
+    scores: np.ndarray, pairs: Pairs, clean_thresholds: np.ndarray | None = None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The numbers of one set of scores, and its thresholds by fold."""
-    report = verification.verify(scores, pairs.same, pairs.folds)
-    own = np.array(report["fold_thresholds"])
-    kept = own if thresholds is None else thresholds
-    right = judged_rightly(scores, pairs.same, pairs.folds, kept)
-    numbers = {name: report[name] for name in ("accuracy", "standard_error", "eer", "auc")}
-    numbers["accuracy_as_set"] = float(
-        np.mean([right[pairs.folds == fold].mean() for fold in np.unique(pairs.folds)])
-    )
-    numbers["tar_at_far"] = report["tar_at_far"]
-    numbers["matched_cosine"] = float(scores[pairs.same].mean())
-    numbers["mismatched_cosine"] = float(scores[~pairs.same].mean())
-    return numbers, own
+    """The metrics of one set of scores, and its thresholds by fold.
+
+    clean_thresholds (folds,) are those of accuracy_as_set; without them, the scores' own.
+    """
+    full = verification.verify(scores, pairs.same, pairs.folds)
+    thresholds = np.array(full["fold_thresholds"])
+    if clean_thresholds is None:
+        clean_thresholds = thresholds
+    correct = correct_predictions(scores, pairs.same, pairs.folds, clean_thresholds)
+    by_fold = [correct[pairs.folds == fold].mean() for fold in np.unique(pairs.folds)]
+    metrics = {name: full[name] for name in ("accuracy", "standard_error", "eer", "auc")}
+    metrics["accuracy_as_set"] = float(np.mean(by_fold))
+    metrics["tar_at_far"] = full["tar_at_far"]
+    metrics["matched_cosine"] = float(scores[pairs.same].mean())
+    metrics["mismatched_cosine"] = float(scores[~pairs.same].mean())
+    return metrics, thresholds
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """What measure found, one line a corruption."""
-    lines = ["second image of a pair   accuracy       +-   threshold as set      EER   cosine"]
+def robustness_table(results: dict[str, dict[str, Any]]) -> str:
+    """The results of evaluate_corruptions as text, one line per corruption."""
+    lines = [
+        "second image of a pair   accuracy       +-   clean threshold      EER   genuine cosine"
+    ]
     lines += [
         f"{name:<24}{100 * row['accuracy']:9.3f} %  {100 * row['standard_error']:5.3f}"
         f"  {100 * row['accuracy_as_set']:15.3f} %{100 * row['eer']:8.3f} %"
-        f"{row['matched_cosine']:8.3f}"
-        for name, row in found.items()
+        f"{row['matched_cosine']:16.3f}"
+        for name, row in results.items()
     ]
     return "\n".join(lines)

@@ -1,16 +1,21 @@
-"""Is a number, or a difference between two models, more than chance? Pure maths, no files.
+"""Confidence intervals and significance tests for verification results. Pure maths, no files.
 
-    from evaluation.significance import identity_weights, intervals, compare
-    weights = identity_weights(groups, pairs.first, pairs.second, resamples=1000, seed=0)
-    intervals(scores, pairs.same, right, weights)["accuracy"]     # (low, high), 95 %
+    from evaluation.significance import bootstrap_intervals, bootstrap_weights
+    weights = bootstrap_weights(identities, pairs.first, pairs.second, resamples=1000, seed=0)
+    bootstrap_intervals(scores, pairs.same, correct, weights)["accuracy"]     # (low, high), 95 %
 
-Pairs that share a person are not independent: one hard face spoils several of them. So people are
-drawn anew, not pairs: a resample draws as many people as there are, with replacement, and a pair
-counts as often as its person was drawn, or, of two people, the product of both. This is the subsets
-bootstrap (Bolle, Ratha, Pankanti, "Error analysis of pattern recognition systems - the subsets
-bootstrap", CVIU 2004) for matched pairs, and the pigeonhole bootstrap (Owen, Annals of Applied
-Statistics 2007) for mismatched ones. It errs on the wide side: by a factor of up to root 3 for
-mismatched pairs that have no person in common.
+Pairs that share an identity are not independent: one hard face lowers the score of several pairs.
+The bootstrap therefore resamples identities, not pairs: each resample draws as many identities as
+the set has, with replacement. A genuine pair gets the multiplicity of its identity as its weight,
+an impostor pair the product of the multiplicities of its two identities.
+
+For genuine pairs this is the subsets bootstrap (Bolle, Ratha and Pankanti, "Error analysis of
+pattern recognition systems - the subsets bootstrap", CVIU 2004); for impostor pairs it is the
+pigeonhole bootstrap (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007). It is
+conservative: intervals are up to sqrt(3) times too wide where no two impostor pairs share an
+identity.
+
+Two models are compared on the same pairs by McNemar's exact test and by this bootstrap.
 """
 
 from __future__ import annotations
@@ -23,159 +28,196 @@ from scipy.stats import binomtest
 
 from evaluation.verification import FARS
 
-LEVEL = 0.95
-BLOCK = 100  # resamples worked on at a time: 100 x 6,000 pairs x 8 bytes is 5 MB an array
+CONFIDENCE = 0.95
+RESAMPLES_PER_BLOCK = 100  # 100 x 6,000 pairs x 8 bytes is 5 MB an array
 
 
-def identity_weights(
-    groups: np.ndarray, first: np.ndarray, second: np.ndarray, resamples: int, seed: int
+# ------------------------------------------------------------------------------ the bootstrap
+
+
+def bootstrap_weights(
+    identities: np.ndarray, first: np.ndarray, second: np.ndarray, resamples: int, seed: int
 ) -> np.ndarray:
-    """How often each pair counts in each resample of the people: (resamples, pairs) float32.
+    """Weight of each pair in each resample of the identities: (resamples, pairs) float32.
 
-    groups (n,) int64 is the person of each face, first and second (pairs,) are faces.
+    identities (n,) int64 are the identities of the faces, from 0; first and second (pairs,) are
+    indices of faces. Example: a resample of the identities 0, 1, 2 draws 0, 0, 2. A genuine pair
+    of identity 0 then has weight 2, an impostor pair of 0 and 2 has 2 x 1 = 2, and every pair with
+    a face of identity 1 has 0.
     """
-    people = int(groups.max()) + 1
+    count = int(identities.max()) + 1
     rng = np.random.default_rng(seed)
-    left, right = groups[first], groups[second]
+    left, right = identities[first], identities[second]
     weights = np.empty((resamples, len(first)), np.float32)
     for row in range(resamples):
-        times = np.bincount(rng.integers(0, people, people), minlength=people)
-        weights[row] = times[left] * np.where(left == right, 1, times[right])
+        multiplicity = np.bincount(rng.integers(0, count, count), minlength=count)
+        # A genuine pair has one identity: its multiplicity must not be squared.
+        weights[row] = multiplicity[left] * np.where(left == right, 1, multiplicity[right])
     return weights
 
 
-class Rates(NamedTuple):
-    """What one model reaches in each resample, (resamples,) float64; TAR by FAR as in FARS."""
+class BootstrapRates(NamedTuple):
+    """The rates of one model in each resample, (resamples,) float64 each; TAR by FAR."""
 
     accuracy: np.ndarray
     tar_at_far: dict[str, np.ndarray]
     eer: np.ndarray
 
 
-def resampled(
+def bootstrap_rates(
     scores: np.ndarray,
     same: np.ndarray,
-    right: np.ndarray,
+    correct: np.ndarray,
     weights: np.ndarray,
     fars: Sequence[str] = FARS,
-) -> Rates:
+) -> BootstrapRates:
     """Accuracy, TAR at FAR and EER of each resample; weights (resamples, pairs).
 
-    right (pairs,) bool says which pairs are judged rightly at the thresholds of the protocol, which
-    are not fitted anew. The share of matched pairs stays what it is in the set.
+    scores (pairs,) float64, same (pairs,) bool: genuine. correct (pairs,) bool: predicted
+    correctly at the threshold of the pair's fold. Those thresholds are kept, not fitted again. The
+    fraction of genuine pairs is also kept at that of the set: a resample changes which pairs count,
+    not how common each kind is.
     """
-    # Points of the curve: after the last of each run of equal scores, from high to low.
+    # Sort once: from high to low score, the pairs accepted at a threshold are a prefix, so every
+    # resample's ROC curve is a cumulative sum of its weights. Tied scores are accepted together,
+    # hence only the last index of each run of equal scores is a point of the curve.
     order = np.argsort(-scores, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    matched, share = same[order], same.mean()
-    parts: list[tuple[np.ndarray, ...]] = []
-    for start in range(0, len(weights), BLOCK):
-        block = weights[start : start + BLOCK, order].astype(np.float64)
-        genuine = np.cumsum(block * matched, 1)
-        impostor = np.cumsum(block * ~matched, 1)
-        # A resample may hold one kind only, of a tiny set: its rates are then of no use.
+    genuine, genuine_fraction = same[order], same.mean()
+    blocks: list[tuple[np.ndarray, ...]] = []
+    for start in range(0, len(weights), RESAMPLES_PER_BLOCK):
+        block = weights[start : start + RESAMPLES_PER_BLOCK, order].astype(np.float64)
+        genuine_weight = np.cumsum(block * genuine, 1)
+        impostor_weight = np.cumsum(block * ~genuine, 1)
+        # A resample of a tiny set may have no genuine or no impostor pair: its rates become nan,
+        # and percentile_interval leaves it out.
         with np.errstate(invalid="ignore", divide="ignore"):
-            hits = np.stack([block @ (right[order] & matched), block @ (right[order] & ~matched)])
-            tpr, tnr = hits / np.stack([genuine[:, -1], impostor[:, -1]])
-            tar = genuine[:, ends] / genuine[:, -1:]
-            far = impostor[:, ends] / impostor[:, -1:]
+            hits = np.stack(
+                [block @ (correct[order] & genuine), block @ (correct[order] & ~genuine)]
+            )
+            tpr, tnr = hits / np.stack([genuine_weight[:, -1], impostor_weight[:, -1]])
+            tar = genuine_weight[:, ends] / genuine_weight[:, -1:]
+            far = impostor_weight[:, ends] / impostor_weight[:, -1:]
+        accuracy = genuine_fraction * tpr + (1 - genuine_fraction) * tnr
         tars = [np.where(far <= float(limit), tar, 0).max(1) for limit in fars]
-        parts.append((share * tpr + (1 - share) * tnr, _equal_error(far, tar), *tars))
-    accuracy, eer, *tars = (np.concatenate(values) for values in zip(*parts, strict=True))
-    return Rates(accuracy, dict(zip(fars, tars, strict=True)), eer)
+        blocks.append((accuracy, _equal_error_rates(far, tar), *tars))
+    accuracy, eer, *tars = (np.concatenate(values) for values in zip(*blocks, strict=True))
+    return BootstrapRates(accuracy, dict(zip(fars, tars, strict=True)), eer)
 
 
-def _equal_error(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
-    """EER of each row of a curve (rows, points), linear between points: (rows,)."""
-    nothing = np.zeros((len(far), 1))
-    far, tar = np.hstack([nothing, far]), np.hstack([nothing, tar])
-    excess = 1 - tar - far  # falls from 1 (accept none) to -1 (accept all)
-    after = np.argmax(excess <= 0, 1)
+def _equal_error_rates(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
+    """EER of each row of ROC curves (rows, points), linear between points: (rows,) float64."""
+    # The curve begins at "accept nothing", which is no pair's score.
+    origin = np.zeros((len(far), 1))
+    far, tar = np.hstack([origin, far]), np.hstack([origin, tar])
+    excess = 1 - tar - far  # FRR - FAR: falls from 1 (accept nothing) to -1 (accept everything)
+    after = np.argmax(excess <= 0, 1)  # first point at which FAR has reached FRR
     rows, before = np.arange(len(far)), np.maximum(after - 1, 0)
     fall = excess[rows, before] - excess[rows, after]
+    # Where on the segment the excess is 0. A row of nan has no fall; it stays nan.
     step = excess[rows, before] / np.where(fall > 0, fall, 1)
     return far[rows, before] + step * (far[rows, after] - far[rows, before])
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled values; those of resamples without one kind do not count."""
-    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the percentile bootstrap: the 2.5th and the 97.5th percentile.
+
+    values (resamples,); resamples with only one kind of pair (nan) are left out. Efron and
+    Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
+    """
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     low, high = np.quantile(values[np.isfinite(values)], tails)
     return float(low), float(high)
 
 
-def intervals(
-    scores: np.ndarray, same: np.ndarray, right: np.ndarray, weights: np.ndarray
+def bootstrap_intervals(
+    scores: np.ndarray, same: np.ndarray, correct: np.ndarray, weights: np.ndarray
 ) -> dict[str, Any]:
-    """95 % intervals, (low, high), of accuracy, tar_at_far and eer; arguments as resampled."""
-    rates = resampled(scores, same, right, weights)
+    """95 % intervals, (low, high), of accuracy, tar_at_far and eer; see bootstrap_rates."""
+    rates = bootstrap_rates(scores, same, correct, weights)
     return {
-        "accuracy": interval(rates.accuracy),
-        "tar_at_far": {far: interval(values) for far, values in rates.tar_at_far.items()},
-        "eer": interval(rates.eer),
+        "accuracy": percentile_interval(rates.accuracy),
+        "tar_at_far": {far: percentile_interval(tars) for far, tars in rates.tar_at_far.items()},
+        "eer": percentile_interval(rates.eer),
     }
 
 
-def judged_rightly(
+def correct_predictions(
     scores: np.ndarray, same: np.ndarray, folds: np.ndarray, thresholds: Sequence[float]
 ) -> np.ndarray:
-    """Whether each pair is judged rightly at its fold's threshold: (pairs,) bool."""
-    rank = np.unique(folds, return_inverse=True)[1]
-    return (scores >= np.asarray(thresholds)[rank]) == same
+    """Whether each pair is predicted correctly at the threshold of its fold: (pairs,) bool.
+
+    thresholds (folds,) are in the order of the fold numbers, which need not begin at 0: of folds
+    3, 5 and 9 the second threshold is for fold 5.
+    """
+    fold_index = np.unique(folds, return_inverse=True)[1]
+    return (scores >= np.asarray(thresholds)[fold_index]) == same
 
 
 # ------------------------------------------------------------------------------ two models
 
 
-def mcnemar(right_a: np.ndarray, right_b: np.ndarray) -> tuple[int, int, float]:
-    """Pairs that only A judges rightly, those that only B does, and the exact two-sided p.
+def mcnemar_test(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test: pairs only A has correct, pairs only B has, two-sided p.
 
-    Under chance either is as likely as the other: a binomial with p = 1/2 (McNemar 1947). Pairs on
-    which both agree say nothing about the difference.
+    Pairs on which both are right or both are wrong say nothing about the difference. Of the others,
+    under the null hypothesis, each is as likely to be A's as B's: a binomial with p = 1/2 (McNemar,
+    "Note on the sampling error of the difference between correlated proportions or percentages",
+    Psychometrika 1947). Example: 8 against 2 of 10 gives p = 2 x (45 + 10 + 1) / 1024 = 0.11.
     """
-    only_a = int(np.sum(right_a & ~right_b))
-    only_b = int(np.sum(right_b & ~right_a))
+    only_a = int(np.sum(correct_a & ~correct_b))
+    only_b = int(np.sum(correct_b & ~correct_a))
     if only_a + only_b == 0:
         return 0, 0, 1.0
     return only_a, only_b, float(binomtest(only_a, only_a + only_b).pvalue)
 
 
-def compare(
+def compare_paired(
     scores: tuple[np.ndarray, np.ndarray],
     same: np.ndarray,
-    right: tuple[np.ndarray, np.ndarray],
+    correct: tuple[np.ndarray, np.ndarray],
     weights: np.ndarray,
 ) -> dict[str, Any]:
-    """Model A less model B on the same pairs, each at its own thresholds, and what to make of it.
+    """Model A minus model B on the same pairs, each at its own thresholds, and the verdict.
 
-    scores and right are those of A and of B, (pairs,) each. Both are resampled together, so that
-    what is hard for both does not blur the difference.
+    scores and correct are those of A and of B, (pairs,) each. Both are evaluated on the same
+    resamples, so that pairs which are hard for both cancel out of the difference.
     """
-    a, b = (resampled(s, same, r, weights) for s, r in zip(scores, right, strict=True))
-    only_a, only_b, p = mcnemar(*right)
-    low, high = interval(a.accuracy - b.accuracy)
+    a, b = (bootstrap_rates(s, same, c, weights) for s, c in zip(scores, correct, strict=True))
+    only_a, only_b, p = mcnemar_test(*correct)
+    low, high = percentile_interval(a.accuracy - b.accuracy)
     return {
-        "accuracy_difference": float(right[0].mean() - right[1].mean()),
+        "accuracy_difference": float(correct[0].mean() - correct[1].mean()),
         "accuracy_interval": (low, high),
         "tar_interval": {
-            far: interval(a.tar_at_far[far] - b.tar_at_far[far]) for far in a.tar_at_far
+            far: percentile_interval(a.tar_at_far[far] - b.tar_at_far[far]) for far in a.tar_at_far
         },
-        "eer_interval": interval(a.eer - b.eer),
+        "eer_interval": percentile_interval(a.eer - b.eer),
         "only_first_right": only_a,
         "only_second_right": only_b,
         "mcnemar_p": p,
-        "noise": not (p < 1 - LEVEL and not low <= 0 <= high),
-        "verdict": verdict(only_a, only_b, p, low, high),
+        "noise": not all(_significant(p, low, high)),
+        "verdict": describe_difference(only_a, only_b, p, low, high),
     }
 
 
-def verdict(only_a: int, only_b: int, p: float, low: float, high: float) -> str:
-    """Whether a difference in accuracy is noise, in a sentence: both tests must see it."""
-    counted = f"{only_a} pairs only the first gets right, {only_b} only the second: p = {p:.2g}"
-    if p < 1 - LEVEL and not low <= 0 <= high:
+def _significant(p: float, low: float, high: float) -> tuple[bool, bool]:
+    """Whether McNemar's test and whether the bootstrap shows a difference."""
+    return p < 1 - CONFIDENCE, not low <= 0 <= high
+
+
+def describe_difference(only_a: int, only_b: int, p: float, low: float, high: float) -> str:
+    """Whether a difference in accuracy is statistically significant, in a sentence.
+
+    Conservative: both McNemar's test and the bootstrap must show it. McNemar's p is exact, but
+    treats pairs as independent; the bootstrap does not, but its interval is approximate.
+    """
+    counts = f"{only_a} pairs correct only for the first, {only_b} only for the second: p = {p:.2g}"
+    by_mcnemar, by_bootstrap = _significant(p, low, high)
+    if by_mcnemar and by_bootstrap:
         better = "first" if low > 0 else "second"
-        return f"The {better} is better, beyond chance ({counted})."
-    if p < 1 - LEVEL or not low <= 0 <= high:
-        seen = "McNemar's test" if p < 1 - LEVEL else "the bootstrap"
-        return f"Not settled: only {seen} sees a difference ({counted}); take it for noise."
-    return f"The difference is within chance ({counted})."
+        return f"The {better} is better, statistically significant ({counts})."
+    if by_mcnemar or by_bootstrap:
+        only_test = "McNemar's test" if by_mcnemar else "the bootstrap"
+        return f"Inconclusive: only {only_test} shows a difference ({counts}); treat it as noise."
+    return f"No statistically significant difference ({counts})."

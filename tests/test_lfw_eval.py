@@ -418,7 +418,7 @@ def test_against_compares_with_any_model_on_every_set(data, tmp_path, monkeypatc
     assert (other["checkpoint"], list(other["sets"])) == ("theirs.pth", ["lfw"])
     assert "second: theirs.pth" in capsys.readouterr().out
     main("--against", "runs/20250601-000000-tiny-s4/best.pt", "--no-flip")
-    assert "within chance (0 pairs" in capsys.readouterr().out
+    assert "No statistically significant difference (0 pairs" in capsys.readouterr().out
 
 
 def test_a_diverged_other_model_leaves_the_report_of_this_one(data, tmp_path, monkeypatch, capsys):
@@ -446,7 +446,7 @@ def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeyp
     assert len(report["operating_points_refused"]) == 4
     assert {"slope", "intercept", "ece", "bins"} <= report["calibration"].keys()
     printed = capsys.readouterr().out
-    assert "FAR 1e-1 is not shown: 1.2 of 12 mismatched pairs would decide it" in printed
+    assert "FAR 1e-1 is not shown: 1.2 of 12 impostor pairs would decide it" in printed
     assert f"resamples of {PEOPLE} people, told apart by name" in printed
 
 

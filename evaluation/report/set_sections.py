@@ -12,7 +12,7 @@ from evaluation.pair_sets import SetResult
 from evaluation.report import plots
 from evaluation.report.markup import image, name, paragraph, section, table, text
 from evaluation.report.markup import plots as side_by_side
-from evaluation.significance import judged_rightly
+from evaluation.significance import correct_predictions
 from evaluation.verification import to_degrees
 from fileio.images import ImageError, decode_image
 
@@ -236,8 +236,8 @@ class SetPages:
 
     def _quality(self) -> Iterator[str]:
         faces = pair_quality.face_qualities(self.test_set.images, self.test_set.points)
-        values = pair_quality.pair_values(faces, self.pairs)
-        wrong = ~judged_rightly(
+        values = pair_quality.worse_values(faces, self.pairs)
+        wrong = ~correct_predictions(
             self.scores, self.pairs.same, self.pairs.folds, self.report["fold_thresholds"]
         )
         missing = ""
@@ -253,7 +253,7 @@ class SetPages:
         head = ("", "pairs", "accuracy", "± s.e.", "false positives", "false negatives")
         for key, series in values.items():
             title, unit, _ = pair_quality.QUALITIES[key]
-            rows = pair_quality.by_quality(series, wrong, self.pairs.same)
+            rows = pair_quality.accuracy_by_quality(series, wrong, self.pairs.same)
             if not rows:
                 continue
             figures.append((plots.bins_figure(rows, unit, title), text(title)))

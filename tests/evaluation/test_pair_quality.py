@@ -1,4 +1,4 @@
-"""Properties of faces against faces that have them, bins and confusions against plain loops."""
+"""Quality measures of faces made for them; bins and confusions against plain loops."""
 
 import itertools
 
@@ -9,11 +9,11 @@ import torch
 
 from evaluation import pair_quality
 from evaluation.pair_quality import (
-    by_quality,
+    accuracy_by_quality,
+    estimate_pose,
     face_qualities,
     nearest_identities,
-    pair_values,
-    pose,
+    worse_values,
 )
 from evaluation.verification import Pairs
 from utils import TEMPLATE
@@ -36,20 +36,20 @@ def turned(yaw, pitch=0.0, roll=0.0, scale=1.0):
 @pytest.mark.parametrize("roll", [-25, 0, 10])
 def test_pose_of_a_turned_head(yaw, roll):
     points = np.stack([turned(yaw, roll=roll, scale=scale) for scale in (0.5, 1, 3)])
-    found_yaw, found_roll, distance = pose(points)
+    found_yaw, found_roll, distance = estimate_pose(points)
     np.testing.assert_allclose(found_yaw, yaw, atol=1e-6)
     np.testing.assert_allclose(found_roll, roll, atol=1e-6)
     np.testing.assert_allclose(distance, 60 * np.cos(np.radians(yaw)) * np.array([0.5, 1, 3]))
 
 
-def test_a_nod_hardly_changes_yaw_and_nothing_is_known_without_points():
-    assert pose(turned(30, pitch=15)[None])[0] == pytest.approx(30, abs=5)
-    assert abs(pose(TEMPLATE[None])[0]) < 2  # the template looks ahead
-    values = np.array(pose(np.full((1, 5, 2), np.nan)))
+def test_pitch_hardly_changes_yaw_and_missing_points_give_nan():
+    assert estimate_pose(turned(30, pitch=15)[None])[0] == pytest.approx(30, abs=5)
+    assert abs(estimate_pose(TEMPLATE[None])[0]) < 2  # the template looks ahead
+    values = np.array(estimate_pose(np.full((1, 5, 2), np.nan)))
     assert np.isnan(values).all()
 
 
-def test_light_and_sharpness():
+def test_brightness_and_sharpness():
     rng = np.random.default_rng(0)
     noise = rng.integers(100, 156, (112, 112, 3), np.uint8)
     faces = [noise, noise // 2, cv2.GaussianBlur(noise, (0, 0), 2), np.full_like(noise, 60)]
@@ -67,7 +67,7 @@ def test_light_and_sharpness():
 def test_a_pair_is_as_bad_as_its_worse_face():
     pairs = Pairs([], np.array([0, 1, 2]), np.array([1, 2, 2]), None, None)
     faces = {"sharpness": np.array([5.0, 3, np.nan]), "yaw": np.array([5.0, 3, np.nan])}
-    found = pair_values(faces, pairs)
+    found = worse_values(faces, pairs)
     np.testing.assert_array_equal(found["sharpness"], [3, 3, np.nan])
     np.testing.assert_array_equal(found["yaw"], [5, 3, np.nan])
 
@@ -77,7 +77,7 @@ def test_bins_hold_every_known_pair_once():
     values, same = rng.normal(size=503), rng.random(503) < 0.5
     wrong = rng.random(503) < 0.2 + 0.2 * (values > 0)
     values[:3] = np.nan
-    rows = by_quality(values, wrong, same)
+    rows = accuracy_by_quality(values, wrong, same)
     assert [row["pairs"] for row in rows] == [100] * 5
     assert sum(row["false_positives"] for row in rows) == (wrong & ~same)[3:].sum()
     assert sum(row["false_negatives"] for row in rows) == (wrong & same)[3:].sum()
@@ -89,23 +89,23 @@ def test_bins_hold_every_known_pair_once():
     assert rows[2]["standard_error"] == pytest.approx((accuracy * (1 - accuracy) / 100) ** 0.5)
 
 
-def test_equal_values_share_a_bin_and_none_gives_none():
+def test_equal_values_share_a_bin_and_no_value_gives_no_bin():
     same = np.arange(60) % 2 == 0
-    rows = by_quality(np.repeat([1.0, 2.0], 30), same, same)
+    rows = accuracy_by_quality(np.repeat([1.0, 2.0], 30), same, same)
     assert [(row["low"], row["high"], row["pairs"]) for row in rows] == [(1, 1, 30), (2, 2, 30)]
-    rows = by_quality(np.ones(60), same, same)
+    rows = accuracy_by_quality(np.ones(60), same, same)
     assert [(row["pairs"], row["accuracy"]) for row in rows] == [(60, 0.5)]
-    assert by_quality(np.full(60, np.nan), same, same) == []
+    assert accuracy_by_quality(np.full(60, np.nan), same, same) == []
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
 def test_confusions_against_a_plain_loop(chunk):
     rng = np.random.default_rng(1)
-    people = [f"p{rng.integers(30):02d}" for _ in range(120)]
+    identities = [f"p{rng.integers(30):02d}" for _ in range(120)]
     embeddings = rng.normal(size=(120, 8)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    names = sorted(set(people))
-    means = [embeddings[[p == name for p in people]].sum(0) for name in names]
+    names = sorted(set(identities))
+    means = [embeddings[[p == name for p in identities]].sum(0) for name in names]
     means = [mean / np.linalg.norm(mean) for mean in means]
     expected = sorted(
         (
@@ -115,14 +115,14 @@ def test_confusions_against_a_plain_loop(chunk):
         ),
         reverse=True,
     )[:12]
-    found = nearest_identities(embeddings, people, 12, chunk)
+    found = nearest_identities(embeddings, identities, 12, chunk)
     assert [(c.first, c.second) for c in found] == [(a, b) for _, a, b in expected]
     np.testing.assert_allclose([c.cosine for c in found], [c for c, *_ in expected], atol=1e-6)
     for confusion in found:
         a, b = confusion.faces
-        assert (people[a], people[b]) == (confusion.first, confusion.second)
-        left = [i for i, p in enumerate(people) if p == confusion.first]
-        right = [i for i, p in enumerate(people) if p == confusion.second]
+        assert (identities[a], identities[b]) == (confusion.first, confusion.second)
+        left = [i for i, p in enumerate(identities) if p == confusion.first]
+        right = [i for i, p in enumerate(identities) if p == confusion.second]
         closest = max(embeddings[i] @ embeddings[j] for i in left for j in right)
         assert embeddings[a] @ embeddings[b] == pytest.approx(closest, abs=1e-6)
 

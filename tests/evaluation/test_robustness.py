@@ -1,4 +1,4 @@
-"""The corruptions, each against what it says, and the measurement on made-up embeddings."""
+"""Each corruption against its definition, and the evaluation on made-up embeddings."""
 
 import json
 
@@ -14,40 +14,48 @@ from tests.helpers.synthetic_faces import face
 
 @pytest.fixture(scope="module")
 def faces():
-    images = [cv2.imdecode(np.frombuffer(face(person), np.uint8), 1) for person in range(6)]
+    images = [cv2.imdecode(np.frombuffer(face(identity), np.uint8), 1) for identity in range(6)]
     return np.stack([cv2.resize(p[45:205, 45:205, ::-1], (112, 112)) for p in images])
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_every_corruption_is_pure_and_changes_every_face(name, faces):
     before = faces.copy()
-    worse = CORRUPTIONS[name](faces)
-    assert (worse.shape, worse.dtype) == (faces.shape, np.uint8)
+    corrupted = CORRUPTIONS[name](faces)
+    assert (corrupted.shape, corrupted.dtype) == (faces.shape, np.uint8)
     assert (faces == before).all()
-    assert all((one != other).any() for one, other in zip(faces, worse, strict=True))
-    assert (CORRUPTIONS[name](faces) == worse).all()
+    assert all((one != other).any() for one, other in zip(faces, corrupted, strict=True))
+    assert (CORRUPTIONS[name](faces) == corrupted).all()
     assert len(CORRUPTIONS[name](faces[:0])) == 0
 
 
 def test_jpeg_is_as_coarse_as_its_quality(faces):
-    errors = [np.abs(robustness.jpeg(faces, q).astype(int) - faces).mean() for q in (95, 30, 5)]
+    errors = [
+        np.abs(robustness.compress_jpeg(faces, q).astype(int) - faces).mean() for q in (95, 30, 5)
+    ]
     assert errors[0] < errors[1] < errors[2] < 30
 
 
-def test_blur_and_shrink_keep_the_mean_and_lose_detail(faces):
+def test_blur_and_low_resolution_keep_the_mean_and_lose_detail(faces):
     def detail(batch):
         return np.abs(np.diff(batch.astype(float), axis=2)).mean()
 
-    for worse in (robustness.blur(faces), robustness.shrink(faces), robustness.shrink(faces, 4)):
-        assert abs(worse.mean() - faces.mean()) < 1
-        assert detail(worse) < 0.8 * detail(faces)
-    assert detail(robustness.shrink(faces, 4)) < detail(robustness.shrink(faces, 2))
+    for corrupted in (
+        robustness.gaussian_blur(faces),
+        robustness.reduce_resolution(faces),
+        robustness.reduce_resolution(faces, 4),
+    ):
+        assert abs(corrupted.mean() - faces.mean()) < 1
+        assert detail(corrupted) < 0.8 * detail(faces)
+    assert detail(robustness.reduce_resolution(faces, 4)) < detail(
+        robustness.reduce_resolution(faces, 2)
+    )
     even = np.full((1, 112, 112, 3), 77, np.uint8)
-    assert (robustness.shrink(even, 4) == 77).all()
+    assert (robustness.reduce_resolution(even, 4) == 77).all()
 
 
 def test_grey_is_luma(faces):
-    found = robustness.grey(faces)
+    found = robustness.to_grayscale(faces)
     expected = faces @ np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, 3), atol=1)
 
@@ -55,19 +63,19 @@ def test_grey_is_luma(faces):
 def test_brightness_scales_and_clips(faces):
     for factor in (1.4, 0.6):
         expected = np.clip(np.rint(faces.astype(float) * factor), 0, 255)
-        assert (robustness.brightness(faces, factor) == expected).all()
+        assert (robustness.scale_brightness(faces, factor) == expected).all()
 
 
 @pytest.mark.parametrize("box", [EYES, MOUTH])
-def test_covers_hide_their_box_and_nothing_else(faces, box):
+def test_occlusion_covers_its_box_and_nothing_else(faces, box):
     x1, y1, x2, y2 = box
-    covered = robustness.cover(faces, box)
-    assert (covered[:, y1:y2, x1:x2] == robustness.GREY).all()
-    covered[:, y1:y2, x1:x2] = faces[:, y1:y2, x1:x2]
-    assert (covered == faces).all()
+    occluded = robustness.occlude(faces, box)
+    assert (occluded[:, y1:y2, x1:x2] == robustness.OCCLUDER_LEVEL).all()
+    occluded[:, y1:y2, x1:x2] = faces[:, y1:y2, x1:x2]
+    assert (occluded == faces).all()
 
 
-def test_covers_lie_over_the_template():
+def test_occlusions_lie_over_the_template():
     from utils import TEMPLATE
 
     for box, points in ((EYES, TEMPLATE[:2]), (MOUTH, TEMPLATE[3:])):
@@ -78,7 +86,7 @@ def test_covers_lie_over_the_template():
 
 def test_shift_moves_by_ten_pixels_in_all_four_directions():
     faces = np.random.default_rng(0).integers(0, 256, (40, 112, 112, 3), np.uint8)
-    moved = robustness.shift(faces)
+    moved = robustness.shift_randomly(faces)
     seen = set()
     for before, after in zip(faces, moved, strict=True):
         for direction, (a, b) in {
@@ -93,16 +101,16 @@ def test_shift_moves_by_ten_pixels_in_all_four_directions():
         else:
             raise AssertionError("moved in no direction")
     assert seen == {"left", "right", "up", "down"}
-    assert (robustness.shift(faces, seed=1) != moved).any()
+    assert (robustness.shift_randomly(faces, seed=1) != moved).any()
 
 
-def test_measure_embeds_second_images_only_and_once_each():
+def test_only_second_images_are_embedded_again_and_once_each():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (40, 112, 112, 3), np.uint8))
     first = np.repeat(np.arange(20), 2)
     second = np.where(np.arange(40) % 2 == 0, first + 20, (first + 3) % 20 + 20)
     same = np.arange(40) % 2 == 0
-    images[20:] = images[:20]  # both images of a person are the same
+    images[20:] = images[:20]  # both images of an identity are the same
     pairs = verification.Pairs([], first, second, same, verification.contiguous_folds(40, 4))
     calls = []
 
@@ -112,7 +120,7 @@ def test_measure_embeds_second_images_only_and_once_each():
 
     clean = embed(images).numpy()
     calls.clear()
-    found = robustness.measure(embed, images, pairs, clean)
+    found = robustness.evaluate_corruptions(embed, images, pairs, clean)
     assert calls == [20] * len(CORRUPTIONS)
     assert list(found) == ["clean", *CORRUPTIONS]
     assert found["clean"]["accuracy"] == found["clean"]["accuracy_as_set"] == 1
@@ -121,20 +129,20 @@ def test_measure_embeds_second_images_only_and_once_each():
     moved = found["moved by 10 pixels"]
     assert moved["accuracy_as_set"] == 0.5
     assert abs(moved["matched_cosine"]) < 0.1
-    # By hand: the covered second images against the clean first ones.
-    covered = embed(torch.from_numpy(robustness.cover(images.numpy()))).numpy()
+    # By hand: the occluded second images against the clean first ones.
+    occluded = embed(torch.from_numpy(robustness.occlude(images.numpy()))).numpy()
     a = clean / np.linalg.norm(clean, axis=1, keepdims=True)
-    b = covered / np.linalg.norm(covered, axis=1, keepdims=True)
+    b = occluded / np.linalg.norm(occluded, axis=1, keepdims=True)
     expected = (a[first] * b[second]).sum(1)[same].mean()
     assert found["eyes covered"]["matched_cosine"] == pytest.approx(expected, abs=1e-6)
     json.dumps(found)
-    printed = robustness.table(found).splitlines()
+    printed = robustness.robustness_table(found).splitlines()
     assert len(printed) == 2 + len(CORRUPTIONS)
     assert "eyes covered" in printed[9]
 
 
-def test_the_showcase_is_written_as_a_image(faces, tmp_path):
-    shown = robustness.showcase(faces[0])
+def test_the_examples_are_written_as_an_image(faces, tmp_path):
+    shown = robustness.corruption_examples(faces[0])
     assert list(shown) == ["clean", *CORRUPTIONS]
     assert (shown["clean"] == faces[0]).all()
     figures.plot_corruptions(tmp_path / "robustness_grid.jpg", shown)
