@@ -13,11 +13,11 @@ from config import Config
 from distributed.collectives import all_gather_rows, all_reduce_sum, even_slice, gather_to_main
 from distributed.data_parallel import convert_sync_batch_norm, no_gradient_sync, wrap_ddp
 from distributed.process_group import world_size
-from fileio.checkpoint_file import load_momentum
 from focal_loss import FocalLoss
 from heads.partial_fc import HeadLoss, PartialFC
 from heads.registry import MARGINS, MarginHead, build_head
 from models import build_model, enable_activation_checkpointing
+from training.checkpoints import load_momentum
 from training.ema import ModelEMA
 from utils import UserError, has_bfloat16
 

@@ -13,8 +13,9 @@ import torch
 
 from config import Config, config_from
 from data_gen import ImageStore
-from fileio.checkpoint_file import LAST, load_checkpoint, load_last, tidy
+from fileio.checkpoint_file import load_checkpoint
 from fileio.weights import check_weights
+from training.checkpoints import LAST, load_last, tidy
 from training.sharded_dataset import ShardStore
 from utils import UserError, newest_run
 

@@ -26,16 +26,16 @@ from data_gen import (
 from distributed.collectives import all_gather_objects, any_rank, run_on_main
 from distributed.data_parallel import broadcast_buffers
 from distributed.process_group import is_main, rank, seed_per_rank, world_size
-from fileio.checkpoint_file import (
+from fileio.checkpoint_file import save_checkpoint
+from training.augment import build_augmentation
+from training.checkpoints import (
     INCOMPATIBLE,
     random_states,
-    save_checkpoint,
     save_last,
     set_random_states,
     set_torch_states,
     torch_states,
 )
-from training.augment import build_augmentation
 from training.engine import Learner
 from training.event_log import EventLog, fsync_events
 from training.resume import fingerprint

@@ -143,7 +143,7 @@ FAULTS = [
     {"at": "training.run:Trainer.train_step", "count": 4},  # a step after a checkpoint
     {"at": "os:fsync", "count": 2},  # a checkpoint is written, not yet on disk under its name
     {
-        "at": "fileio.checkpoint_file:_move_up",
+        "at": "training.checkpoints:_move_up",
         "count": 1,
         "after": True,
     },  # the old one has moved up
