@@ -26,8 +26,7 @@ from bench.common import Row, alone, arguments, clock, finish, peak_memory, rati
 from bench.compare_mtcnn import PEERS, read_images, run_peer
 from bench.synthetic_inputs import drawn_archive
 from config import Config
-from fileio.images import decode_image
-from fileio.recordio import encode_jpeg
+from fileio.images import decode_image, encode_jpeg
 from preprocessing.dataset_writer import read_report
 from preprocessing.detector import FaceDetector, find_face
 from preprocessing.pipeline import align_face

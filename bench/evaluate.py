@@ -74,7 +74,7 @@ def straightforward(
     began = time.perf_counter()
     images = []
     for i in range(count):
-        jpeg = reader.jpeg(i % faces % len(reader))
+        jpeg = reader.encoded(i % faces % len(reader))
         image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), 1)[:, :, ::-1]
         images.append((image.transpose(2, 0, 1).astype(np.float32) - 127.5) / 127.5)
     decoded = time.perf_counter()

@@ -34,7 +34,8 @@ from bench.common import (
 )
 from bench.synthetic_inputs import drawn_records
 from data_gen import FACE_BYTES, ImageStore, load_images, normalise, split, train_batches
-from fileio.recordio import RecordReader, decode_jpeg
+from fileio.images import decode_image
+from fileio.recordio import RecordReader
 from utils import core_count, exit_on_user_error, keep_freed_memory
 
 BATCH = 512
@@ -50,7 +51,7 @@ class Straightforward(Dataset):
         return len(self.reader)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        image = cv2.imdecode(np.frombuffer(self.reader.jpeg(i), np.uint8), 1)[:, :, ::-1]
+        image = cv2.imdecode(np.frombuffer(self.reader.encoded(i), np.uint8), 1)[:, :, ::-1]
         if np.random.random() < 0.5:
             image = image[:, ::-1]
         image = (image.transpose(2, 0, 1).astype(np.float32) - 127.5) / 127.5
@@ -104,8 +105,8 @@ def decoding(folder: Path, repeats: int) -> tuple[list[float], list[float], list
     reader, cpu = RecordReader(folder), torch.device("cpu")
     count = min(len(reader), 8192)
     index = np.random.default_rng(0).permutation(len(reader))[:count]
-    jpegs = [reader.jpeg(int(i)) for i in index]
-    plain = clock(lambda: [decode_jpeg(jpeg) for jpeg in jpegs], cpu, repeats)
+    jpegs = [reader.encoded(int(i)) for i in index]
+    plain = clock(lambda: [decode_image(jpeg) for jpeg in jpegs], cpu, repeats)
     one = clock(lambda: load_images(reader, index, workers=1), cpu, repeats)
     return plain, one, clock(lambda: load_images(reader, index), cpu, repeats), count
 

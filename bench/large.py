@@ -113,7 +113,7 @@ def make_set(folder: Path, images: int, people: int) -> None:
     files = -(-images // PER_FILE)
     with drawn_records(None, 2048) as drawn:
         reader = RecordReader(drawn)
-        jpegs = [reader.jpeg(i % len(reader)) for i in range(PER_FILE)]
+        jpegs = [reader.encoded(i % len(reader)) for i in range(PER_FILE)]
     labels = np.linspace(0, people - 1, PER_FILE).astype(np.int64)
     write_shards(folder / "one", jpegs, labels, 1)
     record, index = (folder / "one" / f"train-00000.{kind}" for kind in ("rec", "npy"))

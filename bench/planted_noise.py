@@ -67,7 +67,7 @@ def plant(train_set: Path, output: Path, *, share: float, seed: int, keep: str =
     true = reader.labels[there]
     labels = permuted_labels(true, share, seed)
     order = np.argsort(labels, kind="stable")  # records stand by identity
-    write_dataset(output, (reader.jpeg(int(i)) for i in there[order]), labels[order])
+    write_dataset(output, (reader.encoded(int(i)) for i in there[order]), labels[order])
     rows = zip(RecordReader(output).keys, labels[order], true[order], strict=True)
     with atomic_write(output / TRUTH, "w") as file:
         file.write("\t".join(COLUMNS) + "\n")

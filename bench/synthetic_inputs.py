@@ -13,8 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 from tools.synthetic import Task, draw_image
 from utils import core_count
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.verification import SUFFIXES, without_suffix
+from fileio.images import ImageError, decode_image
 from fileio.index_tsv import IndexTable, read_index
-from fileio.recordio import RecordError, RecordReader, decode_jpeg
+from fileio.recordio import RecordError, RecordReader
 from utils import FACE_SIZE, UserError
 
 
@@ -36,15 +37,15 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def jpeg(self, i: int) -> bytes:
+    def encoded(self, i: int) -> bytes:
         """The encoded bytes of image i, whichever format they have."""
         return (self.path / self.keys[i]).read_bytes()
 
     def image(self, i: int) -> np.ndarray:
         """Image i as (112, 112, 3) uint8 RGB; RecordError names the file where it cannot."""
         try:
-            image = decode_jpeg(self.jpeg(i))
-        except RecordError as error:
+            image = decode_image(self.encoded(i))
+        except ImageError as error:
             raise RecordError(f"{self.path / self.keys[i]}: {error}") from None
         if image.shape[:2] != (FACE_SIZE, FACE_SIZE):
             height, width = image.shape[:2]

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from evaluation.verification import Pairs, image_name
 from fileio.archives import ArchiveError, open_source
-from fileio.images import ImageError, decode_image
-from fileio.recordio import encode_jpeg
+from fileio.images import ImageError, decode_image, encode_jpeg
 from fileio.safe_files import atomic_write, make_folder
 
 

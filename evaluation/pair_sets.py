@@ -25,7 +25,7 @@ from data_gen import load_images
 from evaluation import verification
 from evaluation.face_folders import open_faces
 from fileio.bin_sets import read_bin
-from fileio.recordio import RecordError, decode_jpeg
+from fileio.images import ImageError, decode_image
 from utils import UserError
 
 
@@ -171,8 +171,8 @@ def _load_bin(path: Path) -> TestSet:
     numbers = np.unique(where, return_index=True)[1]  # where each face stands first
     for jpeg, place in places.items():
         try:
-            image = decode_jpeg(jpeg)
-        except RecordError as error:
+            image = decode_image(jpeg)
+        except ImageError as error:
             raise UserError(f"Image {numbers[place]} of {path}: {error}") from None
         if image.shape != (112, 112, 3):
             height, width = image.shape[:2]

@@ -1,13 +1,14 @@
-"""Bytes of an image file to RGB pixels, or the reason why not.
+"""Image files: decode them to RGB pixels (or say why not), and encode JPEGs.
 
     decode_image(Path("face.jpg").read_bytes())  # (height, width, 3) uint8, RGB
 
-The size is read from the header before anything is decoded, so that a file of a few bytes that
-claims a billion pixels costs nothing.  JPEG, PNG, BMP, GIF, WebP, TIFF and PNM are known.
+JPEG, PNG, BMP, GIF, WebP, TIFF and PNM are known. Image files are untrusted input: the size is read
+from the header before anything is decoded, so a file of a few bytes that claims a billion pixels
+costs nothing.
 
-What becomes of the unusual: EXIF rotation is honoured, so that a face comes out upright as viewers
-show it; of an animation (GIF, WebP, APNG) or of several pages (TIFF) the first image is taken;
-grey, CMYK, 16-bit and palette images become 8-bit RGB, and transparency is dropped.
+Unusual images: EXIF rotation is applied, so a face comes out upright as viewers show it; of an
+animation (GIF, WebP, APNG) or of several pages (TIFF) the first image is taken; grey, CMYK, 16-bit
+and palette images become 8-bit RGB, and transparency is dropped.
 """
 
 from __future__ import annotations
@@ -22,36 +23,41 @@ import numpy as np
 
 from utils import UserError
 
-MAX_PIXELS = 100_000_000  # 300 MB when decoded; an animated WebP takes 1 GB on the way
-MAX_SIDE = 65_500  # JPEG's; longer strips could be searched in no small copy
-MANY_PIXELS = 4_000_000  # images from here on are decoded one at a time, for memory's sake
+MAX_PIXELS = 100_000_000  # 300 MB when decoded; OpenCV needs 1 GB for an animated WebP of that size
+MAX_IMAGE_SIDE = 65_500  # libjpeg's own limit (JPEG_MAX_DIMENSION), for all formats
+# Images from here on are decoded one at a time: eight threads with 300 MB each would fill the
+# memory of a small machine.
+LARGE_IMAGE_PIXELS = 4_000_000
 
-_one_large_image = threading.Lock()
+_large_image_lock = threading.Lock()
 
 
 class ImageError(UserError):
-    """A file that gives no image; `status` is the reason in one word."""
+    """An image file that cannot be decoded; `status` is the reason in one word.
 
-    def __init__(self, status: str, sentence: str):
-        super().__init__(sentence)
+    The text is a sentence about "its bytes": the caller puts the file's name before it.
+    """
+
+    def __init__(self, data: bytes, status: str, reason: str):
+        super().__init__(f"its {len(data)} bytes cannot be decoded as an image: {reason}.")
         self.status = status
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """The image as (height, width, 3) uint8 RGB.
+    """Decode an image file's bytes to (height, width, 3) uint8 RGB.
 
     Raises ImageError with status "empty_file", "not_an_image", "truncated", "too_large" or
     "unreadable".
     """
     height, width = image_size(data)
-    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
-        sentence = f"{width}x{height} are more than {MAX_PIXELS:,} pixels, or {MAX_SIDE:,} in a row"
-        raise ImageError("too_large", sentence)
+    if height * width > MAX_PIXELS or max(height, width) > MAX_IMAGE_SIDE:
+        limits = f"{MAX_PIXELS:,} pixels or {MAX_IMAGE_SIDE:,} on a side"
+        raise ImageError(data, "too_large", f"{width}x{height} is more than {limits}")
     if not _is_complete(data):
-        raise ImageError("truncated", "its end is missing")
-    if height * width < MANY_PIXELS:
+        raise ImageError(data, "truncated", "its end is missing")
+    if height * width < LARGE_IMAGE_PIXELS:
         return _decode(data)
-    with _one_large_image:
+    with _large_image_lock:
         return _decode(data)
 
 
@@ -61,8 +67,14 @@ def _decode(data: bytes) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise ImageError("unreadable", "OpenCV cannot decode it")
+        raise ImageError(data, "unreadable", "OpenCV cannot decode it")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def encode_jpeg(rgb: np.ndarray, quality: int = 95) -> bytes:
+    """Encode (height, width, 3) uint8 RGB as JPEG."""
+    bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -71,114 +83,155 @@ def image_size(data: bytes) -> tuple[int, int]:
     Raises ImageError as `decode_image` does.
     """
     if not data:
-        raise ImageError("empty_file", "the file is empty")
-    for magic, read_size in _HEADERS:
-        if re.match(magic, data, re.DOTALL):
+        raise ImageError(data, "empty_file", "the file is empty")
+    for signature, read_size in _FORMATS:
+        if re.match(signature, data, re.DOTALL):
             try:
                 height, width = read_size(data)
             except (struct.error, IndexError, ValueError):
-                raise ImageError("truncated", "its header is cut short") from None
+                raise ImageError(data, "truncated", "its header is cut short") from None
             if height < 1 or width < 1:
-                raise ImageError("unreadable", f"its header claims {width}x{height} pixels")
+                raise ImageError(data, "unreadable", f"its header claims {width}x{height} pixels")
             return height, width
-    raise ImageError("not_an_image", "its first bytes are no known image format's")
+    raise ImageError(data, "not_an_image", "it begins like no known image format")
 
 
-def _jpeg_segment(data: bytes, wanted: Callable[[int], bool]) -> int:
-    """Where the first segment with a wanted marker begins (ITU T.81, annex B)."""
-    at = 2
-    while True:
-        if data[at] != 0xFF:
-            raise ValueError("no marker")
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-        elif wanted(marker):
-            return at
-        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9:
-            # No length follows these.  Decoders pass over them; whoever took the next two bytes for
-            # one would read the size from another place than the decoder does.
-            raise ValueError("a marker out of place")
-        else:
-            at += 2 + struct.unpack_from(">H", data, at + 2)[0]
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    # frames are SOF0 to SOF15 but for the tables DHT, JPG and DAC
-    frame = _jpeg_segment(data, lambda m: 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC))
-    return struct.unpack_from(">HH", data, frame + 5)
+# ------------------------------------------------------------------------------ complete or not
 
 
 def _is_complete(data: bytes) -> bool:
-    """Whether a JPEG or PNG has its end marker (True for other formats, whose decoders notice).
+    """Whether a JPEG or PNG has its end marker; True for other formats, whose decoders check.
 
-    libjpeg fills a missing lower part with grey and merely warns.  The marker is looked for after
-    the start of the scan: an embedded thumbnail has one of its own.
+    libjpeg fills the missing lower part of an image with grey and only warns, so a truncated
+    download would become a face with a grey chin.
     """
     if data.startswith(b"\x89PNG"):
-        return _png_is_whole(data)
+        return _is_complete_png(data)
+    # Most JPEGs end in EOI (FF D9): no need to search those.
     if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
         return True
+    # Some have bytes after EOI. Search from the start of scan on, since a thumbnail in the EXIF
+    # segment before it has an EOI of its own; within the scan, FF is always followed by 00 or RSTn.
     try:
-        scan = _jpeg_segment(data, lambda m: m == 0xDA)
+        scan = _find_jpeg_segment(data, lambda marker: marker == 0xDA)
     except (struct.error, IndexError, ValueError):
         return False
     return data.find(b"\xff\xd9", scan) >= 0
 
 
-def _png_is_whole(data: bytes) -> bool:
-    """Whether all chunks are there: OpenCV takes 2 GB for one of 44 bytes that claims as many."""
-    at = 8
-    while at + 12 <= len(data):
-        if data[at + 4 : at + 8] == b"IEND":
+def _is_complete_png(data: bytes) -> bool:
+    """Whether all chunks up to IEND are there.
+
+    A chunk is: length of its data (4 bytes, big-endian), type (4), data, CRC (4). OpenCV allocates
+    the length as claimed: 2 GB for a file of 44 bytes.
+    """
+    position = 8  # after the signature
+    while position + 12 <= len(data):
+        if data[position + 4 : position + 8] == b"IEND":
             return True
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
     return False
 
 
+# ------------------------------------------------------------------------------ sizes in headers
+# Each function returns (height, width); the layouts give the byte offsets.
+
+
+def _find_jpeg_segment(data: bytes, is_wanted: Callable[[int], bool]) -> int:
+    """The position of the first segment whose marker is wanted (ITU T.81, annex B).
+
+    A segment is FF, marker (1 byte), length (2, big-endian, itself included), content.
+    """
+    position = 2  # after SOI, FF D8
+    while True:
+        if data[position] != 0xFF:
+            raise ValueError("no marker")
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte; any number of them may precede a marker
+            position += 1
+        elif is_wanted(marker):
+            return position
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9:
+            # No length follows these. Decoders skip them; if we took the next two bytes for a
+            # length, we would read the size from another place than the decoder does, and the
+            # limit on pixels could be evaded.
+            raise ValueError("a marker out of place")
+        else:
+            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    # Frame headers are SOF0 to SOF15 (C0 to CF), except for the tables DHT, JPG and DAC:
+    # FF marker | 2 length (2) | 4 precision (1) | 5 height (2) | 7 width (2), big-endian
+    frame = _find_jpeg_segment(data, lambda m: 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC))
+    return struct.unpack_from(">HH", data, frame + 5)
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    # IHDR is the first chunk: 16 width (4), 20 height (4), big-endian
+    width, height = struct.unpack_from(">II", data, 16)
+    return height, width
+
+
+def _gif_size(data: bytes) -> tuple[int, int]:
+    # logical screen descriptor: 6 width (2), 8 height (2), little-endian
+    width, height = struct.unpack_from("<HH", data, 6)
+    return height, width
+
+
 def _bmp_size(data: bytes) -> tuple[int, int]:
-    if struct.unpack_from("<I", data, 14)[0] == 12:  # OS/2
+    # 14 size of the header (4), then 18 width and height: 2 bytes each in OS/2's header of 12
+    # bytes, else 4 each and signed
+    if struct.unpack_from("<I", data, 14)[0] == 12:
         width, height = struct.unpack_from("<HH", data, 18)
     else:
         width, height = struct.unpack_from("<ii", data, 18)
-    return abs(height), width  # a negative height means from top to bottom
+    return abs(height), width  # a negative height means that the rows run from top to bottom
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    kind = data[12:16]
-    if kind == b"VP8X":
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    # 0 "RIFF" | 4 size (4) | 8 "WEBP" | 12 type of the first chunk (4) | 16 its length (4)
+    chunk = data[12:16]
+    if chunk == b"VP8X":  # extended: 24 width - 1 (3), 27 height - 1 (3), little-endian
+        width = int.from_bytes(data[24:27], "little") + 1
+        height = int.from_bytes(data[27:30], "little") + 1
         return (height, width) if len(data) >= 30 else (0, 0)
-    if kind == b"VP8L":
+    if chunk == b"VP8L":  # lossless: 20 signature 2F | 21 width - 1 (14 bits), height - 1 (14 bits)
         bits = struct.unpack_from("<I", data, 21)[0]
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    # lossy: 20 frame tag (3) | 23 start code (3) | 26 width, 28 height: 14 bits each, 2 of scaling
     width, height = struct.unpack_from("<HH", data, 26)
     return height & 0x3FFF, width & 0x3FFF
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
+    # 0 byte order "II" or "MM" | 2 the number 42 (2) | 4 offset of the first directory (4).
+    # A directory is a count (2) and entries of 12: tag (2), type (2), count (4), value (4).
     order = "<" if data[:2] == b"II" else ">"
     directory = struct.unpack_from(order + "I", data, 4)[0]
     size = {}
     for i in range(struct.unpack_from(order + "H", data, directory)[0]):
-        at = directory + 2 + 12 * i
-        tag, kind = struct.unpack_from(order + "HH", data, at)
-        if tag in (256, 257):  # ImageWidth, ImageLength, SHORT or LONG
-            size[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), data, at + 8)[0]
+        entry = directory + 2 + 12 * i
+        tag, value_type = struct.unpack_from(order + "HH", data, entry)
+        if tag in (256, 257):  # ImageWidth, ImageLength: SHORT (type 3) or LONG
+            value_format = order + ("H" if value_type == 3 else "I")
+            size[tag] = struct.unpack_from(value_format, data, entry + 8)[0]
     return size.get(257, 0), size.get(256, 0)
 
 
 def _pnm_size(data: bytes) -> tuple[int, int]:
-    head = re.match(rb"P\d(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s", data[:4096])
-    if not head:
+    # "P6", width and height as text, with white space and # comments between them
+    header = re.match(rb"P\d(?:\s|#[^\n]*\n)+(\d+)(?:\s|#[^\n]*\n)+(\d+)\s", data[:4096])
+    if not header:
         raise ValueError("no size")
-    return int(head[2]), int(head[1])
+    return int(header[2]), int(header[1])
 
 
-_HEADERS = [
+# The first bytes of each format, and how its size is read.
+_FORMATS = [
     (rb"\xff\xd8\xff", _jpeg_size),
-    (rb"\x89PNG\r\n\x1a\n", lambda data: struct.unpack_from(">II", data, 16)[::-1]),
-    (rb"GIF8[79]a", lambda data: struct.unpack_from("<HH", data, 6)[::-1]),
+    (rb"\x89PNG\r\n\x1a\n", _png_size),
+    (rb"GIF8[79]a", _gif_size),
     (rb"RIFF....WEBP", _webp_size),
     (rb"BM", _bmp_size),
     (rb"II\*\0|MM\0\*", _tiff_size),

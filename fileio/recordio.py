@@ -19,7 +19,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from fileio.images import ImageError, decode_image
@@ -33,21 +32,6 @@ LABEL_LIMIT = 1 << 24  # labels are float32: whole numbers are exact up to here
 
 class RecordError(UserError):
     """A record file, index, test set or image that is not what it should be."""
-
-
-def decode_jpeg(data: bytes) -> np.ndarray:
-    """Decode an image's bytes into (height, width, 3) uint8 RGB; RecordError where it cannot."""
-    try:
-        return decode_image(data)
-    except ImageError as error:
-        reason = f"its {len(data)} bytes cannot be decoded as an image: {error}."
-        raise RecordError(reason) from None
-
-
-def encode_jpeg(rgb: np.ndarray, quality: int = 95) -> bytes:
-    """Encode (height, width, 3) uint8 RGB as JPEG."""
-    bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 # ------------------------------------------------------------------------------ single records
@@ -173,7 +157,7 @@ class RecordReader:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def jpeg(self, i: int) -> bytes:
+    def encoded(self, i: int) -> bytes:
         """The encoded bytes of image i, 0 <= i < len(self)."""
         payload = payload_at(self._data, int(self.offsets[i]))
         return payload[HEADER.size + 4 * int.from_bytes(payload[:4], "little") :]
@@ -181,8 +165,8 @@ class RecordReader:
     def image(self, i: int) -> np.ndarray:
         """Image i as (height, width, 3) uint8 RGB; RecordError names the record where it cannot."""
         try:
-            image = decode_jpeg(self.jpeg(i))
-        except RecordError as error:
+            image = decode_image(self.encoded(i))
+        except ImageError as error:
             raise RecordError(f"Record {self.keys[i]} of {self.path}: {error}") from None
         if self.size and image.shape[:2] != self.size:
             found, said = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, self.size))

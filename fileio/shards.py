@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fileio.images import ImageError, decode_image
 from fileio.recordio import (
     HEADER,
     RecordError,
     RecordReader,
-    decode_jpeg,
     frame,
     map_file,
     payload_at,
@@ -110,7 +110,7 @@ class ShardReader:
             )
         return labels
 
-    def jpeg(self, i: int) -> bytes:
+    def encoded(self, i: int) -> bytes:
         """The encoded bytes of image i, 0 <= i < len(self)."""
         shard, place = self._find(i)
         payload = payload_at(shard.data, int(shard.entries["offset"][place]))
@@ -125,8 +125,8 @@ class ShardReader:
     def image(self, i: int) -> np.ndarray:
         """Image i as (height, width, 3) uint8 RGB; RecordError names it where it cannot."""
         try:
-            image = decode_jpeg(self.jpeg(i))
-        except RecordError as error:
+            image = decode_image(self.encoded(i))
+        except ImageError as error:
             shard, place = self._find(i)
             raise RecordError(f"Record {place} of {shard.path}: {error}") from None
         if image.shape[:2] != self.size:

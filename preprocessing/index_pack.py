@@ -12,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from fileio.archives import Tally
+from fileio.images import ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
-from fileio.recordio import RecordError, RecordReader, decode_jpeg
+from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write
 from utils import FACE_SIZE, UserError, core_count
 
@@ -60,8 +61,8 @@ def check_records(reader: RecordReader, workers: int = 0) -> Iterator[str]:
 
     def check(i: int) -> str:
         try:
-            image = decode_jpeg(reader.jpeg(i))
-        except RecordError:
+            image = decode_image(reader.encoded(i))
+        except ImageError:
             return "unreadable"
         return "ok" if image.shape[:2] == (FACE_SIZE, FACE_SIZE) else "wrong_size"
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from config import Config
 from fileio.archives import Source, Tally, open_source
-from fileio.images import decode_image
+from fileio.images import decode_image, encode_jpeg
 from fileio.locks import LOCK
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder, write_errors
 from preprocessing.dataset_writer import FACE, read_report
 from preprocessing.sources import Job
@@ -132,7 +132,7 @@ def write_pairs(source: Source, found: bytes, reader: RecordReader, images_dir: 
             data = originals[source.entries()[rows[i]]]
             if not data.startswith(b"\xff\xd8"):
                 data = encode_jpeg(decode_image(data))
-            aligned = reader.jpeg(int(np.count_nonzero(kept[: rows[i]])))
+            aligned = reader.encoded(int(np.count_nonzero(kept[: rows[i]])))
             for path, content in ((raw, data), (img, aligned)):
                 with atomic_write(path) as file:
                     file.write(content)

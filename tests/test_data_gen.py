@@ -4,8 +4,9 @@ import torch
 
 import data_gen
 from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordError, RecordReader, encode_jpeg
+from fileio.recordio import RecordError, RecordReader
 from training.augment import build_augmentation
 
 

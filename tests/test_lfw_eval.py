@@ -19,9 +19,9 @@ from evaluation.evaluate import evaluate_lfw
 from evaluation.pair_sets import find_set, load_set
 from fileio.bin_sets import write_bin
 from fileio.checkpoint_file import save_checkpoint
+from fileio.images import encode_jpeg
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 from models import build_model
 from tests.helpers.paths import ROOT
 from utils import UserError

@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 import pytest
 
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 from tests.helpers.paths import ROOT
 
 MEGABYTES = """

@@ -152,7 +152,7 @@ def test_images_before_and_after(run, tmp_path):
     places = np.linspace(0, 14, 10).round().astype(int)
     for i, place in enumerate(places):
         assert (tmp_path / "im" / f"{i}_raw.jpg").read_bytes() == list(files.values())[place]
-        assert (tmp_path / "im" / f"{i}_img.jpg").read_bytes() == reader.jpeg(place)
+        assert (tmp_path / "im" / f"{i}_img.jpg").read_bytes() == reader.encoded(place)
     few = write_zip(tmp_path / "few.zip", people(1, 3))
     assert run(source=few, output=tmp_path / "few")[0] == 0
     assert len(list((tmp_path / "im").iterdir())) == 6  # no stale ones

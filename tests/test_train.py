@@ -13,8 +13,9 @@ import train
 from config import parse_args
 from data_gen import ImageStore, normalise, split, train_batches
 from fileio.checkpoint_file import load_checkpoint
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from models import ArcMarginModel, build_model
 from training.run import Trainer, TrainingError
 from training.schedule import learning_rate

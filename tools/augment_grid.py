@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fileio.images import decode_image
-from fileio.recordio import encode_jpeg
+from fileio.images import decode_image, encode_jpeg
 from fileio.safe_files import atomic_write, make_folder
 from tools.synthetic import Task, draw_image
 from training.augment import AUGMENTATIONS, TRANSFORMS, AugmentPolicy, augment_batch

@@ -194,7 +194,7 @@ def write_pairs(cfg: Config, reader: RecordReader, list_path: Path) -> None:
         )
     write_held_out(list_path, reader, identities)
     output = list_path.with_suffix(".bin")
-    jpegs = [reader.jpeg(int(places[side])) for pair, _ in pairs for side in pair]
+    jpegs = [reader.encoded(int(places[side])) for pair, _ in pairs for side in pair]
     write_bin(output, jpegs, [same for _, same in pairs])
     hard = "each an image and its nearest stranger" if cfg.hard_negatives else "by chance"
     print(

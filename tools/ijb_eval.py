@@ -41,7 +41,7 @@ from evaluation.templates import (
     tar_at_fars,
     tar_line,
 )
-from fileio.recordio import RecordError, decode_jpeg
+from fileio.images import ImageError, decode_image
 from fileio.safe_files import atomic_write, make_folder
 from utils import (
     UserError,
@@ -64,10 +64,10 @@ def align(ijb: Ijb, number: int) -> np.ndarray:
     """The face of an image, (112, 112, 3) uint8 RGB, by the points given for it."""
     path = ijb.images / ijb.files[number]
     try:
-        image = decode_jpeg(path.read_bytes())
+        image = decode_image(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"There is no {path}, which the metadata in {ijb.meta} names.") from None
-    except RecordError as error:
+    except ImageError as error:
         raise UserError(f"{path}: {error}") from None
     return warp_face(image, similarity_transform(ijb.points[number]))
 

@@ -35,13 +35,14 @@ def main(cfg: Config) -> None:
     pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
     pairs = load_set(folder, pairs_path).pairs  # decodes every image: none is damaged
     faces = open_faces(folder)
-    jpegs = [faces.reader.jpeg(int(i)) for i in faces.places[faces.find(pairs.names, pairs_path)]]
+    records = faces.places[faces.find(pairs.names, pairs_path)]
+    images = [faces.reader.encoded(int(i)) for i in records]
     order = np.stack([pairs.first, pairs.second], 1).ravel()
     output = Path(cfg.output or Path(cfg.data_dir, f"{set_name(folder)}.bin"))
     make_folder(output.parent)
-    write_bin(output, [jpegs[face] for face in order], pairs.same.tolist())
+    write_bin(output, [images[face] for face in order], pairs.same.tolist())
     print(
-        f"Wrote {output}: {len(pairs.same):,} pairs of {len(jpegs):,} faces, "
+        f"Wrote {output}: {len(pairs.same):,} pairs of {len(images):,} faces, "
         f"{int(pairs.same.sum()):,} of them matched, {output.stat().st_size / 1e6:.1f} MB."
     )
 

@@ -27,7 +27,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"{output} is not empty; give another --output, or delete it.")
     reader = RecordReader(source)
     count = max(1, round(len(reader) / cfg.shard_images))
-    jpegs = (reader.jpeg(i) for i in tqdm(range(len(reader)), unit="img"))
+    jpegs = (reader.encoded(i) for i in tqdm(range(len(reader)), unit="img"))
     write_shards(output, jpegs, reader.labels, count, cfg.seed)
     print(
         f"{len(reader):,} images of {reader.num_classes:,} people in {count:,} files, {output}. "

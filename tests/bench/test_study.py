@@ -13,8 +13,8 @@ from evaluation.embedders import load_embedder
 from evaluation.evaluate import evaluate_lfw
 from evaluation.pair_sets import load_set
 from fileio.bin_sets import write_bin
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 from tools import held_out
 
 PEOPLE, EACH = 40, 5

@@ -14,8 +14,8 @@ import torch
 
 from distributed.collectives import even_slice
 from fileio.checkpoint_file import load_checkpoint
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FLAGS, write_tiny_set
 

@@ -10,7 +10,7 @@ import pytest
 from config import parse_args
 from evaluation.pair_sets import find_pairs, find_set, identity_groups, load_set, set_name
 from fileio.bin_sets import read_bin, write_bin
-from fileio.recordio import encode_jpeg
+from fileio.images import encode_jpeg
 from tests.helpers.bounded import within
 from tests.test_lfw_eval import PEOPLE, data, face_of, name_of, pairs_text  # noqa: F401
 from tools import make_bin

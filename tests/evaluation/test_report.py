@@ -20,7 +20,7 @@ from evaluation.report import page as report
 from evaluation.report import plots as report_figures
 from evaluation.report import set_sections as report_set
 from fileio.checkpoint_file import save_checkpoint
-from fileio.recordio import encode_jpeg
+from fileio.images import encode_jpeg
 from tests.helpers.tiny import hostile_names
 from utils import TEMPLATE
 

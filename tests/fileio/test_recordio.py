@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fileio import bin_sets, record_writer, recordio
+from fileio.images import decode_image, encode_jpeg
 from fileio.record_writer import RecordWriter
-from fileio.recordio import RecordError, RecordReader, decode_jpeg, encode_jpeg
+from fileio.recordio import RecordError, RecordReader
 from tests.helpers.bounded import within
 from utils import UserError
 
@@ -71,7 +72,7 @@ def check_hand_made(reader: RecordReader) -> None:
     assert reader.keys.tolist() == [1, 2, 3, 4, 5] and reader.keys.dtype == np.int64
     assert reader.labels.tolist() == LABELS and reader.labels.dtype == np.int64
     assert reader.identities.tolist() == [[1, 3], [3, 4], [4, 6]]
-    assert [reader.jpeg(i) for i in range(len(reader))] == JPEGS
+    assert [reader.encoded(i) for i in range(len(reader))] == JPEGS
 
 
 # ------------------------------------------------------------------------------ reading
@@ -82,7 +83,7 @@ def test_reads_bytes_written_by_hand(tmp_path):
     reader = RecordReader(tmp_path)
     check_hand_made(reader)
     assert (reader.num_classes, reader.size) == (3, (112, 112))
-    assert np.array_equal(reader.image(3), decode_jpeg(JPEGS[3]))
+    assert np.array_equal(reader.image(3), decode_image(JPEGS[3]))
     check_hand_made(RecordReader(tmp_path / "train.rec"))
 
 
@@ -111,7 +112,7 @@ def test_without_record_0_every_key_is_an_image(tmp_path):
     reader = RecordReader(tmp_path)
     assert reader.keys.tolist() == [7, 8, 9, 10, 11] and reader.identities is None
     assert reader.labels.tolist() == LABELS and reader.num_classes == 3
-    assert reader.jpeg(4) == JPEGS[4]
+    assert reader.encoded(4) == JPEGS[4]
 
 
 def test_ids_that_say_nothing_give_way_to_the_order(tmp_path):
@@ -125,7 +126,7 @@ def test_first_value_of_a_label_vector(tmp_path, vector):
     save(tmp_path, [record(labels_payload(i, *vector) + JPEGS[i]) for i in range(3)], range(3))
     reader = RecordReader(tmp_path)
     assert reader.labels.tolist() == [4, 4, 4] and reader.num_classes == 5
-    assert [reader.jpeg(i) for i in range(3)] == JPEGS[:3]
+    assert [reader.encoded(i) for i in range(3)] == JPEGS[:3]
 
 
 @pytest.mark.parametrize("with_idx", [True, False])
@@ -139,8 +140,8 @@ def test_reads_records_in_several_parts(tmp_path, with_idx):
     save(tmp_path, [in_header, b"".join(parts), whole], [MAGIC, 1, 2] if with_idx else None)
     reader = RecordReader(tmp_path)
     assert reader.keys.tolist() == [1, 2, MAGIC] and reader.labels.tolist() == [1, 2, 0]
-    assert reader.jpeg(0) == b"abcd" + MAGIC_BYTES * 2 + b"efgh" + MAGIC_BYTES + b"xyz"
-    assert reader.jpeg(2) == b"jpeg"
+    assert reader.encoded(0) == b"abcd" + MAGIC_BYTES * 2 + b"efgh" + MAGIC_BYTES + b"xyz"
+    assert reader.encoded(2) == b"jpeg"
 
 
 @pytest.mark.parametrize("flags", [(0, 3), (1, 0), (1, 1, 3), (2, 3), (0, 2)])
@@ -159,10 +160,10 @@ def test_threads_share_a_reader(tmp_path):
 
     def work():
         for i in list(range(5)) * 40:
-            right = reader.jpeg(i) == JPEGS[i] and np.array_equal(reader.image(i), images[i])
+            right = reader.encoded(i) == JPEGS[i] and np.array_equal(reader.image(i), images[i])
             outcomes.append(right)
 
-    images = [decode_jpeg(jpeg) for jpeg in JPEGS]
+    images = [decode_image(jpeg) for jpeg in JPEGS]
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -376,7 +377,7 @@ def test_magic_number_inside_a_image(tmp_path):
     assert sum(MAGIC_BYTES in jpeg for jpeg in jpegs) > 100  # or the test would show little
     for with_idx in (True, False):
         reader = RecordReader(tmp_path)
-        assert [reader.jpeg(i) for i in range(len(reader))] == jpegs, with_idx
+        assert [reader.encoded(i) for i in range(len(reader))] == jpegs, with_idx
         (tmp_path / "train.idx").unlink(missing_ok=True)
 
 
@@ -440,12 +441,12 @@ def test_writer_refuses_what_would_not_be_read(tmp_path):
 def test_jpeg_is_rgb_and_close(tmp_path):
     red = np.zeros((112, 96, 3), np.uint8)
     red[..., 0] = 200
-    again = decode_jpeg(encode_jpeg(red))
+    again = decode_image(encode_jpeg(red))
     assert again.shape == red.shape and again.dtype == np.uint8
     assert np.abs(again.astype(int) - red).max() <= 3
     assert len(encode_jpeg(image(1), 30)) < len(encode_jpeg(image(1)))
     grey = cv2.imencode(".png", image(0)[..., 0])[1].tobytes()
-    assert decode_jpeg(grey).shape == (112, 112, 3)
+    assert decode_image(grey).shape == (112, 112, 3)
 
 
 # ------------------------------------------------------------------------------ .bin
@@ -512,7 +513,7 @@ def test_reads_a_pack_that_other_code_wrote(real_faces, tmp_path):
     walked = RecordReader(tmp_path)
     assert np.array_equal(walked.keys, reader.keys)
     assert np.array_equal(walked.labels, reader.labels)
-    assert walked.jpeg(37885) == reader.jpeg(37885)
+    assert walked.encoded(37885) == reader.encoded(37885)
 
 
 def test_writes_the_bytes_of_a_pack_that_other_code_wrote(real_faces, tmp_path):
@@ -523,7 +524,7 @@ def test_writes_the_bytes_of_a_pack_that_other_code_wrote(real_faces, tmp_path):
     folder = real_faces / "faces_mixed_112x112"
     reader = RecordReader(folder)
     record_writer.write_dataset(
-        tmp_path, (reader.jpeg(i) for i in range(len(reader))), reader.labels
+        tmp_path, (reader.encoded(i) for i in range(len(reader))), reader.labels
     )
     for name in ("train.idx", "property"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()

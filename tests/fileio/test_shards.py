@@ -39,15 +39,17 @@ def test_shards_hold_every_image_once(whole, folder):
     assert sorted(np.diff(reader.starts).tolist()) == [9, 9, 10, 10, 10]
     assert (len(reader), reader.num_classes) == (48, 4)
     numbers = np.arange(48)
-    found = [(reader.jpeg(i), label) for i, label in enumerate(reader.labels_of(numbers).tolist())]
-    expected = [(plain.jpeg(i), int(plain.labels[i])) for i in range(48)]
+    found = [
+        (reader.encoded(i), label) for i, label in enumerate(reader.labels_of(numbers).tolist())
+    ]
+    expected = [(plain.encoded(i), int(plain.labels[i])) for i in range(48)]
     assert sorted(found) == sorted(expected)
     assert reader.image(7).shape == (112, 112, 3)
     # Each file is a record file that others can read, with the same labels.
     single = RecordReader(reader.files[2])
     begin = int(reader.starts[2])
-    assert [single.jpeg(i) for i in range(len(single))] == [
-        reader.jpeg(begin + i) for i in range(len(single))
+    assert [single.encoded(i) for i in range(len(single))] == [
+        reader.encoded(begin + i) for i in range(len(single))
     ]
     # Every identity is spread over the files.
     label = reader.labels_of(numbers)
@@ -94,7 +96,7 @@ def test_what_is_wrong_is_a_sentence(folder, tmp_path):
     entries["offset"][:-1] += 4
     np.save(tmp_path / "train-00001.npy", entries)
     with pytest.raises(RecordError, match="do not belong together"):
-        ShardReader(tmp_path).jpeg(12)
+        ShardReader(tmp_path).encoded(12)
     copy()
     cut = (tmp_path / "train-00002.rec").read_bytes()[:-8]
     (tmp_path / "train-00002.rec").write_bytes(cut)
@@ -174,7 +176,7 @@ def test_training_on_shards_resumes_with_another_number_of_processes(groups, fol
 def test_a_damaged_image_is_passed_over(folder, tmp_path, groups):
     data = [file.read_bytes() for file in sorted(folder.glob("*.rec"))]
     reader = ShardReader(folder)
-    jpegs = [reader.jpeg(i) for i in range(48)]
+    jpegs = [reader.encoded(i) for i in range(48)]
     jpegs[11] = b"\xff\xd8nothing"
     write_shards(tmp_path / "s", jpegs, reader.labels_of(np.arange(48)), 3)
     assert data  # the original is another set

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from fileio.bin_sets import write_bin
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 
 # 39 images to train on and 9 held out: 4 steps an epoch.
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "

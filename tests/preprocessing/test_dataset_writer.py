@@ -61,7 +61,7 @@ def test_labels_are_contiguous_over_identities_with_an_image(whole, tmp_path):
     table = read_index(tmp_path / "whole", reader)
     assert table.identity == [entry.identity for entry in ENTRIES]
     assert table.record.tolist() == [1, 2, -1, -1, -1, -1, 3, 4, 5, 6]
-    assert reader.jpeg(2) == b"jpeg 6" * 7
+    assert reader.encoded(2) == b"jpeg 6" * 7
 
 
 @pytest.mark.parametrize(

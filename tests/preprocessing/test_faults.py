@@ -19,8 +19,8 @@ import pre_process
 from config import Config
 from evaluation.figures import _figure, _save
 from fileio.bin_sets import write_bin
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import encode_jpeg
 from fileio.safe_files import atomic_write
 from preprocessing import index_pack, prepare
 from preprocessing import pipeline as align

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from config import Config
+from fileio.images import encode_jpeg
 from fileio.index_tsv import INDEX_HEADER, read_index
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from pre_process import main
 from tests.helpers.synthetic_faces import face
 
@@ -103,7 +104,7 @@ def test_a_real_pack_of_other_code(real_faces, tmp_path):
 
     reader = recordio.RecordReader(real_faces / "faces_mixed_112x112")
     some = range(0, len(reader), len(reader) // 300)
-    jpegs = [reader.jpeg(i) for i in some]
+    jpegs = [reader.encoded(i) for i in some]
     write_dataset(tmp_path / "x", jpegs, sorted(i // 30 for i in range(len(jpegs))))
     main(Config(source=str(tmp_path / "x")))
     assert report_of(tmp_path / "x")["kept"] == len(jpegs)

@@ -6,7 +6,6 @@ import pytest
 
 from fileio.archives import ArchiveError, Entry, open_source
 from fileio.images import decode_image
-from fileio.recordio import decode_jpeg
 from preprocessing import pipeline as align
 from preprocessing.detector import CENTRAL_CROP, Detection, FaceDetector, find_face
 from preprocessing.pipeline import (
@@ -67,7 +66,7 @@ def test_usual_images_are_aligned_by_one_warp(detector):
     matrix = similarity_transform(detection.points.astype(np.float64))
     wanted = warp_face(decode_image(face(1)), matrix)
     assert result.status == "ok"
-    assert same_pixels(decode_jpeg(result.jpeg), wanted, 3)
+    assert same_pixels(decode_image(result.jpeg), wanted, 3)
     np.testing.assert_allclose(result.points, detection.points, atol=1e-4)
 
 
@@ -84,7 +83,7 @@ def test_large_images_are_searched_small_and_cut_from_the_whole(detector):
     got = cut_face(image, told, False)
     np.testing.assert_allclose(got.points, (wanted.points + 0.5) * 8 - 0.5)
     np.testing.assert_allclose(got.box, (wanted.box + 0.5) * 8 - 0.5)
-    assert same_pixels(decode_jpeg(got.jpeg), decode_jpeg(wanted.jpeg), 3)
+    assert same_pixels(decode_image(got.jpeg), decode_image(wanted.jpeg), 3)
     # and the detector does find it there
     (found,) = find_face(detector, image.image[None])
     assert np.abs(found.points - told.points).max() < 5 * zoom
@@ -112,7 +111,7 @@ def test_missed_faces_are_passed_over_or_cropped(detector):
     start = round((250 - side) / 2)
     square = image.image[start : start + round(side), start : start + round(side)]
     centre = cv2.resize(square, (112, 112), interpolation=cv2.INTER_LINEAR)
-    assert same_pixels(decode_jpeg(cropped.jpeg), centre, 8)
+    assert same_pixels(decode_image(cropped.jpeg), centre, 8)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (19, 200)])
@@ -122,7 +121,7 @@ def test_tiny_images(shape):
     assert plan_batches([image], 4) == []
     assert cut_face(image, Detection("no_face"), False).status == "too_small"
     cropped = cut_face(image, Detection("no_face"), True)
-    assert decode_jpeg(cropped.jpeg).shape == (112, 112, 3)
+    assert decode_image(cropped.jpeg).shape == (112, 112, 3)
 
 
 def test_a_very_long_image(detector):

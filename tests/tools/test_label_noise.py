@@ -8,8 +8,9 @@ import train
 from bench.planted_noise import LEAST, judge, judge_list, permuted_labels, plant
 from config import parse_args
 from fileio.checkpoint_file import load_checkpoint
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from tests.evaluation.test_embedders import write_onnx
 from tools import label_noise
 from training.sample_lists import KeepList, read_keep_list, write_keep_list

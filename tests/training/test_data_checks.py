@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from data_gen import ImageStore, split
-from fileio.images import decode_image
+from fileio.images import decode_image, encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from preprocessing.detector import FaceDetector, find_face
 from preprocessing.pipeline import align_face
 from tests.helpers.synthetic_faces import face

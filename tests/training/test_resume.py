@@ -20,9 +20,10 @@ import train
 from config import Config, parse_args
 from data_gen import ImageStore, split
 from fileio.checkpoint_file import load_checkpoint
+from fileio.images import encode_jpeg
 from fileio.locks import locked
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training import event_log as events
@@ -303,7 +304,7 @@ def test_other_images_are_refused(start, folder, tmp_path):
     for change in ("labels", "pictures", "fewer"):
         other = tmp_path / change
         reader = RecordReader(folder)
-        jpegs = [reader.jpeg(i) for i in range(len(reader))]
+        jpegs = [reader.encoded(i) for i in range(len(reader))]
         labels = [i // 12 for i in range(48)]
         if change == "labels":
             labels[12] = 0

@@ -12,8 +12,9 @@ import train
 from config import parse_args
 from data_gen import ImageStore, LoadingError, split, train_batches
 from fileio.checkpoint_file import load_checkpoint
+from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader, encode_jpeg
+from fileio.recordio import RecordReader
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training.run import Trainer
 from training.step_errors import (
