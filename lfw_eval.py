@@ -236,4 +236,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "lfw_eval"))
+    main(parse_args(sys.argv[1:], "lfw_eval", doc=__doc__))

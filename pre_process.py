@@ -121,4 +121,4 @@ def shard_of(cfg: Config) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "pre_process"))
+    main(parse_args(sys.argv[1:], "pre_process", doc=__doc__))

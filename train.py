@@ -346,4 +346,4 @@ def run(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "train"))
+    main(parse_args(sys.argv[1:], "train", doc=__doc__))

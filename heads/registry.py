@@ -4,46 +4,21 @@
     found = head.loss(embedding, label, torch.nn.CrossEntropyLoss())  # loss, right, count
 
 angular_margins.py has those of the softmax, binary_margins.py those with a loss of their own.
-Defaults of scale and margin, by name, are config.MARGIN_DEFAULTS.
+Defaults of scale and margin, by name, are config.MARGINS.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from heads.binary_margins import SphereFace2, UniFace, UniTSFace
-from heads.softmax_margins import (
-    AdaFace,
-    ArcFace,
-    Combined,
-    CosFace,
-    CurricularFace,
-    ElasticArc,
-    ElasticCos,
-    MagFace,
-    MarginHead,
-    NormSoftmax,
-    Softmax,
-    SphereFace,
-    SubcenterArc,
-)
+import config
+from heads import binary_margins, softmax_margins
+from heads.softmax_margins import MarginHead
 
+# By name: config.MARGINS has the names, and the class of each.
 MARGINS: dict[str, type[MarginHead]] = {
-    "softmax": Softmax,
-    "norm_softmax": NormSoftmax,
-    "sphereface": SphereFace,
-    "sphereface2": SphereFace2,
-    "cosface": CosFace,
-    "arcface": ArcFace,
-    "combined": Combined,
-    "curricularface": CurricularFace,
-    "magface": MagFace,
-    "adaface": AdaFace,
-    "elastic_arc": ElasticArc,
-    "elastic_cos": ElasticCos,
-    "subcenter": SubcenterArc,
-    "uniface": UniFace,
-    "unitsface": UniTSFace,
+    name: getattr(softmax_margins, margin.head, None) or getattr(binary_margins, margin.head)
+    for name, margin in config.MARGINS.items()
 }
 
 

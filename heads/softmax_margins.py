@@ -155,7 +155,7 @@ class Combined(MarginHead):
     has it (`falling_cosine`).
     """
 
-    settings = ("margin_m1", "margin_m3")
+    settings = ("m1", "m3")
     shardable = True
 
     def __init__(
@@ -164,16 +164,16 @@ class Combined(MarginHead):
         num_classes: int,
         margin_s: float,
         margin_m: float,
-        margin_m1: float = 1.0,
-        margin_m3: float = 0.2,
+        m1: float = 1.0,
+        m3: float = 0.2,
     ) -> None:
         super().__init__(emb_size, num_classes, margin_s, margin_m)
-        self.margin_m1, self.margin_m3 = margin_m1, margin_m3
+        self.m1, self.m3 = m1, m3
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Cosines (N, num_classes) and classes (N,) to logits."""
         angle = angle_of(true_cosine(cosine, label))
-        target = falling_cosine(self.margin_m1 * angle + self.margin_m) - self.margin_m3
+        target = falling_cosine(self.m1 * angle + self.margin_m) - self.m3
         return self.replaced(cosine, label, target)
 
 
@@ -243,7 +243,7 @@ class AdaFace(MarginHead):
     lengths' running mean and deviation; each batch is a hundredth of them.
     """
 
-    settings = ("adaface_h",)
+    settings = ("h",)
     RATE = 0.01
 
     def __init__(
@@ -252,17 +252,17 @@ class AdaFace(MarginHead):
         num_classes: int,
         margin_s: float,
         margin_m: float,
-        adaface_h: float = 0.333,
+        h: float = 0.333,
     ) -> None:
         super().__init__(emb_size, num_classes, margin_s, margin_m)
-        self.adaface_h = adaface_h
+        self.h = h
         self.register_buffer("mean", torch.full((1,), 20.0))
         self.register_buffer("deviation", torch.full((1,), 100.0))
 
     def margin(self, cosine: Tensor, label: Tensor, length: Tensor) -> Tensor:
         """Cosines (N, num_classes), classes (N,) and lengths (N,) to logits; μ, σ as they stand."""
         length = length.detach().clamp(1e-3, 100)
-        z = (length - self.mean) / (self.deviation + 1e-3) * self.adaface_h
+        z = (length - self.mean) / (self.deviation + 1e-3) * self.h
         z = z.clamp(-1, 1).unsqueeze(1)
         angle = angle_of(true_cosine(cosine, label)) - self.margin_m * z
         target = angle.clamp(0, math.pi).cos() - (self.margin_m * z + self.margin_m)
@@ -289,7 +289,7 @@ class ElasticArc(MarginHead):
     In evaluation mode the margin is margin_m.
     """
 
-    settings = ("elastic_std",)
+    settings = ("std",)
 
     def __init__(
         self,
@@ -297,16 +297,16 @@ class ElasticArc(MarginHead):
         num_classes: int,
         margin_s: float,
         margin_m: float,
-        elastic_std: float = 0.0125,
+        std: float = 0.0125,
     ) -> None:
         super().__init__(emb_size, num_classes, margin_s, margin_m)
-        self.elastic_std = elastic_std
+        self.std = std
 
     def draw(self, target: Tensor) -> Tensor:
         """A margin for each of the true classes' cosines (N, 1)."""
         if not self.training:
             return torch.full_like(target, self.margin_m)
-        return self.margin_m + self.elastic_std * torch.randn_like(target)
+        return self.margin_m + self.std * torch.randn_like(target)
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Cosines (N, num_classes) and classes (N,) to logits."""

@@ -5,23 +5,31 @@ import sys
 import typing
 
 import pytest
-import torch
 
 import models
-from config import MARGIN_DEFAULTS, RECIPES, Config, config_from, parse_args
+from config import MARGINS, RECIPES, Config, parse_args, settings_of
 from tests.helpers.paths import ROOT
+from tools import held_out, ijb_eval, label_noise, make_bin, make_shards, synthetic
+from training.saved_settings import config_from
 
-SCRIPTS = (
-    "synthetic",
-    "pre_process",
-    "shards",
-    "train",
-    "lfw_eval",
-    "make_bin",
-    "ijb_eval",
-    "held_out",
-    "label_noise",
-)
+SCRIPTS = {
+    "pre_process": Config,
+    "train": Config,
+    "lfw_eval": Config,
+    "synthetic": synthetic.Settings,
+    "make_shards": make_shards.Settings,
+    "make_bin": make_bin.Settings,
+    "ijb_eval": ijb_eval.Settings,
+    "held_out": held_out.Settings,
+    "label_noise": label_noise.Settings,
+}
+# Where the settings of a script are read, besides in the script itself.
+READERS = {
+    "lfw_eval": ["evaluation/evaluate"],
+    "train": ["training/dataset", "training/run", "training/engine", "training/resume"],
+    "pre_process": ["preprocessing/prepare", "preprocessing/sources"],
+    "label_noise": ["training/dataset", "training/resume"],
+}
 
 
 def test_defaults_are_the_papers_recipe():
@@ -40,9 +48,9 @@ def test_a_recipe_changes_defaults_and_what_is_given_goes_before_it():
     assert config_from({**best}) == Config(**best)  # each a setting, within its range
     assert parse_args(["--recipe", "best", "--lr", "0.5"], "train").lr == 0.5
     # Another margin comes with a scale of its own.
-    other = next(name for name in MARGIN_DEFAULTS if name != cfg.margin)
+    other = next(name for name in MARGINS if name != cfg.margin)
     cfg = parse_args(["--recipe", "best", "--margin", other], "train")
-    assert (cfg.margin_s, cfg.margin_m) == MARGIN_DEFAULTS[other]
+    assert (cfg.margin_s, cfg.margin_m) == MARGINS[other][1:3]
     assert parse_args(["--recipe", "paper"], "train") == Config(given=("recipe",))
 
 
@@ -90,29 +98,83 @@ def test_a_script_refuses_the_flags_of_another():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_exactly_the_knobs_of_a_script(script, capsys):
+def test_help_lists_exactly_the_settings_of_a_script_in_groups(script, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_args(["--help"], script)
+        parse_args(["--help"], script, SCRIPTS[script], "What it does.\n\n    an example\n")
     assert ended.value.code == 0
-    offered = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE))
-    fields = [f for f in dataclasses.fields(Config) if script in f.metadata.get("scripts", [])]
-    assert offered == {f"--{field.name.rstrip('_').replace('_', '-')}" for field in fields}
+    printed = capsys.readouterr().out
+    offered = re.findall(r"^  (--[a-z0-9-]+)", printed, re.MULTILINE)
+    names = settings_of(script, SCRIPTS[script])
+    assert sorted(offered) == sorted(f"--{n.rstrip('_').replace('_', '-')}" for n in names)
+    assert "What it does.\n\n    an example\n" in printed
+    assert printed.splitlines()[0].startswith("usage: python ")
+    titles = re.findall(r"^(\S.*):$", printed, re.MULTILINE)
+    assert titles[:2] == ["options", "Files and folders"] or script == "synthetic"
+    assert len(titles) >= 3
+    assert "{," not in printed and ",}" not in printed  # no empty choice
+    assert "%(" not in printed and "{options}" not in printed
+
+
+def test_train_offers_at_most_50_settings():
+    assert len(settings_of("train")) <= 50
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_reads_every_knob_it_offers(script):
-    split = {"train": ("train", "training/dataset", "training/run", "training/engine")}
-    split["train"] += ("training/resume",)
-    split["pre_process"] = ("pre_process", "preprocessing/prepare", "preprocessing/sources")
-    split["label_noise"] = ("tools/label_noise", "training/dataset", "training/resume")
-    split["shards"] = ("tools/make_shards",)
-    script_file = script if script == "lfw_eval" else f"tools/{script}"
-    modules = split.get(script, (script_file,))
-    code = "".join((ROOT / f"{module}.py").read_text("utf-8") for module in modules)
-    read = set(re.findall(r"\bcfg\.(\w+)", code))
-    for field in dataclasses.fields(Config):
-        if script in field.metadata.get("scripts", []):
-            assert field.name in read, f"{script}.py offers {field.name} and does not read it"
+def test_a_script_reads_every_setting_it_offers(script):
+    own = script if SCRIPTS[script] is Config else f"tools/{script}"
+    paths = [ROOT / f"{name}.py" for name in (own, *READERS.get(script, []))]
+    code = "".join(path.read_text("utf-8") for path in paths if path.exists())
+    read = set(re.findall(r"\bcfg\.(\w+)", code)) | {"margin_option"}  # by cfg.margin_options
+    unread = set(settings_of(script, SCRIPTS[script])) - read
+    assert not unread, f"{own}.py offers {unread} and does not read them"
+
+
+def test_a_tools_settings_go_before_the_shared_ones_of_the_same_name():
+    cfg = parse_args([], "synthetic", synthetic.Settings)
+    assert isinstance(cfg, Config)
+    assert (cfg.output, Config().output) == ("demo/data", "")
+    assert "lr" not in settings_of("synthetic", synthetic.Settings)
+    with pytest.raises(SystemExit):
+        parse_args(["--lr", "0.1"], "synthetic", synthetic.Settings)
+
+
+def test_the_options_of_a_margin():
+    def options(line):
+        return parse_args(line.split(), "train").margin_options
+
+    assert options("--margin combined") == {"m1": 1.0, "m3": 0.2}
+    assert options("--margin combined --margin-option m3=0.1") == {"m1": 1.0, "m3": 0.1}
+    assert options("--margin subcenter --margin-option subcenters=2") == {"subcenters": 2}
+    assert options("--margin arcface") == {}
+    # However they are written, equal options make equal settings: a run can be resumed with them.
+    a = parse_args(["--margin", "adaface"], "train")
+    b = parse_args(["--margin", "adaface", "--margin-option", "h=.333"], "train")
+    assert a.margin_option == b.margin_option == ("h=0.333",)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--margin-option subcenters=2", "arcface has no option 'subcenters' (it has: no"),
+        ("--margin combined --margin-option h=1", "no option 'h' (it has: m1, m3)"),
+        ("--margin combined --margin-option m1=x", "m1=x is not a number"),
+        ("--margin combined --margin-option m1=5", "m1=5 is not in 0.1 ... 4.0"),
+        ("--margin adaface --margin-option h=nan", "h=nan is not in"),
+        ("--margin subcenter --margin-option subcenters=1.5", "subcenters=1.5 is not a number"),
+        ("--margin adaface --margin-option h", "h is not a number"),
+    ],
+)
+def test_a_wrong_option_of_a_margin_is_a_message(line, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_args(line.split(), "train")
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_focal_loss_alone_is_gamma_2():
+    assert parse_args(["--focal-loss"], "train").focal_loss == 2.0
+    assert parse_args(["--focal-loss", "1.5"], "train").focal_loss == 1.5
+    assert parse_args([], "train").focal_loss == 0.0
 
 
 def test_network_choices_are_the_registry():
@@ -123,27 +185,3 @@ def test_network_choices_are_the_registry():
 def test_importing_config_loads_nothing_heavy():
     code = "import sys, config; assert not {'torch', 'numpy', 'cv2'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_a_configuration_comes_back_from_its_dict():
-    cfg = parse_args(["--milestones", "--lr", "1", "--resume", "--no-flip"], "train")
-    assert config_from(dataclasses.asdict(cfg)) == cfg
-    assert config_from({}) == Config()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("lr", value) for value in ("0.1", None, True, -1, float("nan"), torch.tensor(0.1))),
-        *(("batch_size", value) for value in (1, 8.0, "8", torch.zeros(9))),
-        *(("network", value) for value in ("r51", None, ["tiny"], torch.zeros(2))),
-        *(("milestones", value) for value in ([1], (1, "2"), (1.5,), 3, torch.zeros(2))),
-        *(("input_mean", value) for value in ((0.5, 0.5), (0.5, 0.5, "x"))),
-        *(("amp", value) for value in (1, None)),
-        *(("data_dir", value) for value in (1, b"data")),
-        *(("margin_m", 4.0), ("warp", 1), (7, 1)),
-    ],
-)
-def test_values_that_no_flag_would_take_are_named(name, value):
-    with pytest.raises(ValueError, match=str(name).replace("_", "-")):
-        config_from({name: value})

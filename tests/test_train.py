@@ -297,7 +297,7 @@ def test_sentences_for_sets_that_cannot_be_trained_on(configure, capsys, tmp_pat
 
 
 def test_focal_loss_and_easy_margin_reach_the_trainer(configure):
-    trainer = make_trainer(configure("--focal-loss --gamma 1.5 --easy-margin"))
+    trainer = make_trainer(configure("--focal-loss 1.5 --easy-margin"))
     assert trainer.learner.criterion.gamma == 1.5
     assert trainer.learner.head.easy_margin
     assert isinstance(make_trainer(configure()).learner.criterion, torch.nn.CrossEntropyLoss)

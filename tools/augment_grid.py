@@ -1,7 +1,7 @@
 """An image of what augment.py does, on synthetic faces.
 
-    python augment_grid.py                          # images/demo/augment_grid.jpg
-    python augment_grid.py some/other/file.jpg
+    python -m tools.augment_grid                          # images/demo/augment_grid.jpg
+    python -m tools.augment_grid some/other/file.jpg
 
 A column a face; under the faces as they are, every change by itself, then both recipes as they
 come in an epoch.

@@ -1,9 +1,9 @@
 """Test on identities that were held out of the training set: pairs of them, and all their pairs.
 
-    python held_out.py --make-pairs 6000        # data/held_out.txt and data/held_out.bin
+    python -m tools.held_out --make-pairs 6000        # data/held_out.txt and data/held_out.bin
     python train.py --hold-out data/held_out.txt --lfw data/held_out.bin
     python lfw_eval.py --sets lfw,held_out
-    python held_out.py                          # TAR at FAR 1e-3 to 1e-6 over all their pairs
+    python -m tools.held_out                          # TAR at FAR 1e-3 to 1e-6 over all their pairs
 
 The first writes the list of identities and, as InsightFace's .bin, pairs of them: ten folds that
 share nobody, half of each matched. --hard-negatives takes for mismatched ones the stranger in the
@@ -14,18 +14,19 @@ compares each with each; it prints a line a FAR and writes runs/<run>/held_out.j
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config, parse_args
+from config import Config, parse_args, setting
 from data_gen import load_images
 from evaluation.all_pairs import low_far
 from evaluation.embedders import Embed, InputSpec, load_embedder
@@ -37,6 +38,25 @@ from fileio.safe_files import atomic_write, make_folder
 from fileio.shards import is_sharded
 from training.sample_lists import read_held_out, write_held_out
 from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """Held-out identities"""
+
+    SHARED: ClassVar[str] = (
+        "data_dir runs_dir device workers seed train_set flip network use_se eval_batch checkpoint "
+        "input_mean input_std bgr"
+    )
+    make_pairs: int = setting(
+        0, "choose identities and write so many pairs; 0: test on all pairs of those chosen", low=0
+    )
+    held_out_identities: int = setting(500, "identities to hold out", low=20)
+    hard_negatives: bool = setting(
+        False, "impostor pairs: an image and its hardest impostor under --checkpoint"
+    )
+    hold_out: str = setting("", "list of the identities; default: data_dir/held_out.txt")
+
 
 FOLDS = 10
 LEAST = 4  # images of an identity that is held out
@@ -144,7 +164,7 @@ def _distinct(pairs: Iterator[Pair], count: int) -> list[Pair]:
 # ------------------------------------------------------------------------------ the script
 
 
-def open_model(cfg: Config) -> tuple[Embed, dict[str, Any], Path]:
+def open_model(cfg: Settings) -> tuple[Embed, dict[str, Any], Path]:
     """The model that is tested, or that finds strangers alike; what it is, and its file."""
     checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
     embed, about = load_embedder(
@@ -178,7 +198,7 @@ def embed_images(
     return whole, np.concatenate(parts)
 
 
-def write_pairs(cfg: Config, reader: RecordReader, list_path: Path) -> None:
+def write_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
     """Choose the identities and write their list and their pairs."""
     identities = choose_identities(reader.labels, cfg.held_out_identities, cfg.seed)
     places = np.flatnonzero(np.isin(reader.labels, identities))
@@ -215,7 +235,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines + found["refused"])
 
 
-def evaluate(cfg: Config, reader: RecordReader, list_path: Path) -> None:
+def evaluate(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
     """Compare all images of the identities with each other, print a table, write the JSON."""
     identities = read_held_out(list_path, reader)
     embed, about, checkpoint = open_model(cfg)
@@ -237,7 +257,7 @@ def evaluate(cfg: Config, reader: RecordReader, list_path: Path) -> None:
 
 
 @exit_on_user_error
-def main(cfg: Config) -> None:
+def main(cfg: Settings) -> None:
     """Make the pairs, or test on all of them."""
     keep_freed_memory()
     folder = Path(cfg.train_set or Path(cfg.data_dir, "faces_webface_112x112"))
@@ -251,4 +271,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "held_out"))
+    main(parse_args(sys.argv[1:], "held_out", Settings, __doc__))

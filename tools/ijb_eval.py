@@ -1,8 +1,8 @@
 """How good is a model on IJB-B or IJB-C: TAR at FAR of templates, and identification.
 
-    python ijb_eval.py --ijb data/IJBC                       # the newest run's best.pt
-    python ijb_eval.py --ijb data/IJBC --checkpoint backbone.pth --network r50
-    python ijb_eval.py --ijb data/IJBC --no-flip --no-norm-weight --no-detector-score
+    python -m tools.ijb_eval --ijb data/IJBC                       # the newest run's best.pt
+    python -m tools.ijb_eval --ijb data/IJBC --checkpoint backbone.pth --network r50
+    python -m tools.ijb_eval --ijb data/IJBC --no-flip --no-norm-weight --no-detector-score
 
 The folder holds meta/ and loose_crop/ as InsightFace passes them around (see ijb_files.py). Every
 image is aligned by the five points that are given for it and embedded once; the features are kept
@@ -13,6 +13,7 @@ and the ROC to images/ijbc_roc.png.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,13 +21,13 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config, parse_args
+from config import Config, parse_args, setting
 from evaluation.embedders import Embed, InputSpec, load_embedder
 from evaluation.embedding_cache import model_checksum, open_features, save_features
 from evaluation.figures import plot_tars
@@ -53,6 +54,20 @@ from utils import (
     similarity_transform,
     warp_face,
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """IJB-B and IJB-C"""
+
+    SHARED: ClassVar[str] = (
+        "runs_dir images_dir device workers flip network use_se eval_batch checkpoint input_mean "
+        "input_std bgr"
+    )
+    ijb: str = setting("", "folder of IJB-B or IJB-C, with meta/ and loose_crop/")
+    detector_score: bool = setting(True, "weight images by the detector's score, as InsightFace")
+    norm_weight: bool = setting(True, "weight images by the norm of their embedding, likewise")
+
 
 BLOCK = 1024  # images aligned while the block before is embedded
 
@@ -181,7 +196,7 @@ def report_on(
 
 
 @exit_on_user_error
-def main(cfg: Config) -> None:
+def main(cfg: Settings) -> None:
     """Embed the images, where that has not been done, and report on both protocols."""
     keep_freed_memory()
     if not cfg.ijb:
@@ -233,4 +248,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "ijb_eval"))
+    main(parse_args(sys.argv[1:], "ijb_eval", Settings, __doc__))

@@ -1,8 +1,8 @@
 """Find wrong labels with a trained model: each image's angle to its class centre, and to others'.
 
-    python label_noise.py                       # the newest run's last.pt and its training set
-    python label_noise.py --checkpoint runs/<run>/best.pt --train-set data/faces_other_112x112
-    python label_noise.py --checkpoint model.onnx --input-mean 0.485 0.456 0.406 \\
+    python -m tools.label_noise             # the newest run's last.pt and its training set
+    python -m tools.label_noise --checkpoint runs/<run>/best.pt --train-set data/faces_other_112x112
+    python -m tools.label_noise --checkpoint model.onnx --input-mean 0.485 0.456 0.406 \\
         --input-std 0.229 0.224 0.225           # any model of 112x112 faces; the better, the better
     python train.py --keep data/keep.tsv        # without the images that were dropped
 
@@ -25,13 +25,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, parse_args
+from config import Config, parse_args, setting
 from data_gen import BLOCK, ImageStore, Split
 from evaluation.class_centres import Scores, dominant_centres, leave_one_out, score
 from evaluation.embedders import Embed, InputSpec, load_embedder
@@ -42,6 +42,27 @@ from training.sample_lists import KeepList, write_keep_list
 from training.sharded_dataset import ShardStore
 from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
 
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """Label noise"""
+
+    SHARED: ClassVar[str] = (
+        "data_dir runs_dir train_set device network use_se eval_batch checkpoint input_mean "
+        "input_std bgr"
+    )
+    output: str = setting("", "list to write; default: data_dir/keep.tsv")
+    nearer_by: float = setting(
+        12.0,
+        "drop images nearer to another class than to their own by this, degrees",
+        low=0,
+        high=180,
+    )
+    max_angle: float = setting(
+        90.0, "and those further from their class centre, degrees; subcenter: 75", low=0, high=180
+    )
+
+
 DOMINANT_ANGLE = 75.0  # degrees, sub-center ArcFace's
 
 
@@ -51,7 +72,7 @@ def embed_store(store: ImageStore, positions: np.ndarray, embed: Embed) -> Tenso
     return torch.cat([embed(store.fetch(positions[b : b + BLOCK])).float().cpu() for b in blocks])
 
 
-def open_model(cfg: Config, path: Path) -> tuple[Embed, dict[str, Any], Config]:
+def open_model(cfg: Settings, path: Path) -> tuple[Embed, dict[str, Any], Config]:
     """The model, its checkpoint if train.py wrote it (else empty), and what is to be scored.
 
     That is the training set of the run as the run used it, or all of the one that is named.
@@ -70,10 +91,10 @@ def open_model(cfg: Config, path: Path) -> tuple[Embed, dict[str, Any], Config]:
         return embed, {}, cfg
     checkpoint = load_checkpoint(path)
     check_run(checkpoint, path)
-    cfg = resumed_config(cfg, checkpoint, path)
-    if "train_set" in cfg.given and cfg.margin != "subcenter":
-        cfg = dataclasses.replace(cfg, keep="", hold_out="", max_classes=0)
-    return embed, checkpoint, cfg
+    run = resumed_config(cfg, checkpoint, path)
+    if "train_set" in cfg.given and run.margin != "subcenter":
+        run = dataclasses.replace(run, keep="", hold_out="", max_classes=0)
+    return embed, checkpoint, run
 
 
 def head_rows(
@@ -100,7 +121,7 @@ def head_rows(
 
 
 def judge(
-    cfg: Config, embeddings: Tensor, labels: Tensor, classes: int, head: Tensor | None
+    cfg: Settings, embeddings: Tensor, labels: Tensor, classes: int, head: Tensor | None
 ) -> tuple[Scores, np.ndarray]:
     """Scores of n images and which are kept (n,) bool; head: the rows of sub-centers, if any."""
     if head is None:
@@ -114,17 +135,17 @@ def judge(
 
 
 @exit_on_user_error
-def main(cfg: Config) -> None:
+def main(cfg: Settings) -> None:
     """Score a training set by a model's embeddings of it, and write the list."""
     keep_freed_memory()
     path = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "last.pt"))
-    embed, checkpoint, cfg = open_model(cfg, path)
-    store, faces = open_training_set(cfg, get_device(cfg.device))
+    embed, checkpoint, run = open_model(cfg, path)
+    store, faces = open_training_set(run, get_device(cfg.device))
     if isinstance(store, ShardStore):
-        raise UserError("label_noise.py needs a training set in one train.rec, not shards.")
+        raise UserError("tools.label_noise needs a training set in one train.rec, not shards.")
     head = None
-    if checkpoint and cfg.margin == "subcenter":
-        head = head_rows(checkpoint, path, store, faces, cfg.subcenters)
+    if checkpoint and run.margin == "subcenter":
+        head = head_rows(checkpoint, path, store, faces, int(run.margin_options["subcenters"]))
         if "max_angle" not in cfg.given:
             cfg = dataclasses.replace(cfg, max_angle=DOMINANT_ANGLE)
     positions = store.good(np.arange(len(faces.indices)))
@@ -156,4 +177,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "label_noise"))
+    main(parse_args(sys.argv[1:], "label_noise", Settings, __doc__))

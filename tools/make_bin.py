@@ -1,7 +1,7 @@
 """Write a test set as InsightFace's .bin: a folder of aligned faces and its pairs in one file.
 
-    python make_bin.py          # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
-    python make_bin.py --lfw my_faces --pairs my_pairs.txt --output my_set.bin
+    python -m tools.make_bin          # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
+    python -m tools.make_bin --lfw my_faces --pairs my_pairs.txt --output my_set.bin
 
 The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in
 LFW's format or lines "path1 path2 0/1". Encoded images are taken over byte for byte, so that the
@@ -10,12 +10,14 @@ LFW's format or lines "path1 path2 0/1". Encoded images are taken over byte for 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from config import Config, parse_args
+from config import Config, parse_args, setting
 from evaluation.face_folders import open_faces
 from evaluation.pair_sets import find_pairs, load_set, set_name
 from fileio.bin_sets import write_bin
@@ -23,8 +25,17 @@ from fileio.safe_files import make_folder
 from utils import UserError, exit_on_user_error
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """The set"""
+
+    SHARED: ClassVar[str] = "data_dir pairs"
+    lfw: str = setting("", "folder of aligned faces; default: data_dir/faces_lfw_112x112")
+    output: str = setting("", "file to write; default: data_dir/<set>.bin")
+
+
 @exit_on_user_error
-def main(cfg: Config) -> None:
+def main(cfg: Settings) -> None:
     """Check that the folder makes a test set, write the .bin, and say what is in it."""
     folder = Path(cfg.lfw or Path(cfg.data_dir, "faces_lfw_112x112"))
     if not folder.is_dir():
@@ -48,4 +59,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(sys.argv[1:], "make_bin"))
+    main(parse_args(sys.argv[1:], "make_bin", Settings, __doc__))

@@ -1,6 +1,6 @@
 """Draw a population of faces: the data set that needs no download, for the demo and the tests.
 
-    python synthetic.py --output demo/data      # 3,800 images, half a minute on 2 CPU cores
+    python -m tools.synthetic --output demo/data      # 3,800 images, half a minute on 2 CPU cores
 
 writes, always with the same bytes for the same seed and library versions,
 
@@ -15,6 +15,7 @@ and JPEG quality belong to the image, so that pixels alone do not tell people ap
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import io
@@ -26,12 +27,13 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from config import Config, parse_args, setting
 from tools.portrait import SIZE, draw_person
 
 FOLDS = 10
@@ -210,7 +212,9 @@ def write_casia_zip(path, seed: int, identities: int, images: int, workers: int 
 
     Folders have 7 digits.  One image has nobody in it and one is cut short, as in any real set.
     """
-    from utils import atomic_write  # not above: it imports torch, which drawing needs not
+    from fileio.safe_files import (
+        atomic_write,
+    )  # not above: it imports torch, which drawing needs not
 
     folders = 45 + np.random.default_rng([seed, 4]).integers(1, 90, identities).cumsum()
     tasks = [Task(seed, person, i) for person in range(identities) for i in range(images)]
@@ -231,7 +235,7 @@ def write_lfw_tgz(path, seed: int, first: int, counts: dict[str, int], workers: 
 
     counts: name -> number of images, in the order of the archive.
     """
-    from utils import atomic_write
+    from fileio.safe_files import atomic_write
 
     people = enumerate(counts.items(), first)
     tasks = {
@@ -270,16 +274,28 @@ def make_pairs(seed: int, counts: dict[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(cfg) -> None:
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """The population"""
+
+    SHARED: ClassVar[str] = "workers seed"
+    output: str = setting("demo/data", "folder to write the two archives and pairs.txt to")
+    identities: int = setting(200, "synthetic identities to train on", low=2)
+    images_per_identity: int = setting(16, "images of each of them", low=1)
+    lfw_identities: int = setting(100, "other identities, to test on", low=20)
+
+
+def main(cfg: Settings) -> None:
     """Write the two archives and the pairs into `cfg.output`."""
-    from utils import UserError, atomic_write, core_count, make_folder
+    from fileio.safe_files import atomic_write, make_folder
+    from utils import UserError, core_count
 
     if min(cfg.identities, cfg.images_per_identity) < 2 or cfg.lfw_identities < 2 * FOLDS:
         raise UserError(
             "A population needs at least --identities 2, --images-per-identity 2 and "
             f"--lfw-identities {2 * FOLDS}, two for each fold of the pairs."
         )
-    output = Path(cfg.output or "demo/data")
+    output = Path(cfg.output)
     make_folder(output)
     workers = cfg.workers or core_count()
 
@@ -300,7 +316,6 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    from config import parse_args
     from utils import exit_on_user_error
 
-    exit_on_user_error(main)(parse_args(sys.argv[1:], "synthetic"))
+    exit_on_user_error(main)(parse_args(sys.argv[1:], "synthetic", Settings, __doc__))

@@ -54,7 +54,7 @@ class Learner:
         self.head = self._build_head().to(device)
         self.replica = wrap_ddp(self.model)
         self.forward = torch.compile(self.replica) if cfg.compile == "on" else self.replica
-        self.criterion = FocalLoss(cfg.gamma) if cfg.focal_loss else nn.CrossEntropyLoss()
+        self.criterion = FocalLoss(cfg.focal_loss) if cfg.focal_loss else nn.CrossEntropyLoss()
         modules = (self.model, self.head)
         # The head's weight comes last: see `state`.
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
@@ -80,13 +80,9 @@ class Learner:
     def _build_head(self) -> MarginHead | PartialFC:
         """The head with the margin that is asked for; UserError where that cannot be."""
         cfg, kind = self.cfg, MARGINS[self.cfg.margin]
-        settings = {"margin_m1": cfg.margin_m1, "margin_m3": cfg.margin_m3}
-        settings |= {"easy_margin": cfg.easy_margin, "adaface_h": cfg.adaface_h}
-        settings |= {"elastic_std": cfg.elastic_std, "subcenters": cfg.subcenters}
-        for name in settings:
-            if name in cfg.given and name not in kind.settings:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"--margin {cfg.margin} has no {flag}; leave it out.")
+        settings = cfg.margin_options | {"easy_margin": cfg.easy_margin}
+        if "easy_margin" in cfg.given and "easy_margin" not in kind.settings:
+            raise UserError(f"--margin {cfg.margin} has no --easy-margin; leave it out.")
         if cfg.focal_loss and not kind.is_softmax:
             raise UserError(
                 f"--focal-loss weights a softmax, and --margin {cfg.margin} has a loss of its own; "

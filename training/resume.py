@@ -11,33 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config, config_from
+from config import Config, fixed_on_resume
 from data_gen import ImageStore
 from fileio.checkpoint_file import load_checkpoint
 from fileio.weights import check_weights
 from training.checkpoints import LAST, load_last, tidy
+from training.saved_settings import config_from
 from training.sharded_dataset import ShardStore
 from utils import UserError, newest_run
-
-# fmt: off
-# What a resumed run may not change: it would be another run under the old one's name.
-FIXED_ON_RESUME = {
-    "seed", "network", "emb_size", "use_se", "dropout", "margin", "margin_m", "margin_s",
-    "easy_margin", "margin_m1", "margin_m3", "adaface_h", "elastic_std", "subcenters", "focal_loss",
-    "gamma", "max_classes", "valid_fraction", "flip", "augment", "batch_size", "lr", "momentum",
-    "weight_decay", "schedule", "milestones", "poly_power", "warmup_epochs", "clip_norm", "amp",
-    "compile", "accumulate", "sync_bn", "sample_rate", "zero_init", "decay_bn", "ema", "recipe",
-}
-# What it may: where things are (the training set's contents are compared apart), the machine,
-# what is logged, measured and kept, and how long to go on. No weight depends on these, but for
-# `epochs` under a schedule that ends with them (which train.py says) and for rounding on another
-# `device`.
-FREE_ON_RESUME = {
-    "data_dir", "runs_dir", "images_dir", "train_set", "keep", "hold_out", "lfw", "pairs",
-    "device", "workers", "cache", "eval_batch", "log_every", "checkpoint_steps",
-    "checkpoint_minutes", "keep_checkpoints", "resume", "epochs", "checkpoint_activations",
-}
-# fmt: on
 
 # The parts of a checkpoint and their types, and how many numbers an entry of the history has.
 PARTS = {
@@ -130,10 +111,11 @@ def resumed_config(cfg: Config, checkpoint: dict[str, Any], path: Path) -> Confi
         old = config_from(checkpoint["config"])
     except ValueError as error:
         raise UserError(f"{path} is no run of this train.py ({error}).") from None
-    given = {name: getattr(cfg, name) for name in cfg.given}
+    given = {name: getattr(cfg, name) for name in cfg.given if hasattr(old, name)}
     if given.get("compile") == "auto":  # which the run has decided, and keeps to
         del given["compile"]
-    changed = [k for k in given if k in FIXED_ON_RESUME and given[k] != getattr(old, k)]
+    fixed = fixed_on_resume()
+    changed = [k for k in given if k in fixed and given[k] != getattr(old, k)]
     if changed:
         flags = ", ".join(f"--{k.replace('_', '-')} (it has {getattr(old, k)})" for k in changed)
         raise UserError(f"{path} cannot go on with another {flags}; start a new run for that.")

@@ -338,7 +338,7 @@ class Trainer:
         def write() -> None:
             writer.flush()
             fsync_events(run_dir)
-            save_last(run_dir, state, self.cfg.keep_checkpoints)
+            save_last(run_dir, state)
 
         run_on_main(write)
         self.saved_at = time.monotonic()

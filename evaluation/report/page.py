@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config
+from config import Config, settings_of
 from evaluation.pair_sets import SetResult
 from evaluation.report import plots
 from evaluation.report.markup import name, page, paragraph, section, table, text
@@ -175,7 +175,7 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
         yield side_by_side(curves)
     else:
         yield paragraph("The checkpoint holds no training curves.")
-    of_others = {f.name for f in fields(Config) if "train" not in f.metadata.get("scripts", ())}
+    of_others = {field.name for field in fields(Config)} - set(settings_of("train"))
     rows = [(setting, value) for setting, value in config.items() if setting not in of_others]
     settings = table("Configuration of the run", ("setting", "value"), rows, words=2)
     yield f"<details><summary>Configuration of the run</summary>{settings}</details>"

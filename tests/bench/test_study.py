@@ -30,7 +30,7 @@ def folder(tmp_path):
     write_dataset(tmp_path / "set", jpegs, np.repeat(np.arange(PEOPLE), EACH).tolist())
     write_bin(tmp_path / "lfw.bin", jpegs[:80], [i % 2 == 0 for i in range(40)])
     flags = f"--make-pairs 6000 --held-out-identities 20 --data-dir {tmp_path} --train-set "
-    held_out.main(parse_args(f"{flags}{tmp_path}/set".split(), "held_out"))
+    held_out.main(parse_args(f"{flags}{tmp_path}/set".split(), "held_out", held_out.Settings))
     return tmp_path
 
 

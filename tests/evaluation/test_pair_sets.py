@@ -137,7 +137,7 @@ def test_sets_and_their_pairs_are_found_by_name(data, tmp_path):  # noqa: F811
 
 def test_make_bin_holds_the_same_set_as_the_folder(data, tmp_path, capsys):  # noqa: F811
     flags = ["--data-dir", str(data), "--output", str(tmp_path / "new" / "lfw.bin")]
-    make_bin.main(parse_args(flags, "make_bin"))
+    make_bin.main(parse_args(flags, "make_bin", make_bin.Settings))
     assert "24 pairs of 24 faces, 12 of them matched" in capsys.readouterr().out
     folder = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     packed = load_set(tmp_path / "new" / "lfw.bin", "")
@@ -152,7 +152,9 @@ def test_make_bin_holds_the_same_set_as_the_folder(data, tmp_path, capsys):  # n
 
 def test_make_bin_takes_a_plain_folder_and_names_what_is_missing(images, tmp_path, capsys):
     output = tmp_path / "mine.bin"
-    make_bin.main(parse_args(["--lfw", str(images), "--output", str(output)], "make_bin"))
+    make_bin.main(
+        parse_args(["--lfw", str(images), "--output", str(output)], "make_bin", make_bin.Settings)
+    )
     assert len(read_bin(output)[0]) == 48
     output.unlink()
     for flags, complaint in (
@@ -160,7 +162,9 @@ def test_make_bin_takes_a_plain_folder_and_names_what_is_missing(images, tmp_pat
         (["--lfw", str(images), "--pairs", "gone.txt"], "There is no gone.txt"),
     ):
         with pytest.raises(SystemExit):
-            make_bin.main(parse_args([*flags, "--output", str(output)], "make_bin"))
+            make_bin.main(
+                parse_args([*flags, "--output", str(output)], "make_bin", make_bin.Settings)
+            )
         assert complaint in capsys.readouterr().err
         assert not output.exists()
 

@@ -29,7 +29,7 @@ def folder(whole, tmp_path_factory):
     """The 48 images in 5 files."""
     folder = tmp_path_factory.mktemp("shards")
     argv = f"--source {whole} --output {folder}/s --shard-images 10 --seed 3"
-    make_shards.main(parse_args(argv.split(), "shards"))
+    make_shards.main(parse_args(argv.split(), "make_shards", make_shards.Settings))
     return folder / "s"
 
 
@@ -193,7 +193,7 @@ def test_after_any_failing_call_the_files_are_no_set(whole, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             disk = FailingDisk(patch, fail_at)
             try:
-                make_shards.main(parse_args(argv.split(), "shards"))
+                make_shards.main(parse_args(argv.split(), "make_shards", make_shards.Settings))
             except SystemExit as ended:
                 assert ended.code == 2
                 assert "cannot be written (" in capsys.readouterr().err

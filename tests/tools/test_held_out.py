@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 def run(argv, folder, tmp_path):
     argv = f"{argv} --train-set {folder} --data-dir {tmp_path} --runs-dir {tmp_path}/runs"
-    held_out.main(parse_args(f"{argv} --device cpu".split(), "held_out"))
+    held_out.main(parse_args(f"{argv} --device cpu".split(), "held_out", held_out.Settings))
 
 
 # ------------------------------------------------------------------------------ pairs

@@ -152,7 +152,8 @@ def test_faces_are_aligned_by_the_points_given(benchmark):
 
 def run(folder, *flags):
     ijb_eval.main(parse_args(["--ijb", str(folder), "--device", "cpu", "--network", "tiny",
-                              "--checkpoint", "theirs.pth", *flags], "ijb_eval"))  # fmt: skip
+                              "--checkpoint", "theirs.pth", *flags], "ijb_eval",
+                             ijb_eval.Settings))  # fmt: skip
 
 
 @pytest.fixture

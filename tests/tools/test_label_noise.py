@@ -67,7 +67,7 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     flags += "--margin-s 16 --margin-m 0 --dropout 0 --lr 0.05 --schedule poly --poly-power 1 "
     flags += "--clip-norm 5 --valid-fraction 0 --epochs "
     train.main(parse_args(f"{flags} 3".split(), "train"))
-    label_noise.main(parse_args(where.split(), "label_noise"))
+    label_noise.main(parse_args(where.split(), "label_noise", label_noise.Settings))
     reader = RecordReader(folder)
     used = read_keep_list(tmp_path / "keep.tsv", reader)
     dropped = ~used
@@ -81,7 +81,8 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     capsys.readouterr()
 
     runs = set((tmp_path / "runs").iterdir())
-    flags += f"1 --seed 1 --keep {tmp_path}/keep.tsv --margin subcenter --subcenters 2"
+    flags += f"1 --seed 1 --keep {tmp_path}/keep.tsv --margin subcenter"
+    flags += " --margin-option subcenters=2"
     train.main(parse_args(flags.split(), "train"))
     printed = capsys.readouterr().out
     assert f"Left out by lists: {dropped.sum()} of 240 images." in printed
@@ -89,7 +90,7 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     assert load_checkpoint(run / "last.pt")["epoch"] == 1
 
     used_by = f"--checkpoint {run}/last.pt --output {tmp_path}/second.tsv"
-    label_noise.main(parse_args(used_by.split(), "label_noise"))
+    label_noise.main(parse_args(used_by.split(), "label_noise", label_noise.Settings))
     assert "further than 75 degrees" in capsys.readouterr().out
     second = np.loadtxt(tmp_path / "second.tsv", skiprows=1)
     assert len(second) == used.sum()
@@ -100,7 +101,7 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     rows = (tmp_path / "old.tsv").read_text().splitlines(keepends=True)
     (tmp_path / "keep.tsv").write_text("".join(rows[:100]))  # another list under the same name
     with pytest.raises(SystemExit):
-        label_noise.main(parse_args(used_by.split(), "label_noise"))
+        label_noise.main(parse_args(used_by.split(), "label_noise", label_noise.Settings))
     assert "other images" in capsys.readouterr().err
 
 
@@ -130,7 +131,7 @@ def test_a_model_of_others_finds_what_bench_plants(noisy, tmp_path, capsys):
     write_pattern_model(tmp_path / "pattern.onnx")
     flags = f"--train-set {planted} --checkpoint {tmp_path}/pattern.onnx --output {keep} "
     flags += f"--data-dir {tmp_path} --device cpu --input-mean 0.5 0.5 0.5 --input-std 1 1 1 --bgr"
-    label_noise.main(parse_args(flags.split(), "label_noise"))
+    label_noise.main(parse_args(flags.split(), "label_noise", label_noise.Settings))
     assert "194 kept, 22 dropped" in capsys.readouterr().out
     found = judge_list(planted, keep)
     assert [row["least"] for row in found] == list(LEAST)
@@ -165,7 +166,7 @@ def test_what_cannot_be_judged_gets_a_sentence(noisy, tmp_path, capsys):
     for checkpoint, why in (("none.onnx", "no checkpoint"), ("pattern.onnx", "train.rec")):
         flags = f"{where} --checkpoint {tmp_path / checkpoint}"
         with pytest.raises(SystemExit) as ended:
-            label_noise.main(parse_args(flags.split(), "label_noise"))
+            label_noise.main(parse_args(flags.split(), "label_noise", label_noise.Settings))
         assert ended.value.code == 2
         assert why in capsys.readouterr().err
     with pytest.raises(UserError, match="not made by plant"):

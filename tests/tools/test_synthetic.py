@@ -27,7 +27,9 @@ FLAGS = [
 
 
 def population(folder, *flags):
-    synthetic.main(parse_args([*FLAGS, "--output", str(folder), *flags], "synthetic"))
+    synthetic.main(
+        parse_args([*FLAGS, "--output", str(folder), *flags], "synthetic", synthetic.Settings)
+    )
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -148,7 +150,9 @@ def test_nearly_every_face_is_detected():
 
 
 def test_too_small_a_population_is_a_sentence(tmp_path):
-    cfg = parse_args(["--lfw-identities", "20", "--images-per-identity", "1"], "synthetic")
+    cfg = parse_args(
+        ["--lfw-identities", "20", "--images-per-identity", "1"], "synthetic", synthetic.Settings
+    )
     with pytest.raises(UserError, match="images-per-identity"):
         synthetic.main(cfg)
     assert not list(tmp_path.iterdir())
@@ -156,7 +160,7 @@ def test_too_small_a_population_is_a_sentence(tmp_path):
 
 def test_importing_does_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools import synthetic; "
-    code += "print('torch' in sys.modules, 'config' in sys.modules)"
+    code += "print('torch' in sys.modules, 'fileio' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

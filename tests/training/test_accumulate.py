@@ -39,7 +39,7 @@ def steps(learner, count=3, evaluation=True):
     return torch.tensor(losses), torch.cat(weights)
 
 
-@pytest.mark.parametrize("more", [{}, {"sample_rate": 0.999}, {"focal_loss": True}])
+@pytest.mark.parametrize("more", [{}, {"sample_rate": 0.999}, {"focal_loss": 2.0}])
 @pytest.mark.parametrize("parts", [2, 5])
 def test_parts_of_a_batch_make_the_same_step(parts, more):
     # Without batch statistics, which a part has of its own, and dropout.
