@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fileio import archive_source, archives
-from fileio.archive_names import clean_name, decode_name
+from fileio import archive_source, tar_archives
+from fileio.archive_source import clean_name, decode_name
 from fileio.archives import ArchiveError, Entry, Limits, open_source
 from fileio.images import ImageError, decode_image
 from tests.helpers.bounded import within
@@ -99,7 +99,7 @@ def test_any_subset_can_be_read(kind, tmp_path):
 
 @pytest.mark.parametrize("in_memory", [1, 1 << 20])
 def test_unsorted_tgz_is_put_in_order(in_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(tar_archives, "IN_MEMORY", in_memory)
     files = {f"set/{i * 7 % 10}/{i}.jpg": os.urandom(50) for i in range(30)}
     path = make_tar(tmp_path / "x.tgz", files)
     spool = tmp_path / "spool"
@@ -111,8 +111,8 @@ def test_unsorted_tgz_is_put_in_order(in_memory, tmp_path, monkeypatch):
 
 
 def test_unsorted_tgz_without_room_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "IN_MEMORY", 1)
-    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    monkeypatch.setattr(tar_archives, "IN_MEMORY", 1)
+    monkeypatch.setattr(tar_archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
     path = make_tar(tmp_path / "x.tgz", {"s/b/1.jpg": b"12345", "s/a/1.jpg": b"12345"})
     with pytest.raises(ArchiveError, match="takes 10 free bytes"):
         read_all(path)
@@ -124,7 +124,7 @@ def test_sorted_tgz_is_streamed_once(tmp_path, monkeypatch):
         source.entries()
         opened = []
         real = gzip.open
-        monkeypatch.setattr(archives.gzip, "open", lambda p: opened.append(p) or real(p))
+        monkeypatch.setattr(tar_archives.gzip, "open", lambda p: opened.append(p) or real(p))
         assert {e.name: d for e, d in source.read(source.entries())} == files
         assert len(opened) == 1
 
