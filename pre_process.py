@@ -52,7 +52,7 @@ from preprocessing.summary import (
     is_taken,
     summarise,
 )
-from utils import UserError, core_count, exit_on_user_error, what_failed
+from utils import UserError, core_count, describe_os_error, exit_on_user_error
 
 PATIENCE = datetime.timedelta(days=7)  # that one process waits for the slowest
 
@@ -82,7 +82,7 @@ def prepare_all(cfg: Config) -> None:
         except (UserError, OSError) as error:
             if world_size() > 1:  # the others are not waiting for the next set
                 raise
-            problems.append(what_failed(error) if isinstance(error, OSError) else str(error))
+            problems.append(describe_os_error(error) if isinstance(error, OSError) else str(error))
             continue
         if report:
             summarise(report, job.output)

@@ -62,11 +62,11 @@ from training.sharded_dataset import ShardStore
 from training.step_errors import TrainingError, describe_out_of_memory, gpu_memory
 from utils import (
     UserError,
+    describe_os_error,
     exit_on_user_error,
     is_out_of_memory,
     keep_freed_memory,
     seed_everything,
-    what_failed,
 )
 
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
@@ -141,7 +141,7 @@ def saved_at_the_end(trainer: Trainer, writer: EventLog, run_dir: Path) -> Itera
             why = describe_out_of_memory(error, batch=batch, flag=flag, memory=memory)
             why = f"{'Evaluating' if evaluating else 'Loading a batch'}, {why}."
         elif isinstance(error, OSError):
-            why = what_failed(error)
+            why = describe_os_error(error)
         elif not isinstance(error, UserError):
             raise
         kept = "All steps are kept" if world_size() == 1 else "last.pt is as it was written last"

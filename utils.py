@@ -1,4 +1,4 @@
-"""What several scripts need: errors, devices, seeds, safe files, alignment."""
+"""What several scripts need: errors as sentences, devices, seeds, face alignment."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 FACE_SIZE = 112
 
@@ -33,14 +34,14 @@ TEMPLATE = np.array(
 
 
 class UserError(Exception):
-    """Something the user can cause and mend; its text is a sentence that says how."""
+    """An error that the user can fix; its message is a sentence that says how."""
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a script's main: what a user can cause becomes one sentence and exit status 2.
+    """Decorate a script's `main`: an error that the user can fix becomes one sentence, status 2.
 
-    That is UserError, OSError and full memory, a GPU's or the machine's. A sudden Ctrl-C ends with
-    status 130, as shells expect, and no traceback either.
+    These are UserError, OSError and running out of memory, the GPU's or the machine's. Ctrl-C ends
+    with status 130, as shells expect, and without a traceback, too.
     """
 
     @functools.wraps(main)
@@ -52,40 +53,55 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             print(f"{script}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except OSError as error:
-            print(f"{script}: {what_failed(error)}", file=sys.stderr)
+            print(f"{script}: {describe_os_error(error)}", file=sys.stderr)
             raise SystemExit(2) from None
-        except (MemoryError, RuntimeError, cv2.error) as error:
+        except KeyboardInterrupt:
+            print(f"\n{script}: interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except Exception as error:
             if not is_out_of_memory(error):
-                raise
-            which = "the GPU's memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+                raise  # a bug keeps its traceback
+            memory = "GPU memory" if _is_from("torch", "OutOfMemoryError", error) else "memory"
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             print(
-                f"{script}: {which} is full ({reason}); what was written is kept. Free some, or "
+                f"{script}: out of {memory} ({reason}); what was written is kept. Free some, or "
                 "take fewer --workers, a smaller --batch-size, --eval-batch or --detect-batch, or "
                 "another --cache, as far as the script has them.",
                 file=sys.stderr,
             )
             raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print(f"\n{script}: interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
 
     return wrapped
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a GPU, or main memory, is full."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    """Whether an error says that GPU memory, or main memory, is full."""
+    if isinstance(error, MemoryError) or _is_from("torch", "OutOfMemoryError", error):
         return True
-    full = ("allocate memory", "ALLOC_FAILED", "Failed to allocate")  # PyTorch's, cuDNN's, OpenCV's
-    return isinstance(error, (RuntimeError, cv2.error)) and any(word in str(error) for word in full)
+    if not isinstance(error, RuntimeError) and not _is_from("cv2", "error", error):
+        return False
+    # PyTorch's allocator, cuDNN's and cuBLAS' status codes, OpenCV's allocator
+    texts = ("allocate memory", "ALLOC_FAILED", "Failed to allocate")
+    return any(text in str(error) for text in texts)
+
+
+def _is_from(module: str, name: str, error: BaseException) -> bool:
+    """Whether an error is of a library's class; without importing the library for it."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(error, getattr(loaded, name))
+
+
+# PyTorch and OpenCV are imported where they are used: scripts import this module before they parse
+# their flags, and --help is to answer at once.
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is the first GPU where there is one, else the CPU.
+    """The device called `name`; "auto" is the first GPU if there is one, else the CPU.
 
-    Raises UserError if the name means nothing or the device is not there.
+    Raises UserError if the name means nothing or the device cannot be used.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -99,6 +115,8 @@ def get_device(name: str = "auto") -> torch.device:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively, so that autocast makes it faster."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -107,7 +125,9 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and PyTorch (every device)."""
+    """Seed the random number generators of Python, NumPy and PyTorch (all devices)."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -128,10 +148,10 @@ def core_count() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for the next tensors (glibc only).
+    """Keep freed memory in the process, for the next tensors (glibc only; see mallopt(3)).
 
-    By default glibc gives large blocks back to the system and asks for new ones; on a CPU fetching
-    and zeroing those pages then takes longer than most layers. See mallopt(3).
+    By default glibc returns large blocks to the system and asks for new ones: on a CPU, fetching
+    and zeroing those pages then takes longer than most layers.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
     if platform.libc_ver()[0] == "glibc":
@@ -141,7 +161,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 64 << 20)
 
 
-# By the number of an OSError: what mends it.
+# What to do about an OSError, by its errno.
 ADVICE = {
     errno.ENOSPC: "make room on the disk",
     errno.EDQUOT: "make room, or have your quota raised",
@@ -158,8 +178,8 @@ ADVICE = {
 }
 
 
-def what_failed(error: OSError) -> str:
-    """An OSError as a sentence, with its file where that is known, and what mends it."""
+def describe_os_error(error: OSError) -> str:
+    """An OSError as a sentence: the file, if known, what is wrong, and what to do."""
     where = "" if error.filename is None else f"{error.filename}: "
     advice = f"; {ADVICE[error.errno]}." if error.errno in ADVICE else ""
     return f"{where}{error.strerror or error}{advice}"
@@ -205,5 +225,7 @@ def similarity_transform(points: np.ndarray, template: np.ndarray = TEMPLATE) ->
 
 
 def warp_face(image: np.ndarray, matrix: np.ndarray, size: int = FACE_SIZE) -> np.ndarray:
-    """Cut a (size, size, 3) face out of an (H, W, 3) uint8 image: bilinear, zeros outside."""
+    """Warp an (H, W, 3) uint8 image to a (size, size, 3) face: bilinear, zeros outside."""
+    import cv2
+
     return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=0)

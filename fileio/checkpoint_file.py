@@ -20,7 +20,7 @@ import torch
 
 from fileio.safe_files import atomic_write
 from fileio.weights import check_packing
-from utils import UserError, is_out_of_memory, what_failed
+from utils import UserError, describe_os_error, is_out_of_memory
 
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})\Z")
 _SEAL_SIZE = len("sha256:") + 64
@@ -83,7 +83,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
             raise UserError(f"{path} does not fit into memory ({reason}); free some.") from None
         # A disk that is away for a moment is no damage. Torch itself looks beyond the end (EINVAL).
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise UserError(f"{path} cannot be read: {what_failed(error)}") from None
+            raise UserError(f"{path} cannot be read: {describe_os_error(error)}") from None
         raise CorruptCheckpointError(
             f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another one."
         ) from None

@@ -82,8 +82,8 @@ def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
         assert text in error
         assert "Traceback" not in error
     for error, text in (
-        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU's memory is full (OutOfMemory"),
-        (MemoryError(), "memory is full (MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (OutOfMemory"),
+        (MemoryError(), "out of memory (MemoryError"),
         (RuntimeError("can't allocate memory: you tried to allocate 9 bytes"), "9 bytes"),
         (cv2.error("(-4:Insufficient memory) Failed to allocate 9 bytes"), "9 bytes"),
     ):

@@ -265,9 +265,9 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (MemoryError(), "memory is full (MemoryError"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU's memory is full"),
-        (cv2.error("Failed to allocate 9 bytes"), "memory is full (error: Failed to allocate"),
+        (MemoryError(), "out of memory (MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory"),
+        (cv2.error("Failed to allocate 9 bytes"), "out of memory (error: Failed to allocate"),
         (SystemError("broken"), "thread that aligns images died (SystemError: broken); the imag"),
     ],
 )
