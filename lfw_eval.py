@@ -119,11 +119,11 @@ def evaluate_sets(
             "cropped centrally"
         )
         results.append(evaluate_set(model, test_set, protocol))
-        results[-1].report.update(set_statistics(results[-1], cfg.seed))
-        print(set_table(results[-1].report))
+        results[-1].metrics.update(set_statistics(results[-1], cfg.seed))
+        print(set_table(results[-1].metrics))
         if cfg.robustness:
             found = measure_robustness(model, results[-1], protocol)
-            results[-1].report["robustness"] = found
+            results[-1].metrics["robustness"] = found
             print(robustness.robustness_table(found))
     return results
 
@@ -153,7 +153,7 @@ def compare_models(
     names = [describe_model(entry) for entry in (model, other)]
     print(comparison_table(names, results, theirs, compared))
     sets = {
-        mine.test_set.name: their.report | {"comparison": found}
+        mine.test_set.name: their.metrics | {"comparison": found}
         for mine, their, found in zip(results, theirs, compared, strict=True)
     }
     return other.about | {"sets": sets}
@@ -168,7 +168,7 @@ def describe_model(model: Model) -> str:
 
 def draw(cfg: Config, result: SetResult) -> str:
     """Write the figures and the galleries of a set into images_dir; returns what was written."""
-    images_dir, report = Path(cfg.images_dir), result.report
+    images_dir, report = Path(cfg.images_dir), result.metrics
     test_set, same = result.test_set, result.test_set.pairs.same
     wrong = worst_errors(result.scores, same, report["best_threshold"])
     errors = {kind: found[:GALLERY] for kind, found in zip(("fp", "fn"), wrong, strict=True)}
@@ -201,9 +201,9 @@ def write_report(
             "scikit-learn": sklearn.__version__,
         },
     }
-    report = results[0].report | about
+    report = results[0].metrics | about
     if cfg.sets:
-        report = about | {"sets": {result.test_set.name: result.report for result in results}}
+        report = about | {"sets": {result.test_set.name: result.metrics for result in results}}
     make_folder(model.folder)
     path = model.folder / ("eval.json" if cfg.sets else "lfw.json")
     with atomic_write(path, "w") as file:

@@ -47,7 +47,7 @@ from distributed.process_group import (
 from evaluation.embedders import torch_embedder
 from evaluation.evaluate import evaluate_lfw
 from evaluation.figures import plot_curves
-from evaluation.pair_sets import TestSet, find_pairs, find_set, load_set
+from evaluation.pair_sets import PairSet, find_pairs, find_set, load_set
 from evaluation.tensorboard_log import log_evaluation, log_projector
 from fileio.checkpoint_file import load_checkpoint
 from fileio.locks import locked
@@ -72,7 +72,7 @@ from utils import (
 COMPILED_STEPS = 2000  # compiling takes a minute: it pays in runs of that many steps
 
 
-def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet | None) -> None:
+def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: PairSet | None) -> None:
     """Train, validate, evaluate and save, epoch by epoch, from wherever the trainer stands."""
     embed = torch_embedder(trainer.learner.model, trainer.device, batch=trainer.cfg.eval_batch)
     while trainer.epoch < trainer.cfg.epochs:
@@ -88,7 +88,7 @@ def run_epochs(trainer: Trainer, writer: EventLog, run_dir: Path, lfw: TestSet |
             line += f"  valid loss {loss:.3f}  valid accuracy {accuracy:.2%}"
         if lfw is not None:
             result = evaluate_lfw(embed, lfw)
-            report = result.report
+            report = result.metrics
             points["lfw"] = [(epoch, report["accuracy"], report["threshold"])]
             log_evaluation(writer, result, step)
             if epoch == trainer.cfg.epochs:
@@ -165,7 +165,7 @@ def lost_sentence(trainer: Trainer, run_dir: Path) -> str:
     )
 
 
-def open_lfw(cfg: Config) -> TestSet | None:
+def open_lfw(cfg: Config) -> PairSet | None:
     """The test set for the number after each epoch, or None where it is not prepared."""
     path = Path(cfg.lfw) if cfg.lfw else find_set("lfw", cfg.data_dir, cfg.train_set)
     if path is None:
@@ -246,7 +246,7 @@ def open_trainer(cfg: Config) -> Trainer:
 def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
     """Train to the end in a run folder that is this process's own."""
     cfg = trainer.cfg
-    opened: list[TestSet | None] = []
+    opened: list[PairSet | None] = []
     run_on_main(lambda: opened.append(open_lfw(cfg)))  # who writes evaluates
     lfw = opened[0] if opened else None
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())

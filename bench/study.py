@@ -41,7 +41,7 @@ from evaluation import verification
 from evaluation.all_pairs import low_far
 from evaluation.embedders import Embed, load_embedder
 from evaluation.evaluate import evaluate_lfw
-from evaluation.pair_sets import TestSet, find_pairs, load_set
+from evaluation.pair_sets import PairSet, find_pairs, load_set
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder
 from tools.held_out import make_pairs
@@ -67,7 +67,7 @@ class Tests:
     """LFW and the identities held out, decoded."""
 
     def __init__(self, train_set: Path, lfw: Path, hold_out: Path) -> None:
-        self.lfw: TestSet = load_set(lfw, find_pairs(lfw, lfw.parent))
+        self.lfw: PairSet = load_set(lfw, find_pairs(lfw, lfw.parent))
         reader = RecordReader(train_set)
         places = np.flatnonzero(np.isin(reader.labels, read_held_out(hold_out, reader)))
         self.people = reader.labels[places]
@@ -80,7 +80,7 @@ class Tests:
 
     def run(self, embed: Embed) -> dict[str, float]:
         """Every number of the study for one model, as fractions."""
-        found = {"lfw": evaluate_lfw(embed, self.lfw).report["accuracy"]}
+        found = {"lfw": evaluate_lfw(embed, self.lfw).metrics["accuracy"]}
         embeddings = embed(self.faces).float().cpu().numpy()
         scores = verification.pair_scores(embeddings, self.first, self.second)
         folds = verification.contiguous_folds(len(scores))

@@ -1,9 +1,10 @@
-"""Evaluate a model on pair sets: metrics, intervals, calibration, comparisons.
+"""Evaluate a model on pair sets: metrics, confidence intervals, comparisons.
 
-from evaluation.evaluate import compare_results, evaluate_lfw, set_statistics
-result = evaluate_lfw(torch_embedder(model, device), test_set)
-result.report.update(set_statistics(result, seed=0))
-compare_results(result, other, seed=0)["verdict"]
+    from evaluation.evaluate import evaluate_lfw, set_statistics
+    result = evaluate_lfw(torch_embedder(model, device), load_set(folder, pairs))
+    result.metrics.update(set_statistics(result, seed=0))
+
+This is where metrics.Metrics, the structure of lfw.json, is filled in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from evaluation import robustness, verification
 from evaluation.calibration import calibrate, operating_points
 from evaluation.embedders import Embed, InputSpec, load_embedder
 from evaluation.embedding_cache import EmbeddingCache, model_checksum
-from evaluation.pair_sets import SetResult, TestSet, identity_groups
+from evaluation.pair_sets import PairSet, SetResult, identity_groups
 from evaluation.protocols import Protocol, evaluate_views, fuse_views
 from evaluation.significance import (
     bootstrap_intervals,
@@ -39,7 +40,7 @@ RESAMPLES = 1000
 # ------------------------------------------------------------------------------ metrics
 
 
-def summarise(scores: np.ndarray, test_set: TestSet) -> dict[str, Any]:
+def summarise(scores: np.ndarray, test_set: PairSet) -> dict[str, Any]:
     """All numbers of lfw.json that the scores of the pairs give; see verification.verify."""
     return verification.verify(scores, test_set.pairs.same, test_set.pairs.folds) | {
         "faces": len(test_set.images),
@@ -47,7 +48,7 @@ def summarise(scores: np.ndarray, test_set: TestSet) -> dict[str, Any]:
     }
 
 
-def evaluate_lfw(embed: Embed, test_set: TestSet) -> SetResult:
+def evaluate_lfw(embed: Embed, test_set: PairSet) -> SetResult:
     """Embed every face once and report on the pairs: accuracy, threshold, tar_at_far, auc, ...
 
     For the loop of train.py: load_set once, then call this each epoch with torch_embedder(model).
@@ -89,7 +90,7 @@ def open_model(cfg: Config, checkpoint: Path) -> Model:
     return Model(checkpoint, embed, about, cache, folder)
 
 
-def evaluate_set(model: Model, test_set: TestSet, protocol: Protocol) -> SetResult:
+def evaluate_set(model: Model, test_set: PairSet, protocol: Protocol) -> SetResult:
     """Embed the faces of a set, where that has not been done, and report on its pairs."""
     start = time.perf_counter()
     computed = model.cache.computed
@@ -166,5 +167,5 @@ def _weights(result: SetResult, seed: int) -> tuple[np.ndarray, int, str]:
 def _right(result: SetResult) -> np.ndarray:
     pairs = result.test_set.pairs
     return correct_predictions(
-        result.scores, pairs.same, pairs.folds, result.report["fold_thresholds"]
+        result.scores, pairs.same, pairs.folds, result.metrics["fold_thresholds"]
     )

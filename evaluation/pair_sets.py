@@ -13,7 +13,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from torch import Tensor
 from data_gen import load_images
 from evaluation import verification
 from evaluation.face_folders import open_faces
+from evaluation.metrics import Metrics
 from fileio.bin_sets import read_bin
 from fileio.images import ImageError, decode_image
 from utils import UserError
 
 
 @dataclass(frozen=True)
-class TestSet:
+class PairSet:
     """A test set in memory: the aligned faces that its pairs use, each once, and the pairs."""
 
     path: Path
@@ -45,15 +46,13 @@ class TestSet:
     points: np.ndarray | None = None  # (n, 5, 2) float32, likewise
     identity: list[str] | None = None
 
-    __test__ = False  # pytest need not look for tests in here
-
 
 class SetResult(NamedTuple):
     """A model on a test set: what the report is made of."""
 
-    test_set: TestSet
+    test_set: PairSet
     scores: np.ndarray  # (pairs,) float64 cosines
-    report: dict[str, Any]  # what lfw.json says of the set
+    metrics: Metrics
     embeddings: np.ndarray  # (n, d) float32
 
 
@@ -94,7 +93,7 @@ def set_name(path: Path) -> str:
 # ------------------------------------------------------------------------------ reading
 
 
-def load_set(path: Path | str, pairs_path: Path | str, workers: int = 0) -> TestSet:
+def load_set(path: Path | str, pairs_path: Path | str, workers: int = 0) -> PairSet:
     """Decode the faces of a folder that its pairs file names, or all of a .bin set.
 
     A .bin carries its pairs, and its folds are contiguous tenths. Raises UserError where files are
@@ -129,14 +128,14 @@ def read_pairs(path: Path | str) -> verification.Pairs:
         raise UserError(f"{path} is not {form}: {error}.") from None
 
 
-def _load_folder(folder: Path, pairs_path: Path | str, workers: int) -> TestSet:
+def _load_folder(folder: Path, pairs_path: Path | str, workers: int) -> PairSet:
     faces = open_faces(folder)
     pairs = read_pairs(pairs_path)
     used = faces.find(pairs.names, pairs_path)
     images, errors = load_images(faces.reader, faces.places[used], workers=workers)
     if errors:
         raise UserError(f"{next(iter(errors.values()))} Prepare {folder} again.")
-    test_set = TestSet(folder, set_name(folder), images, pairs, missed=0)
+    test_set = PairSet(folder, set_name(folder), images, pairs, missed=0)
     if faces.table is None:
         return test_set
     rows = faces.rows[used]
@@ -162,7 +161,7 @@ def _source_of(report: Path) -> str:
         raise UserError(f"{report} is damaged; delete it or run pre_process.py again.") from None
 
 
-def _load_bin(path: Path) -> TestSet:
+def _load_bin(path: Path) -> PairSet:
     jpegs, same = read_bin(path)
     # A face that stands in several pairs is stored once for each: embed it once.
     places: dict[bytes, int] = {}
@@ -182,13 +181,13 @@ def _load_bin(path: Path) -> TestSet:
     names = [f"{path.stem}/{number}" for number in numbers]
     folds = verification.contiguous_folds(len(same))
     pairs = verification.Pairs(names, where[0::2], where[1::2], np.asarray(same, bool), folds)
-    return TestSet(path, set_name(path), torch.from_numpy(images), pairs, missed=0)
+    return PairSet(path, set_name(path), torch.from_numpy(images), pairs, missed=0)
 
 
 # ------------------------------------------------------------------------------ who is who
 
 
-def identity_groups(test_set: TestSet) -> tuple[np.ndarray, str]:
+def identity_groups(test_set: PairSet) -> tuple[np.ndarray, str]:
     """The person on each face, (n,) int64 from 0, and how that is known.
 
     Sets without names have it from their matched pairs: faces that a chain of them connects are one

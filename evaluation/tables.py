@@ -84,10 +84,10 @@ def comparison_table(
     """Two models on each set, their difference, and whether it is noise."""
     lines = [f"{'set':<12}{'first':>12}{'second':>12}{'difference':>12}  95 %"]
     for a, b, found in zip(first, second, compared, strict=True):
-        difference = f"{100 * (a.report['accuracy'] - b.report['accuracy']):+.3f}"
+        difference = f"{100 * (a.metrics['accuracy'] - b.metrics['accuracy']):+.3f}"
         lines.append(
-            f"{a.test_set.name:<12}{percent(a.report['accuracy']):>12}"
-            f"{percent(b.report['accuracy']):>12}{difference:>12}  "
+            f"{a.test_set.name:<12}{percent(a.metrics['accuracy']):>12}"
+            f"{percent(b.metrics['accuracy']):>12}{difference:>12}  "
             f"{within(found['accuracy_interval'])}"
         )
         lines.append(f"{'':<12}  {found['verdict']}")
@@ -100,7 +100,7 @@ def summary_table(results: Sequence[SetResult]) -> str:
         f"{'set':<12}{'pairs':>8}{'faces':>8}{'accuracy':>12}{'+-':>8}{'threshold':>11}{'EER':>11}"
     ]
     for result in results:
-        report = result.report
+        report = result.metrics
         spread = report.get("standard_deviation", report["standard_error"])
         lines.append(
             f"{result.test_set.name:<12}{report['pairs']:>8,}{report['faces']:>8,}"

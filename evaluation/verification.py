@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
+from evaluation.metrics import VerificationMetrics
+
 SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}  # of images
 FARS = ("1e-3", "1e-2")  # 1e-4 means nothing on the 3,000 impostor pairs of LFW
 
@@ -235,7 +237,7 @@ def equal_error_rate(curve: Roc) -> float:
 
 def verify(
     scores: np.ndarray, same: np.ndarray, folds: np.ndarray, validated: Folds | None = None
-) -> dict:
+) -> VerificationMetrics:
     """Everything that is reported about a set of pairs, as plain numbers (JSON can hold them).
 
     scores (n,) cosines, same (n,) bool, folds (n,) int. accuracy is the mean over folds and

@@ -183,7 +183,7 @@ def test_find_lfw_prefers_images_to_bins(data, tmp_path):
 
 def test_evaluate_lfw_is_the_protocol_on_the_cosines(data):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    report = evaluate_lfw(mean_colours, lfw).report
+    report = evaluate_lfw(mean_colours, lfw).metrics
     assert report["accuracy"] == report["best_accuracy"] == report["auc"] == 1
     assert (report["eer"], report["standard_error"], report["missed_faces"]) == (0, 0, 2)
     assert report["tar_at_far"] == {"1e-3": 1, "1e-2": 1}

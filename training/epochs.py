@@ -11,7 +11,7 @@ from pathlib import Path
 from distributed.collectives import run_on_main
 from evaluation.embedders import Embed
 from evaluation.evaluate import evaluate_lfw
-from evaluation.pair_sets import TestSet
+from evaluation.pair_sets import PairSet
 from fileio.checkpoint_file import save_checkpoint
 from training.event_log import EventLog
 from training.run import Trainer
@@ -24,7 +24,7 @@ def log_average(
     trainer: Trainer,
     writer: EventLog,
     embed: Embed,
-    lfw: TestSet | None,
+    lfw: PairSet | None,
     points: dict[str, list[tuple[float, ...]]],
 ) -> str:
     """Evaluate the averaged weights at an epoch's end; what the epoch's line says of them.
@@ -41,7 +41,7 @@ def log_average(
             writer.add_scalar("valid/ema_accuracy", accuracy, step)
             line += f"  ema valid loss {loss:.3f}  ema valid accuracy {accuracy:.2%}"
         if lfw is not None:
-            report = evaluate_lfw(embed, lfw).report
+            report = evaluate_lfw(embed, lfw).metrics
             points["ema_lfw"] = [(epoch, report["accuracy"], report["threshold"])]
             writer.add_scalar("lfw/ema_accuracy", report["accuracy"], step)
             writer.add_scalar("lfw/ema_threshold", report["threshold"], step)

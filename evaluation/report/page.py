@@ -73,7 +73,7 @@ def _summary(results: Sequence[SetResult], compared: Sequence[dict[str, Any]]) -
         for title, value, note in _cards(results)
     )
     yield f'<ul class="cards">{cards}</ul>'
-    fars = list(results[0].report["tar_at_far"])
+    fars = list(results[0].metrics["tar_at_far"])
     head = ["set", "pairs", "faces", "missed", "accuracy", "± s.e.", "best threshold"]
     head += [*(f"TAR at FAR {far}" for far in fars), "EER", "AUC"]
     yield table("Every set at a glance", head, [_headline(result, fars) for result in results])
@@ -88,16 +88,16 @@ def _summary(results: Sequence[SetResult], compared: Sequence[dict[str, Any]]) -
 
 
 def _intervals(results: Sequence[SetResult]) -> Iterator[str]:
-    known = [result for result in results if "intervals" in result.report]
+    known = [result for result in results if "intervals" in result.metrics]
     if not known:
         return
     rows = []
     for test_set, _, report, _ in known:
         found = report["intervals"]
-        tars = [found["tar_at_far"].get(far) for far in known[0].report["tar_at_far"]]
+        tars = [found["tar_at_far"].get(far) for far in known[0].metrics["tar_at_far"]]
         rows.append([test_set.name, *map(_within, [found["accuracy"], *tars, found["eer"]])])
-    fars = [f"TAR at FAR {far}" for far in known[0].report["tar_at_far"]]
-    caption = f"95 % intervals: {known[0].report['resamples']:,} resamples of the people"
+    fars = [f"TAR at FAR {far}" for far in known[0].metrics["tar_at_far"]]
+    caption = f"95 % intervals: {known[0].metrics['resamples']:,} resamples of the people"
     yield table(caption, ["set", "accuracy", *fars, "EER"], rows)
 
 
@@ -109,7 +109,7 @@ def _comparisons(results: Sequence[SetResult], compared: Sequence[dict[str, Any]
     rows = [
         (
             f"{other['checkpoint']}, {result.test_set.name}",
-            rate(result.report["accuracy"]),
+            rate(result.metrics["accuracy"]),
             rate(theirs["accuracy"]),
             theirs["comparison"]["verdict"],
         )
@@ -137,7 +137,7 @@ def _cards(results: Sequence[SetResult]) -> Iterator[tuple[str, str, str]]:
 
 
 def _headline(result: SetResult, fars: Sequence[str]) -> list[str]:
-    report = result.report
+    report = result.metrics
     tars = [report["tar_at_far"].get(far) for far in fars]
     return [
         result.test_set.name,
@@ -222,5 +222,5 @@ def provenance(model: dict[str, Any], results: Sequence[SetResult]) -> dict[str,
     for label in ("network", "epoch", "seed"):
         if model.get(label) is not None:
             about[label] = model[label]
-    about["convention"] = results[0].report["protocol_in_words"]
+    about["convention"] = results[0].metrics["protocol_in_words"]
     return about | model["versions"] | {"written": time.strftime("%Y-%m-%d %H:%M")}

@@ -54,8 +54,8 @@ def test_a_study_is_what_its_scripts_say_and_is_not_done_twice(folder, monkeypat
         (path,) = (folder / "runs" / arm.split(",")[0] / "s3").glob(f"*/{file}")
         embed = load_embedder(path, device=torch.device("cpu"))[0]
         found = report["arms"][arm]["seeds"]["3"]
-        assert found["pairs"] == pytest.approx(evaluate_lfw(embed, pairs).report["accuracy"])
-        lfw = evaluate_lfw(embed, load_set(folder / "lfw.bin", "")).report["accuracy"]
+        assert found["pairs"] == pytest.approx(evaluate_lfw(embed, pairs).metrics["accuracy"])
+        lfw = evaluate_lfw(embed, load_set(folder / "lfw.bin", "")).metrics["accuracy"]
         assert found["lfw"] == pytest.approx(lfw)
         assert f"| {arm} | {100 * lfw:.2f} | {100 * found['pairs']:.2f} |" in printed
 

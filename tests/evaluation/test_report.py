@@ -14,7 +14,7 @@ import torch
 from config import Config
 from evaluation import robustness, verification
 from evaluation.evaluate import set_statistics
-from evaluation.pair_sets import SetResult, TestSet
+from evaluation.pair_sets import PairSet, SetResult
 from evaluation.report import markup as report_html
 from evaluation.report import page as report
 from evaluation.report import plots as report_figures
@@ -105,7 +105,7 @@ def make_result(tmp_path, names=None, *, folder=True, noise=0.9, name="lfw"):
     known = {"faces_status": status, "points": points.astype(np.float32)} if folder else {}
     if folder:
         known["identity"] = [name.rpartition("/")[0] for name in names]
-    test_set = TestSet(tmp_path, name, images, pairs, 2 if folder else 0, **known)
+    test_set = PairSet(tmp_path, name, images, pairs, 2 if folder else 0, **known)
     scores = verification.pair_scores(embeddings, first, second)
     report = verification.verify(scores, same, folds) | {"protocol_in_words": "cosine"}
     return SetResult(test_set, scores, report, embeddings)
@@ -123,11 +123,11 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
     result = make_result(tmp_path)
     found = {"accuracy": 0.9, "standard_error": 0.01, "accuracy_as_set": 0.8, "eer": 0.1,
              "tar_at_far": {"1e-3": 0.5, "1e-2": 0.6}, "matched_cosine": 0.25}  # fmt: skip
-    result.report["robustness"] = dict.fromkeys(("clean", *robustness.CORRUPTIONS), found)
-    result.report.update(set_statistics(result, seed=0))
+    result.metrics["robustness"] = dict.fromkeys(("clean", *robustness.CORRUPTIONS), found)
+    result.metrics.update(set_statistics(result, seed=0))
     point = {"wanted": "1e-1", "threshold": 0.4321, "degrees": 64.4, "far": 0.1, "frr": 0.2}
-    result.report["operating_points"] = [point]
-    other = result.report | {"comparison": {"verdict": "The difference is within chance."}}
+    result.metrics["operating_points"] = [point]
+    other = result.metrics | {"comparison": {"verdict": "The difference is within chance."}}
     compared = [{"checkpoint": "<last>.pt", "sets": {"lfw": other}}]
     history = {"train": [(0, 4, 9.0, 0.1, 4), (0, 8, 5.0, 0.4, 4)], "valid": [(1, 4.0, 0.5)],
                "lfw": [(1, 0.8, 0.3)]}  # fmt: skip
@@ -141,10 +141,10 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
                   "95 % intervals: 1,000", "P(same person)", "show aligned faces"):  # fmt: skip
         assert title in headings
     assert "lfw_identities" not in headings  # no setting of train.py
-    assert f"{100 * result.report['accuracy']:.3f} %" in headings
+    assert f"{100 * result.metrics['accuracy']:.3f} %" in headings
     # 4 curves, folds, reliability, 5 measures, robustness, and 3 of training
     assert len(page.of("svg")) == 4 + 1 + 1 + 5 + 1 + 3
-    wrong = (result.scores >= result.report["best_threshold"]) != result.test_set.pairs.same
+    wrong = (result.scores >= result.metrics["best_threshold"]) != result.test_set.pairs.same
     assert wrong.sum() > 3
     for pair in np.flatnonzero(wrong):
         assert f"score {result.scores[pair]:.4f}" in headings

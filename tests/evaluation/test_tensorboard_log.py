@@ -31,7 +31,7 @@ def test_all_of_an_evaluation_is_logged_under_lfw(tmp_path):
     assert set(tags["images"]) == {"lfw/roc", "lfw/false_positives", "lfw/false_negatives"}
     assert tags["tensors"] == ["lfw/pr"]
     assert [event.step for event in shown.Scalars("lfw/accuracy")] == [3, 6]
-    assert shown.Scalars("lfw/accuracy")[0].value == np.float32(result.report["accuracy"])
+    assert shown.Scalars("lfw/accuracy")[0].value == np.float32(result.metrics["accuracy"])
     image = cv2.imdecode(np.frombuffer(shown.Images("lfw/roc")[0].encoded_image_string, "u1"), 1)
     assert image.shape[0] > 400
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
@@ -45,7 +45,7 @@ def test_all_of_an_evaluation_is_logged_under_lfw(tmp_path):
 
 def test_a_rate_is_logged_where_pairs_support_it(tmp_path):
     result = make_result(tmp_path)
-    result.report["tar_at_far"] = {"1e-1": 0.75, "1e-2": 0.5}
+    result.metrics["tar_at_far"] = {"1e-1": 0.75, "1e-2": 0.5}
     with SummaryWriter(tmp_path) as writer:
         log_evaluation(writer, result, 1)
     assert "lfw/tar_at_far_1e-1" in read(tmp_path).Tags()["scalars"]
