@@ -27,7 +27,8 @@ import cv2
 import numpy as np
 import torch
 
-from fileio.archives import ArchiveError, open_source
+from fileio.archive_source import ArchiveError
+from fileio.archives import open_source
 from preprocessing.detector import FaceDetector, Faces, choose_face
 from utils import UserError, exit_on_user_error
 

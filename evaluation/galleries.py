@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from evaluation.verification import Pairs, image_name
-from fileio.archives import ArchiveError, open_source
+from fileio.archive_source import ArchiveError
+from fileio.archives import open_source
 from fileio.images import ImageError, decode_image, encode_jpeg
 from fileio.safe_files import atomic_write, make_folder
 

@@ -1,11 +1,11 @@
-"""What archives and folders of images have in common: entries, their order, limits, tallies.
+"""What archives and folders of images have in common: entries, their order, names, limits.
 
-    source = open_source("data/CASIA-WebFace.zip")  # of archives.py, which knows the kinds
+    source = open_source("data/CASIA-WebFace.zip")  # fileio.archives: opens any of them
     source.entries()  # sorted by identity and name
-    source.passed.counts  # {"not_a_picture": 3}
+    source.skipped.counts  # {"not_a_picture": 3}
 
-Archives come from strangers: a name is never a path that gets opened, and no list, header or
-image file may take more memory than the limits here.
+Archives are untrusted input: a member's name is data, never a path that gets opened, and no list of
+names, header or image file may take more memory than the limits here.
 """
 
 from __future__ import annotations
@@ -20,99 +20,88 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils import UserError
 
-NAMES_KEPT = 50  # names listed for each reason
-MAX_LIST = 4 << 30  # bytes that a list of names may take: about ten million images
-ENTRY_BYTES = 300  # what an image's place in the list takes, without its name
-SLACK = 64 << 20  # bytes that anything may unpack to, whatever its ratio
+MAX_NAMES_LISTED = 50  # names kept for each reason; the rest are only counted
+MAX_LIST_BYTES = 4 << 30  # memory for the list of entries: enough for about ten million images
+ENTRY_BYTES = 300  # memory that an entry takes in that list, without its name
+MIN_BOMB_BYTES = 64 << 20  # what unpacks to less than this is no bomb, whatever its ratio
 
-MAX_NAME = 4096  # characters: no file system has longer ones
-MAX_DEPTH = 64  # folders in folders
+MAX_NAME_LENGTH = 4096  # characters: no file system has longer ones
+MAX_FOLDER_DEPTH = 64  # folders inside folders
 JUNK_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}
-# What lies beside images in the usual archives; any other file is tried as an image.
-JUNK_SUFFIXES = {
-    *(".txt", ".csv", ".tsv", ".json", ".xml", ".yml", ".yaml", ".md", ".html", ".pdf", ".doc"),
-    *(".lst", ".mat", ".npy", ".npz", ".pkl", ".db", ".ini", ".log", ".py", ".m", ".sh"),
-    *(".zip", ".tar", ".gz", ".tgz", ".rar", ".7z", ".mp4", ".avi"),
-}
-
-
-def decode_name(raw: bytes) -> str:
-    """A member's name as text: UTF-8, else GB 18030 (Chinese Windows), else cp437, part by part."""
-    parts = []
-    for part in raw.split(b"/"):
-        for encoding in ("utf-8", "gb18030", "cp437"):
-            try:
-                parts.append(part.decode(encoding))
-                break
-            except UnicodeDecodeError:
-                continue
-    return "/".join(parts)
-
-
-def clean_name(name: str) -> tuple[str, str]:
-    """A name without `.` and empty parts, and why it is no image's ("" if it may be one)."""
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    parts = [p for p in name.split("/") if p not in ("", ".")]
-    clean = "/".join(parts)
-    if len(name) > MAX_NAME or len(parts) > MAX_DEPTH:
-        return name[:MAX_NAME], "unsafe_name"
-    absolute = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name)
-    if absolute or ".." in parts or "\0" in name:
-        return name, "unsafe_name"
-    if any(p.startswith(".") or p.lower() in JUNK_NAMES for p in parts):
-        return clean, "system_file"
-    if PurePosixPath(clean).suffix.lower() in JUNK_SUFFIXES and not name.endswith("/"):
-        return clean, "not_a_picture"
-    return clean, ""
+# Files that lie beside the images in common archives. Any other file is tried as an image, since
+# data sets have images with odd suffixes or none.
+JUNK_SUFFIXES = (
+    {".txt", ".csv", ".tsv", ".json", ".xml", ".yml", ".yaml", ".md", ".html", ".pdf", ".doc"}
+    | {".lst", ".mat", ".npy", ".npz", ".pkl", ".db", ".ini", ".log", ".py", ".m", ".sh"}
+    | {".zip", ".tar", ".gz", ".tgz", ".rar", ".7z", ".mp4", ".avi"}
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large an image file may be, and how many times its packed bytes anything may unpack to.
+    """The largest image file, and the largest ratio of unpacked to packed bytes.
 
-    Photographs hardly shrink when packed; archive bombs unpack a thousandfold and more.
+    Photographs hardly shrink when packed (a ratio near 1); archive bombs have ratios of a thousand
+    and more, blank images of perhaps 100.
     """
 
     file_bytes: int = 200 << 20
     ratio: int = 100
 
 
-LIMITS = Limits()
+DEFAULT_LIMITS = Limits()
 
 
 class ArchiveError(UserError):
-    """A source, or one file of it, cannot be read; `status` is the reason in one word."""
+    """A source, or one file in it, cannot be read; `status` is the reason in one word."""
 
     def __init__(self, sentence: str, status: str = "unreadable"):
         super().__init__(sentence)
         self.status = status
 
 
-# What the standard library raises for damaged archives: NotImplementedError is an unknown
-# compression, RuntimeError a password, the last line what bad numbers in headers lead to.
-DAMAGE = (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
-    *(NotImplementedError, RuntimeError),
-    *(ValueError, OverflowError, struct.error),
+# What the standard library raises for corrupt archives.
+ARCHIVE_ERRORS = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    NotImplementedError,  # an unknown compression
+    RuntimeError,  # a password is needed
+    ValueError,  # these three: numbers in headers that make no sense
+    OverflowError,
+    struct.error,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image file: its name inside the source, whose it is, its size in bytes."""
+    """One image file: its name in the source, its identity, its size in bytes."""
 
     name: str
     identity: str
     size: int
-    handle: Any = field(compare=False, repr=False)  # where its source finds it
+    # How its source finds it: a path, a ZipInfo or an offset.
+    handle: Any = field(compare=False, repr=False)
+
+
+class Member(NamedTuple):
+    """Anything that a source lists; `kind` is "file", "folder" or the reason to skip it."""
+
+    name: str
+    kind: str
+    size: int = 0
+    handle: Any = None
 
 
 class Tally:
-    """Counts names by reason, and keeps the first `NAMES_KEPT` names of each."""
+    """Counts names by reason, and keeps the first `MAX_NAMES_LISTED` names of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -122,59 +111,110 @@ class Tally:
         """Count one name."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.names.setdefault(reason, [])
-        if len(names) < NAMES_KEPT:
+        if len(names) < MAX_NAMES_LISTED:
             names.append(name)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """`{reason: {"count": n, "names": [...]}}`, for a report."""
-        return {r: {"count": n, "names": self.names[r]} for r, n in sorted(self.counts.items())}
+        """`{reason: {"count": n, "names": [...]}}`, for report.json."""
+        return {
+            reason: {"count": count, "names": self.names[reason]}
+            for reason, count in sorted(self.counts.items())
+        }
+
+
+# ------------------------------------------------------------------------------ names
+
+
+def decode_name(raw: bytes) -> str:
+    """A member's name as text: UTF-8, else GB 18030 (Chinese Windows), else cp437 (DOS).
+
+    Each part between slashes is decoded by itself: an archive packed twice may mix encodings.
+    """
+    parts = []
+    for part in raw.split(b"/"):
+        for encoding in ("utf-8", "gb18030", "cp437"):  # cp437 has a character for every byte
+            try:
+                parts.append(part.decode(encoding))
+                break
+            except UnicodeDecodeError:
+                continue
+    return "/".join(parts)
+
+
+def clean_name(name: str) -> tuple[str, str]:
+    """The name without `.` and empty parts, and the reason to skip it ("" if it may be an image).
+
+    clean_name("./set//a/1.jpg") == ("set/a/1.jpg", "")
+    clean_name("set/../../1.jpg") == ("set/../../1.jpg", "unsafe_name")
+    """
+    # Bytes that are no text become \\xff and the like: the name will be written to UTF-8 files.
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    clean = "/".join(parts)
+    if len(name) > MAX_NAME_LENGTH or len(parts) > MAX_FOLDER_DEPTH:
+        return name[:MAX_NAME_LENGTH], "unsafe_name"
+    is_absolute = name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name)
+    if is_absolute or ".." in parts or "\0" in name:
+        return name, "unsafe_name"
+    if any(part.startswith(".") or part.lower() in JUNK_NAMES for part in parts):
+        return clean, "system_file"
+    if PurePosixPath(clean).suffix.lower() in JUNK_SUFFIXES and not name.endswith("/"):
+        return clean, "not_a_picture"
+    return clean, ""
+
+
+# ------------------------------------------------------------------------------ sources
 
 
 class Source:
-    """The images of one archive or folder; its kinds differ in `_members` and `_read`.
+    """The images of one archive or folder; subclasses implement `_members` and `_read`.
 
-    `damage` is a sentence where the archive is cut short or damaged (empty where it is whole): what
-    can be read of it is there all the same.
+    `skipped` counts what is no image, by reason. `corruption` is a sentence if the archive is
+    corrupt or cut short (else empty); what can be read of it is listed all the same. Both are
+    complete once `entries` has returned.
     """
 
-    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = LIMITS):
+    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = DEFAULT_LIMITS):
         self.path = path
         self.spool_dir = spool_dir
         self.limits = limits
-        self.passed = Tally()
-        self.damage = ""
+        self.skipped = Tally()
+        self.corruption = ""
         self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:
-        """All image files, sorted by (identity, name).  Raises ArchiveError."""
+        """All image files, sorted by (identity, name). Raises ArchiveError."""
         if self._entries is None:
             self._entries = self._list()
         return self._entries
 
     def read(self, entries: Iterable[Entry]) -> Iterator[tuple[Entry, bytes | ArchiveError]]:
-        """Each entry with its bytes or the reason why it has none, sorted, one at a time."""
-        wanted = sorted(entries, key=lambda e: (e.identity, e.name))
-        most = self.limits.file_bytes
-        contents = self._read([e for e in wanted if e.size <= most])
-        for entry in wanted:
-            if entry.size <= most:
+        """Each entry with its bytes, or with the error that prevents them; sorted, one at a time.
+
+        Too large files get an ArchiveError of status "too_large" and are not read.
+        """
+        in_order = sorted(entries, key=lambda entry: (entry.identity, entry.name))
+        max_bytes = self.limits.file_bytes
+        contents = self._read([entry for entry in in_order if entry.size <= max_bytes])
+        for entry in in_order:
+            if entry.size <= max_bytes:
                 yield entry, next(contents)
             else:
                 sentence = (
                     f"{entry.name} in {self.path} has {entry.size:,} bytes, more than "
-                    f"--max-file-mb allows ({most >> 20:,} MB)."
+                    f"--max-file-mb allows ({max_bytes >> 20:,} MB)."
                 )
                 yield entry, ArchiveError(sentence, "too_large")
 
     def fingerprint(self) -> str:
-        """A hash of all names and sizes: the same images give the same one."""
+        """A hash of all names and sizes: equal for the same images in any kind of archive."""
         digest = hashlib.sha256()
         for entry in self.entries():
             digest.update(f"{entry.name}\0{entry.size}\n".encode())
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the archive's file, if one is open."""
 
     def __enter__(self) -> Source:
         return self
@@ -182,8 +222,8 @@ class Source:
     def __exit__(self, *unused: object) -> None:
         self.close()
 
-    def _members(self) -> Iterator[tuple[str, str, int, Any]]:
-        """(name, kind, size, handle) of everything; kind is "file", "folder" or a reason."""
+    def _members(self) -> Iterator[Member]:
+        """Everything in the source, in any order."""
         raise NotImplementedError
 
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
@@ -191,54 +231,66 @@ class Source:
         raise NotImplementedError
 
     def _list(self) -> list[Entry]:
-        files: dict[str, tuple[int, Any]] = {}
+        files: dict[str, tuple[int, Any]] = {}  # {name: (size, handle)}
         folders: set[str] = set()
-        listed = 0
-        for raw, kind, size, handle in self._members():
-            name, reason = clean_name(raw)
-            listed += ENTRY_BYTES + len(name)
-            if listed > MAX_LIST:
+        list_bytes = 0
+        for member in self._members():
+            name, reason = clean_name(member.name)
+            list_bytes += ENTRY_BYTES + len(name)
+            if list_bytes > MAX_LIST_BYTES:
                 raise ArchiveError(
                     f"{self.path} names so many files that their list alone would take more than "
-                    f"{MAX_LIST >> 30} GB of memory; split it."
+                    f"{MAX_LIST_BYTES >> 30} GB of memory; split it."
                 )
-            if kind == "folder" and not reason:
-                folders.add(name)
-            elif kind != "folder":
-                if reason or kind != "file":
-                    self.passed.add(reason or kind, name)
-                elif "/" not in name:
-                    self.passed.add("no_identity_folder", name)
-                else:
-                    if name in files:  # the later one counts, as when extracting
-                        self.passed.add("duplicate_name", name)
-                    files[name] = (size, handle)
+            if member.kind == "folder":
+                if not reason:
+                    folders.add(name)
+            elif reason or member.kind != "file":
+                self.skipped.add(reason or member.kind, name)
+            elif "/" not in name:
+                self.skipped.add("no_identity_folder", name)
+            else:
+                if name in files:  # the later one counts, as when extracting
+                    self.skipped.add("duplicate_name", name)
+                files[name] = (member.size, member.handle)
         self._count_empty(folders, files)
-        parents: dict[str, set[str]] = {}
+        return self._with_identities(files)
+
+    def _with_identities(self, files: dict[str, tuple[int, Any]]) -> list[Entry]:
+        """The sorted entries; the identity is the name of the folder that an image lies in.
+
+        Folders of one name in different places are different identities and go by their whole
+        path: of x/001/a.jpg, y/001/a.jpg and y/002/a.jpg, these are x/001, y/001 and 002.
+        """
+        folders_named: dict[str, set[str]] = {}  # {last part of the path: paths}
         for name in files:
-            parent = name.rpartition("/")[0]
-            parents.setdefault(parent.rpartition("/")[2], set()).add(parent)
+            folder = name.rpartition("/")[0]
+            folders_named.setdefault(folder.rpartition("/")[2], set()).add(folder)
         entries = []
         for name, (size, handle) in files.items():
-            parent = name.rpartition("/")[0]
-            base = parent.rpartition("/")[2]
-            identity = base if len(parents[base]) == 1 else parent
+            folder = name.rpartition("/")[0]
+            last_part = folder.rpartition("/")[2]
+            identity = last_part if len(folders_named[last_part]) == 1 else folder
             entries.append(Entry(name, identity, size, handle))
-        return sorted(entries, key=lambda e: (e.identity, e.name))
+        return sorted(entries, key=lambda entry: (entry.identity, entry.name))
 
     def _count_empty(self, folders: set[str], files: Iterable[str]) -> None:
-        """Count the innermost folders without an image."""
+        """Count the innermost folders without an image.
+
+        Of a/ with nothing but a/b/ in it, a/b is counted and a is not.
+        """
         empty = folders - {""}
         for name in [*files, *folders]:
-            parent = name.rpartition("/")[0]
-            while parent and empty:
-                empty.discard(parent)
-                parent = parent.rpartition("/")[0]
+            folder = name.rpartition("/")[0]
+            while folder and empty:
+                empty.discard(folder)
+                folder = folder.rpartition("/")[0]
         for name in sorted(empty):
-            self.passed.add("empty_folder", name)
+            self.skipped.add("empty_folder", name)
 
     def _refuse_bomb(self, packed: int, unpacked: int) -> None:
-        if unpacked > SLACK + self.limits.ratio * packed:
+        """Raise ArchiveError if so many packed bytes unpack to too many."""
+        if unpacked > MIN_BOMB_BYTES + self.limits.ratio * packed:
             raise ArchiveError(
                 f"{self.path} unpacks to more than {self.limits.ratio} times its size, as archive "
                 "bombs do; raise --max-ratio if you trust it."

@@ -1,4 +1,10 @@
-"""Tar archives, plain or compressed by gzip, read in place."""
+"""Tar archives, plain or compressed by gzip, read in place.
+
+A tar is a sequence of blocks of 512 bytes: for each member a header (name, size, type, checksum),
+then its data, padded to whole blocks; two blocks of zeros end it. Some headers come in several
+members: a long name, a pax header or a sparse map precede the member that they describe. There is
+no list of contents, so `entries` walks through the whole file.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +18,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fileio.archive_source import DAMAGE, LIMITS, ArchiveError, Entry, Limits, Source, decode_name
+from fileio.archive_source import (
+    ARCHIVE_ERRORS,
+    DEFAULT_LIMITS,
+    ArchiveError,
+    Entry,
+    Limits,
+    Member,
+    Source,
+    decode_name,
+)
 
-MAX_HEADER = 1 << 20  # bytes that tar may read between one image and the next
-IN_MEMORY = 64 << 20  # an unsorted .tgz is put in order in memory up to here, then on disk
-STEP = 1 << 20  # bytes that are passed over at a time
+MAX_HEADER_BYTES = 1 << 20  # what the headers of one member may take, long names and maps included
+MAX_SPOOL_MEMORY = 64 << 20  # an unsorted .tgz is sorted in memory up to this size, then on disk
+SEEK_BLOCK = 1 << 20  # bytes that are unpacked at a time to move forward
 
 
 class TarSource(Source):
     """A .tar or .tar.gz archive.
 
-    A compressed one cannot be sought in.  It is gone through once for the list; images that stand
-    in sorted order (as LFW's do) are then streamed.  Others are copied, one after the other, into a
-    temporary file without a name (in memory when small), which holds images alone and vanishes
-    with the process however that ends.
+    In a compressed one, moving back means unpacking from the beginning. It is unpacked once for the
+    list; images that stand in sorted order (as LFW's do) are then streamed. Others are copied, in
+    the archive's order, into a temporary file without a name (in memory if small), which holds
+    only images and vanishes with the process, even if that is killed.
     """
 
-    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = LIMITS):
+    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = DEFAULT_LIMITS):
         super().__init__(path, spool_dir, limits)
         with path.open("rb") as file:
             self.compressed = file.read(2) == b"\x1f\x8b"
@@ -36,44 +51,52 @@ class TarSource(Source):
     def _open(self) -> _Stream:
         return _Stream(self.path, self.compressed, self._refuse_bomb)
 
-    def _members(self) -> Iterator[tuple[str, str, int, Any]]:
+    def _members(self) -> Iterator[Member]:
         with self._open() as file:
             try:
                 tar = tarfile.TarFile(fileobj=file)
-            except DAMAGE as error:
+            except ARCHIVE_ERRORS as error:
                 raise ArchiveError(
-                    f"{self.path} is not a tar archive that can be read ({error}); fetch it again."
+                    f"{self.path} is not a tar archive that can be read ({error}); download it "
+                    "again."
                 ) from None
             try:
-                place = -1
+                last_offset = -1
                 while (info := tar.next()) is not None:
-                    if info.size < 0 or info.offset <= place:  # would go round for ever
+                    # A negative size would lead back to an earlier header, in an endless loop.
+                    if info.size < 0 or info.offset <= last_offset:
                         raise tarfile.ReadError(
                             f"the header at byte {info.offset:,} makes no sense"
                         )
-                    place = info.offset
-                    # Or it keeps half a million members, and what global headers say of them all.
+                    last_offset = info.offset
+                    # TarFile remembers all members and all that global headers say of them, which
+                    # grows without limit; nothing here needs either.
                     tar.members, tar.pax_headers = [], {}
-                    file.allow(MAX_HEADER, header=True)
-                    yield from self._member(info)
-                file.allow(MAX_HEADER)
+                    file.allow(MAX_HEADER_BYTES, header=True)
+                    yield self._member(info)
+                file.allow(MAX_HEADER_BYTES)
                 self._check_end(file, tar.offset)
-            except DAMAGE as error:
-                self.damage = f"{self.path} is damaged or cut short ({error or 'no more data'})."
+            except ARCHIVE_ERRORS as error:
+                self.corruption = (
+                    f"{self.path} is corrupt or cut short ({error or 'no more data'})."
+                )
 
-    def _member(self, info: tarfile.TarInfo) -> Iterator[tuple[str, str, int, Any]]:
+    def _member(self, info: tarfile.TarInfo) -> Member:
+        # tarfile decodes as UTF-8 and keeps what is none of it as surrogates: back to bytes.
         name = decode_name(info.name.encode("utf-8", "surrogateescape"))
         if info.isdir():
-            yield name, "folder", 0, None
-        elif info.issym() or info.islnk():
-            yield name, "link", 0, None
-        elif info.isreg() and not info.issparse():
-            yield name, "file", info.size, info.offset_data
-        else:
-            yield name, "not_a_regular_file", 0, None
+            return Member(name, "folder")
+        if info.issym() or info.islnk():
+            return Member(name, "link")
+        if info.isreg() and not info.issparse():
+            return Member(name, "file", info.size, info.offset_data)
+        return Member(name, "not_a_regular_file")
 
     def _check_end(self, file: _Stream, offset: int) -> None:
-        """Raise unless the archive ends as it should: tarfile takes a spoilt header for the end."""
+        """Raise ReadError unless the archive ends as it should.
+
+        tarfile takes a corrupt header for the end, silently, and so all images after it for absent.
+        """
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
         if not block:
@@ -81,57 +104,67 @@ class TarSource(Source):
         if block.strip(b"\0"):
             raise tarfile.ReadError(f"the header at byte {offset:,} makes no sense")
         if self.compressed:
-            file.seek(sys.maxsize)  # on to gzip's check sum
+            file.seek(sys.maxsize)  # to gzip's CRC, which it checks when it comes to it
 
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
-        offsets = [e.handle for e in entries]
+        offsets = [entry.handle for entry in entries]
         if not self.compressed or offsets == sorted(offsets):
             with self._open() as file:
                 yield from self._read_from(file, entries)
-            return
-        total = sum(e.size for e in entries)
+        else:
+            yield from self._read_spooled(entries)
+
+    def _read_spooled(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
+        """Sort through a temporary file: one pass over the archive, then random access."""
+        total = sum(entry.size for entry in entries)
         folder = self.spool_dir or Path(tempfile.gettempdir())
-        if total > IN_MEMORY and total > shutil.disk_usage(folder).free:
+        if total > MAX_SPOOL_MEMORY and total > shutil.disk_usage(folder).free:
             raise ArchiveError(
-                f"{self.path} is not in order; sorting it takes {total:,} free bytes in {folder}."
+                f"{self.path} is not in sorted order; sorting it takes {total:,} free bytes in "
+                f"{folder}."
             )
-        with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=folder) as spool:
-            places = {}
-            by_offset = sorted(entries, key=lambda e: e.handle)
+        with tempfile.SpooledTemporaryFile(max_size=MAX_SPOOL_MEMORY, dir=folder) as spool:
+            positions: dict[str, int] = {}  # in the spool, by name
+            errors: dict[str, ArchiveError] = {}
+            by_offset = sorted(entries, key=lambda entry: entry.handle)
             with self._open() as file:
                 for entry, data in zip(by_offset, self._read_from(file, by_offset), strict=True):
-                    failed = isinstance(data, ArchiveError)
-                    places[entry.name] = data if failed else spool.tell()
-                    if not failed:
+                    if isinstance(data, ArchiveError):
+                        errors[entry.name] = data
+                    else:
+                        positions[entry.name] = spool.tell()
                         spool.write(data)
             for entry in entries:
-                place = places[entry.name]
-                if isinstance(place, int):
-                    spool.seek(place)
-                    place = spool.read(entry.size)
-                yield place
+                if entry.name in errors:
+                    yield errors[entry.name]
+                else:
+                    spool.seek(positions[entry.name])
+                    yield spool.read(entry.size)
 
     def _read_from(self, file: _Stream, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
-        broken: Exception | None = None
+        stream_error: Exception | None = None
         for entry in entries:
             data = b""
-            if broken is None:
+            if stream_error is None:
                 try:
                     file.seek(entry.handle)
                     file.allow(entry.size)
                     data = file.read(entry.size)
-                except DAMAGE as error:
-                    broken = error  # a compressed stream gives nothing after its first damage
+                except ARCHIVE_ERRORS as error:
+                    # A compressed stream gives nothing more after the first corrupt byte.
+                    stream_error = error
             if len(data) == entry.size:
                 yield data
             else:
-                yield self._error(entry, broken or "the archive ends before it does")
+                yield self._error(entry, stream_error or "the archive ends before it does")
 
 
 class _Stream:
-    """A tar file, unpacked: reads no more than was allowed, and calls `check` as it unpacks.
+    """The bytes of a tar, unpacked; reads no more than was allowed, and checks for bombs.
 
-    Headers can ask for huge reads, and name tables and sparse maps that go on for ever.
+    The sizes in headers are untrusted: tarfile would read a name of a gigabyte into memory, and
+    follow long names, pax headers and sparse maps that never end. So each read is taken from a
+    budget, set by `allow`. `check` is called with the bytes packed and unpacked so far.
     """
 
     def __init__(self, path: Path, compressed: bool, check: Callable[[int, int], None]):
@@ -139,20 +172,22 @@ class _Stream:
         self.compressed, self.check = compressed, check
         self.file: Any = gzip.open(self.raw) if compressed else self.raw  # noqa: SIM115
         self.tell = self.file.tell
-        self.allow(MAX_HEADER, header=True)
+        self.allow(MAX_HEADER_BYTES, header=True)
 
     def allow(self, size: int, header: bool = False) -> None:
-        """Let the next reads take so many bytes together, of headers or of contents."""
-        self.allowed, self.header = size, header
+        """Let the next reads take `size` bytes together, of headers or of contents."""
+        self.budget, self.header = size, header
 
     def read(self, size: int) -> bytes:
-        self.allowed -= size
-        if self.allowed < 0:
-            raise tarfile.ReadError(f"headers of more than {MAX_HEADER:,} bytes")
+        self.budget -= size
+        if self.budget < 0:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADER_BYTES:,} bytes")
         data = self.file.read(size)
         if self.compressed:
             self.check(self.raw.tell(), self.tell())
-        if self.header and re.search(rb"\d{1000}", data):  # tarfile takes hours (CVE-2024-6232)
+        # tarfile's regular expression for pax headers takes hours on a long run of digits, in
+        # Python before 3.11.10 (CVE-2024-6232).
+        if self.header and re.search(rb"\d{1000}", data):
             raise tarfile.ReadError("a header of digits alone")
         return data
 
@@ -160,7 +195,9 @@ class _Stream:
         if not self.compressed or offset < self.tell():
             self.file.seek(offset)
             return
-        while (left := offset - self.tell()) > 0 and self.file.read(min(left, STEP)):
+        # Forward in a compressed file means unpacking, in blocks: GzipFile.seek would unpack
+        # without end and never call `check`.
+        while (left := offset - self.tell()) > 0 and self.file.read(min(left, SEEK_BLOCK)):
             self.check(self.raw.tell(), self.tell())
 
     def __enter__(self) -> _Stream:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fileio.archives import Entry, Tally
+from fileio.archive_source import Entry, Tally
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
 from fileio.locks import LOCK
 from fileio.record_writer import RecordWriter

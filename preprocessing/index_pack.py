@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fileio.archives import Tally
+from fileio.archive_source import Tally
 from fileio.images import ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from fileio.recordio import RecordReader

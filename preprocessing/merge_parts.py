@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed.collectives import even_slice
-from fileio.archives import Entry
+from fileio.archive_source import Entry
 from fileio.index_tsv import INDEX_HEADER
 from fileio.recordio import HEADER, map_file, payload_at, record_offsets
 from preprocessing.dataset_writer import read_report, whole_rows

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 import cv2
 import numpy as np
 
-from fileio.archives import ArchiveError, Entry, Source
+from fileio.archive_source import ArchiveError, Entry, Source
 from fileio.images import ImageError, decode_image, encode_jpeg
 from preprocessing.detector import Detection, FaceDetector, central_crop_points, find_face
 from utils import UserError, core_count, is_out_of_memory, similarity_transform, warp_face

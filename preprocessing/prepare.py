@@ -21,7 +21,8 @@ from distributed.process_group import (
     is_main,
     local_world_size,
 )
-from fileio.archives import ArchiveError, Limits, Source, open_source
+from fileio.archive_source import ArchiveError, Limits, Source
+from fileio.archives import open_source
 from fileio.index_tsv import check_index
 from fileio.locks import LOCK, locked
 from fileio.recordio import RecordReader
@@ -62,12 +63,12 @@ def prepare(
     limits = Limits(cfg.max_file_mb << 20, cfg.max_ratio)
     with open_source(job.source, part.parent, limits) as source:
         entries = source.entries()
-        if source.damage:
-            print(f"WARNING: {source.damage} What can be read of it is used.", file=sys.stderr)
+        if source.corruption:
+            print(f"WARNING: {source.corruption} What can be read of it is used.", file=sys.stderr)
         if not entries:
             raise ArchiveError(
                 f"{job.source} holds no images in folders of identities "
-                f"(passed over: {listed(source.passed.counts) or 'nothing'})."
+                f"(passed over: {listed(source.skipped.counts) or 'nothing'})."
             )
         with contextlib.ExitStack() as stack:
             make_folder(part)
@@ -251,8 +252,8 @@ def align_source(
         "identities_in_source": len({entry.identity for entry in entries}),
     }
     report = begun | count(journal.statuses) | identities
-    report |= {"not_pictures": source.passed.as_dict()}
-    report |= {"damage": source.damage, "resumed_at": resumed_at, "parts": len(shards)}
+    report |= {"not_pictures": source.skipped.as_dict()}
+    report |= {"damage": source.corruption, "resumed_at": resumed_at, "parts": len(shards)}
     report |= timing(len(entries) - resumed_at, started)
     write_report(part, report)
     return report

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from fileio.archives import Source, Tally, open_source
+from fileio.archive_source import Source, Tally
+from fileio.archives import open_source
 from fileio.images import decode_image, encode_jpeg
 from fileio.locks import LOCK
 from fileio.recordio import RecordReader

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import pytest
 
 from fileio import archive_source, tar_archives
-from fileio.archive_source import clean_name, decode_name
-from fileio.archives import ArchiveError, Entry, Limits, open_source
+from fileio.archive_source import ArchiveError, Entry, Limits, clean_name, decode_name
+from fileio.archives import open_source
 from fileio.images import ImageError, decode_image
 from tests.helpers.bounded import within
 
@@ -74,7 +74,7 @@ def read_all(path, spool_dir=None, **limits):
             entry.name: data.status if isinstance(data, ArchiveError) else data
             for entry, data in source.read(entries)
         }
-        return got, [e.name for e in entries], source.passed.counts, source.damage
+        return got, [e.name for e in entries], source.skipped.counts, source.corruption
 
 
 KINDS = ["zip", "tar", "tar.gz", "tgz", "folder"]
@@ -99,7 +99,7 @@ def test_any_subset_can_be_read(kind, tmp_path):
 
 @pytest.mark.parametrize("in_memory", [1, 1 << 20])
 def test_unsorted_tgz_is_put_in_order(in_memory, tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_archives, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(tar_archives, "MAX_SPOOL_MEMORY", in_memory)
     files = {f"set/{i * 7 % 10}/{i}.jpg": os.urandom(50) for i in range(30)}
     path = make_tar(tmp_path / "x.tgz", files)
     spool = tmp_path / "spool"
@@ -111,7 +111,7 @@ def test_unsorted_tgz_is_put_in_order(in_memory, tmp_path, monkeypatch):
 
 
 def test_unsorted_tgz_without_room_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_archives, "IN_MEMORY", 1)
+    monkeypatch.setattr(tar_archives, "MAX_SPOOL_MEMORY", 1)
     monkeypatch.setattr(tar_archives.shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
     path = make_tar(tmp_path / "x.tgz", {"s/b/1.jpg": b"12345", "s/a/1.jpg": b"12345"})
     with pytest.raises(ArchiveError, match="takes 10 free bytes"):
@@ -284,7 +284,7 @@ def test_decode_and_clean_name():
 def test_zip_without_its_list_is_a_sentence(tmp_path):
     path = make_zip(tmp_path / "x.zip", FILES)
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ArchiveError, match="fetch it again"):
+    with pytest.raises(ArchiveError, match="download it again"):
         open_source(path)
 
 
@@ -370,7 +370,7 @@ def test_wrong_check_sum_of_a_tgz_is_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[-6] ^= 1  # the CRC stands before the last four bytes
     path.write_bytes(data)
-    assert "damaged" in read_all(path)[3]
+    assert "corrupt" in read_all(path)[3]
 
 
 def test_negative_size_in_a_tar_does_not_loop(tmp_path):
@@ -562,7 +562,7 @@ def test_a_header_of_digits_is_no_work_for_hours(tmp_path):
 
 
 def test_more_names_than_memory_holds_is_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(archive_source, "MAX_LIST", 5000)
+    monkeypatch.setattr(archive_source, "MAX_LIST_BYTES", 5000)
     path = make_zip(tmp_path / "x.zip", {f"s/a/{i}.jpg": b"" for i in range(20)})
     with pytest.raises(ArchiveError, match="names so many files"):
         read_all(path)

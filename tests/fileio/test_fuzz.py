@@ -29,7 +29,8 @@ import train
 from config import parse_args
 from evaluation.embedders import load_embedder
 from evaluation.verification import parse_pair_list, parse_pairs
-from fileio.archives import ArchiveError, open_source
+from fileio.archive_source import ArchiveError
+from fileio.archives import open_source
 from fileio.bin_sets import read_bin
 from fileio.images import MAX_PIXELS, ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
@@ -134,7 +135,7 @@ def read_archive(path):
             assert ".." not in entry.name.split("/") and not entry.name.startswith("/")
         for _, data in source.read(entries):
             assert isinstance(data, (bytes, ArchiveError))
-        return source.damage
+        return source.corruption
 
 
 def try_archive(folder, kind, data):

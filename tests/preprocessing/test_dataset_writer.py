@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from fileio.archives import Entry
+from fileio.archive_source import Entry
 from fileio.index_tsv import read_index
 from fileio.recordio import RecordReader
 from preprocessing.dataset_writer import Journal, begin, complete, read_report, write_report

@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from fileio.archives import ArchiveError, Entry, open_source
+from fileio.archive_source import ArchiveError, Entry
+from fileio.archives import open_source
 from fileio.images import decode_image
 from preprocessing import pipeline as align
 from preprocessing.detector import CENTRAL_CROP, Detection, FaceDetector, find_face
