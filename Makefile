@@ -1,8 +1,9 @@
-# make demo      the whole way from archive to number on drawn faces
-# make test      the tests; make test-slow: those that take longer
-# make fuzz      19,000 damaged and hostile files of every kind, new ones each time: 85 seconds
-# make lint      ruff
-# make pictures  refresh images/demo, which the README shows, from the demo
+# make demo         everything from archive to accuracy on synthetic faces: about two minutes
+# make test         the tests, on the CPU
+# make test-slow    the long tests: kills, full disks, memory over 100,000 images
+# make fuzz         19,000 corrupt and hostile files of every format, new ones each time: 85 seconds
+# make lint         ruff, style and formatting
+# make demo-images  refresh images/demo, which the README shows, from the last make demo
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -10,13 +11,13 @@ INSTALLED := .venv/.installed
 
 DEMO := --data-dir demo/data --runs-dir demo/runs --images-dir demo/images
 
-.PHONY: demo test test-slow fuzz lint pictures
+.PHONY: demo test test-slow fuzz lint demo-images
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
-	@# opencv-python wants libGL, which servers often lack; the headless build is the same module.
+	@# opencv-python needs libGL, which servers often lack; the headless build is the same module.
 	$(RUN) -c "import cv2" 2>/dev/null || { $(RUN) -m pip uninstall --quiet --yes opencv-python; \
 		$(RUN) -m pip install --quiet opencv-python-headless; }
 	touch $@
@@ -43,7 +44,7 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-pictures:
+demo-images:
 	@test -f demo/images/roc.png || { echo "run make demo first"; exit 2; }
 	rm -rf images/demo
 	mkdir -p images/demo
