@@ -42,7 +42,7 @@ def anchors(text):
 
 
 def code_lines(text):
-    """The lines of a page's bash blocks: continuations joined, comments and blank lines left out."""
+    """The commands of a page's bash blocks: continuations joined, comments and blanks left out."""
     blocks = [body for language, body in FENCE.findall(text) if language == "bash"]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     lines = [re.sub(r"(^|\s)#.*", "", line) for line in lines]
