@@ -49,4 +49,4 @@ demo-images:
 	rm -rf images/demo
 	mkdir -p images/demo
 	cp demo/images/*.png demo/images/*.jpg images/demo/
-	$(RUN) -m tools.augment_grid images/demo/augment_grid.jpg
+	$(RUN) -m tools.augment_grid

@@ -28,15 +28,17 @@ def setting(
     high: float | None = None,
     resume: bool = False,
     alone: Any = None,
+    positional: str = "",
 ) -> Any:
     """One setting: its default, its help text and the scripts that read it.
 
     `scripts` may be left out where all settings of a class are for the same ones (SCRIPTS).
     `low` and `high` are the ends of its range. `resume`: a resumed run may change it. `alone` is
-    the value of the flag without a value.
+    the value of the flag without a value. `positional` makes it an argument without a flag, of which
+    the command line takes as many as argparse's `nargs` says: "?", "*" or "+".
     """
     metadata = {"help": help, "scripts": scripts.split(), "low": low, "high": high}
-    metadata |= {"resume": resume, "alone": alone}
+    metadata |= {"resume": resume, "alone": alone, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -427,7 +429,7 @@ def _make_parser(script: str | None, settings: type[Config], doc: str) -> argpar
         prog = command = f"python -m tools.{script}"
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{command} [--flag value ...]",
+        usage=f"{command} {_positionals(settings)}[--flag value ...]",
         description=doc.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -457,6 +459,16 @@ def _describe_options() -> str:
     return "; ".join(texts)
 
 
+def _positionals(settings: type[Config]) -> str:
+    """How the usage line shows the arguments without flags: "IMAGE [IMAGE ...] "."""
+    shown = ""
+    for field in dataclasses.fields(settings):
+        name = field.name.upper()
+        forms = {"?": f"[{name}] ", "*": f"[{name} ...] ", "+": f"{name} [{name} ...] "}
+        shown += forms.get(field.metadata.get("positional", ""), "")
+    return shown
+
+
 def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
     """One setting as a flag: its type gives the parser, its metadata the help."""
     flag = "--" + field.name.rstrip("_").replace("_", "-")  # as_: "as" is a word of Python's
@@ -465,7 +477,7 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
     if field.default not in ("", ()):
         shown = " ".join(map(str, field.default)) if is_tuple else field.default
         help += f" (default: {shown})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
+    options: dict[str, Any] = {"default": argparse.SUPPRESS}
     if field.name == "margin_option":
         help = help.format(options=_describe_options())
         options["metavar"] = "NAME=VALUE"
@@ -483,7 +495,11 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
         options["type"] = _in_range(hint, low, high)
         if meta["alone"] is not None:
             options |= {"nargs": "?", "const": meta["alone"]}
-    group.add_argument(flag, **options)
+    if meta["positional"]:
+        options |= {"nargs": meta["positional"], "metavar": field.name.upper()}
+        group.add_argument(field.name, **options)
+    else:
+        group.add_argument(flag, dest=field.name, **options)
 
 
 def _in_range(kind: type, low: float | None, high: float | None) -> Callable[[str], Any]:

@@ -1,11 +1,11 @@
 """Write a test set as InsightFace's .bin: a folder of aligned faces and its pairs in one file.
 
-    python -m tools.make_bin          # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
+    python -m tools.make_bin    # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
     python -m tools.make_bin --lfw my_faces --pairs my_pairs.txt --output my_set.bin
 
 The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in
-LFW's format or lines "path1 path2 0/1". Encoded images are taken over byte for byte, so that the
-.bin gives the numbers that the folder gives (where the folds are contiguous tenths, as LFW's are).
+LFW's format or lines "path1 path2 0/1". Encoded images are copied byte for byte, so that the .bin
+gives the same metrics as the folder (where the folds are contiguous tenths, as LFW's are).
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from config import Config, parse_args, setting
-from evaluation.face_folders import open_faces
-from evaluation.pair_sets import find_pairs, load_set, set_name
-from fileio.bin_sets import write_bin
-from fileio.safe_files import make_folder
 from utils import UserError, exit_on_user_error
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
-    """The set"""
+    """Test set"""
 
     SHARED: ClassVar[str] = "data_dir pairs"
     lfw: str = setting("", "folder of aligned faces; default: data_dir/faces_lfw_112x112")
@@ -36,7 +30,15 @@ class Settings(Config):
 
 @exit_on_user_error
 def main(cfg: Settings) -> None:
-    """Check that the folder makes a test set, write the .bin, and say what is in it."""
+    """Check that the folder makes a test set, write the .bin, and print what is in it."""
+    # Imported here, so that --help answers at once.
+    import numpy as np
+
+    from evaluation.face_folders import open_faces
+    from evaluation.pair_sets import find_pairs, load_set, set_name
+    from fileio.bin_sets import write_bin
+    from fileio.safe_files import make_folder
+
     folder = Path(cfg.lfw or Path(cfg.data_dir, "faces_lfw_112x112"))
     if not folder.is_dir():
         raise UserError(
@@ -44,7 +46,7 @@ def main(cfg: Settings) -> None:
             "or name one with --lfw."
         )
     pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
-    pairs = load_set(folder, pairs_path).pairs  # decodes every image: none is damaged
+    pairs = load_set(folder, pairs_path).pairs  # decodes every image, so none is corrupt
     faces = open_faces(folder)
     records = faces.places[faces.find(pairs.names, pairs_path)]
     images = [faces.reader.encoded(int(i)) for i in records]
@@ -54,7 +56,7 @@ def main(cfg: Settings) -> None:
     write_bin(output, [images[face] for face in order], pairs.same.tolist())
     print(
         f"Wrote {output}: {len(pairs.same):,} pairs of {len(images):,} faces, "
-        f"{int(pairs.same.sum()):,} of them matched, {output.stat().st_size / 1e6:.1f} MB."
+        f"{int(pairs.same.sum()):,} of them genuine, {output.stat().st_size / 1e6:.1f} MB."
     )
 
 

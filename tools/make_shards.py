@@ -12,11 +12,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from tqdm import tqdm
-
 from config import Config, parse_args, setting
-from fileio.recordio import RecordReader
-from fileio.shards import write_shards
 from utils import UserError, exit_on_user_error
 
 
@@ -33,6 +29,12 @@ class Settings(Config):
 @exit_on_user_error
 def main(cfg: Settings) -> None:
     """Deal a set's images out to shards of about --shard-images."""
+    # Imported here, so that --help answers at once.
+    from tqdm import tqdm
+
+    from fileio.recordio import RecordReader
+    from fileio.shards import write_shards
+
     source = cfg.source or Path(cfg.data_dir, "faces_webface_112x112")
     output = Path(cfg.output or Path(cfg.data_dir, "faces_webface_shards"))
     if output.exists() and any(output.iterdir()):

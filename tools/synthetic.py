@@ -1,16 +1,16 @@
-"""Draw a population of faces: the data set that needs no download, for the demo and the tests.
+"""Draw synthetic faces: a data set that needs no download, for the demo and the tests.
 
     python -m tools.synthetic --output demo/data      # 3,800 images, half a minute on 2 CPU cores
 
 writes, always with the same bytes for the same seed and library versions,
 
-    demo/data/CASIA-WebFace.zip   CASIA-WebFace/<7 digits>/<nnn>.jpg, people to train on
-    demo/data/lfw-funneled.tgz    lfw_funneled/<Name>/<Name>_<nnnn>.jpg, other people to test on
-    demo/data/pairs.txt           LFW's layout: ten folds of matched and mismatched pairs
+    demo/data/CASIA-WebFace.zip   CASIA-WebFace/<7 digits>/<nnn>.jpg, identities to train on
+    demo/data/lfw-funneled.tgz    lfw_funneled/<Name>/<Name>_<nnnn>.jpg, others to test on
+    demo/data/pairs.txt           LFW's layout: ten folds of genuine and impostor pairs
 
-and prints how many images of how many people each archive holds.  A person is a set of
+and prints how many images of how many identities each archive holds. An identity is a set of
 proportions and colours (`TRAITS`); pose, expression, light, clothes, background, sharpness, noise
-and JPEG quality belong to the image, so that pixels alone do not tell people apart.
+and JPEG quality belong to the image, so that raw pixels do not tell identities apart.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from config import Config, parse_args, setting
 from tools.portrait import SIZE, draw_person
 
 FOLDS = 10
-PAIRS_PER_FOLD = 30  # of each kind; LFW has 300
-LFW_IMAGES = (4, 8)  # a test person has 4 to 7 images
+PAIRS_PER_FOLD = 30  # genuine ones, and as many impostor ones; LFW has 300
+LFW_IMAGES = (4, 8)  # a test identity has 4 to 7 images
 SYLLABLES = (
     *("ba", "bel", "cor", "da", "eva", "fen", "go", "ira", "jo", "ka", "lin", "lo", "ma", "mi"),
     *("na", "nor", "o", "pe", "ra", "ri", "sa", "ta", "ti", "vo", "wen"),
@@ -47,8 +47,8 @@ SKIN = ["f3d3c0", "ecc4a6", "e0ae86", "cf9a70", "a9744d", "7e5236", "5c3b29"]
 HAIR = ["17130f", "2b1d14", "4a2f1d", "6d4526", "8f3f1e", "a9773f", "d8b368", "b9b4ad", "e4e0da"]
 IRIS = ["3a2416", "5d3a1c", "7a5a2c", "5c6b3a", "4f7a83", "4c6f9c", "7f8c94"]
 
-# What makes a person: name -> (least, most), drawn uniformly.  Lengths are in half heads: the
-# chin is at y = 1, the crown at y = -1, x grows to the right of the image, z towards the viewer.
+# What makes an identity: name -> (lowest, highest), drawn uniformly. Lengths are in half heads:
+# the chin is at y = 1, the crown at y = -1, x grows to the right, z towards the viewer.
 TRAITS = {
     "width": (0.62, 0.75), "jaw": (0.68, 0.94), "chin": (0.24, 0.46), "cheek": (0.92, 1.03),
     "skin": (0.0, 5.2), "redness": (-9.0, 9.0), "hair": (0.0, 8.0), "iris": (0.0, 6.0),
@@ -69,8 +69,8 @@ TRAITS = {
 }  # fmt: skip
 
 
-def make_person(seed: int, number: int) -> SimpleNamespace:
-    """Draw the traits of person `number`: the same for every image of that person."""
+def make_identity(seed: int, number: int) -> SimpleNamespace:
+    """The traits of identity `number`, drawn at random: the same for all its images."""
     rng = np.random.default_rng([seed, 1, number])
     traits = {name: rng.uniform(low, high) for name, (low, high) in TRAITS.items()}
     person = SimpleNamespace(number=number, **traits)
@@ -84,7 +84,7 @@ def make_person(seed: int, number: int) -> SimpleNamespace:
 
 
 def make_shot(rng: np.random.Generator) -> SimpleNamespace:
-    """Draw what belongs to one image: pose (radians), expression, light, camera."""
+    """What belongs to one image, drawn at random: pose (radians), expression, light, camera."""
     return SimpleNamespace(
         yaw=np.clip(rng.normal(0, 0.17), -0.4, 0.4), pitch=rng.normal(0, 0.10),
         roll=rng.normal(0, 0.10),
@@ -114,7 +114,7 @@ def pick_colour(palette: list[str], position: float) -> np.ndarray:
 
 
 def light_person(canvas: np.ndarray, person: SimpleNamespace, shot: SimpleNamespace) -> None:
-    """Shade the person as if the head were an ellipsoid: Lambert's law, softened in the shadows."""
+    """Shade the head like an ellipsoid: Lambert's law, softened in the shadows."""
     y, x = np.mgrid[0:SIZE:5, 0:SIZE:5]
     nx = (x - shot.centre[0]) / (shot.scale * person.width * 1.25)
     ny = np.minimum((y - shot.centre[1]) / (shot.scale * 1.3), 0.6)
@@ -143,7 +143,7 @@ def draw_background(rng: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def noise_tile() -> np.ndarray:
-    """Gaussian noise of deviation 1 that every image takes its own window of."""
+    """Gaussian noise of standard deviation 1; every image takes a window of it."""
     return np.random.default_rng(0).standard_normal((2 * SIZE, 2 * SIZE, 3), np.float32)
 
 
@@ -162,24 +162,24 @@ def photograph(canvas: np.ndarray, shot: SimpleNamespace, rng: np.random.Generat
 
 
 class Task(NamedTuple):
-    """Which image to draw; all that a drawing process is told."""
+    """One image to draw; all that a worker process needs to know."""
 
     seed: int
-    person: int
+    identity: int
     index: int
-    kind: str = "portrait"  # or "empty": nobody there, "broken": the file is cut short
+    kind: str = "portrait"  # or "empty": no face in it, "broken": the file is truncated
 
 
 def draw_image(task: Task) -> bytes:
-    """JPEG of one image; in one of sixteen a smaller, other face stands at the side."""
-    rng = np.random.default_rng([task.seed, 2, task.person, task.index])
+    """JPEG of one image; in one of sixteen a smaller face of someone else is beside it."""
+    rng = np.random.default_rng([task.seed, 2, task.identity, task.index])
     canvas, shot = draw_background(rng), make_shot(rng)
-    cast = [(make_person(task.seed, task.person), shot)]
+    cast = [(make_identity(task.seed, task.identity), shot)]
     if rng.random() < 1 / 16:
         other, edge = make_shot(rng), rng.integers(2)
         other.scale, other.centre = rng.uniform(24, 32), np.array([(28, 222)[edge], 110.0])
         shot.centre[0] += (12, -12)[edge]
-        cast.insert(0, (make_person(task.seed, rng.integers(10**6, 2 * 10**6)), other))
+        cast.insert(0, (make_identity(task.seed, rng.integers(10**6, 2 * 10**6)), other))
     for person, pose in cast if task.kind != "empty" else ():
         draw_person(canvas, person, pose)
         light_person(canvas, person, pose)
@@ -188,7 +188,7 @@ def draw_image(task: Task) -> bytes:
 
 
 def draw_images(tasks: Sequence[Task], workers: int) -> Iterator[bytes]:
-    """Draw all tasks in their order in `workers` processes, with a progress bar."""
+    """Draw all tasks in order in `workers` processes, with a progress bar."""
     bar = functools.partial(tqdm, total=len(tasks), unit="image", disable=None)
     if workers == 1:
         yield from bar(map(draw_image, tasks))
@@ -199,7 +199,7 @@ def draw_images(tasks: Sequence[Task], workers: int) -> Iterator[bytes]:
 
 
 def make_names(seed: int, count: int) -> list[str]:
-    """`count` different made-up names, sorted, as LFW writes them: First_Last."""
+    """`count` different invented names, sorted, as LFW writes them: First_Last."""
     rng, names = np.random.default_rng([seed, 3]), set()
     while len(names) < count:
         first, last = ("".join(rng.choice(SYLLABLES, n)).title() for n in rng.integers(2, 4, 2))
@@ -208,22 +208,20 @@ def make_names(seed: int, count: int) -> list[str]:
 
 
 def write_casia_zip(path, seed: int, identities: int, images: int, workers: int = 1) -> int:
-    """Write people 0 … identities - 1 in CASIA-WebFace's shape; returns the number of images.
+    """Write identities 0 … identities - 1 in CASIA-WebFace's layout; returns the image count.
 
-    Folders have 7 digits.  One image has nobody in it and one is cut short, as in any real set.
+    Folders have 7 digits. One image has no face and one is truncated, as in any real set.
     """
-    from fileio.safe_files import (
-        atomic_write,
-    )  # not above: it imports torch, which drawing needs not
+    from fileio.safe_files import atomic_write
 
     folders = 45 + np.random.default_rng([seed, 4]).integers(1, 90, identities).cumsum()
-    tasks = [Task(seed, person, i) for person in range(identities) for i in range(images)]
+    tasks = [Task(seed, identity, i) for identity in range(identities) for i in range(images)]
     if images > 1:
-        for person, kind in zip(range(identities), ("empty", "broken"), strict=False):
-            tasks[person * images + images - 1] = Task(seed, person, images - 1, kind)
+        for identity, kind in zip(range(identities), ("empty", "broken"), strict=False):
+            tasks[identity * images + images - 1] = Task(seed, identity, images - 1, kind)
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
         for task, jpeg in zip(tasks, draw_images(tasks, workers), strict=True):
-            name = f"CASIA-WebFace/{folders[task.person]:07d}/{task.index + 1:03d}.jpg"
+            name = f"CASIA-WebFace/{folders[task.identity]:07d}/{task.index + 1:03d}.jpg"
             entry = zipfile.ZipInfo(name, (2014, 11, 28, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             archive.writestr(entry, jpeg)
@@ -231,16 +229,15 @@ def write_casia_zip(path, seed: int, identities: int, images: int, workers: int 
 
 
 def write_lfw_tgz(path, seed: int, first: int, counts: dict[str, int], workers: int = 1) -> int:
-    """Write people first, first + 1, … in LFW's shape; returns the number of images.
+    """Write identities first, first + 1, … in LFW's layout; returns the image count.
 
     counts: name -> number of images, in the order of the archive.
     """
     from fileio.safe_files import atomic_write
 
-    people = enumerate(counts.items(), first)
     tasks = {
-        f"lfw_funneled/{name}/{name}_{i + 1:04d}.jpg": Task(seed, person, i)
-        for person, (name, count) in people
+        f"lfw_funneled/{name}/{name}_{i + 1:04d}.jpg": Task(seed, identity, i)
+        for identity, (name, count) in enumerate(counts.items(), first)
         for i in range(count)
     }
     with (
@@ -256,8 +253,8 @@ def write_lfw_tgz(path, seed: int, first: int, counts: dict[str, int], workers: 
     return len(tasks)
 
 
-def make_pairs(seed: int, counts: dict[str, int]) -> str:
-    """The text of pairs.txt for people with so many images: folds share no person, as in LFW."""
+def lfw_pairs_text(seed: int, counts: dict[str, int]) -> str:
+    """The text of pairs.txt; counts: name -> number of images. Folds share no identity."""
     rng, names = np.random.default_rng([seed, 5]), list(counts)
     folds = []
     for fold in np.array_split(rng.permutation(len(names)), FOLDS):
@@ -276,7 +273,7 @@ def make_pairs(seed: int, counts: dict[str, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Config):
-    """The population"""
+    """Synthetic set"""
 
     SHARED: ClassVar[str] = "workers seed"
     output: str = setting("demo/data", "folder to write the two archives and pairs.txt to")
@@ -292,7 +289,7 @@ def main(cfg: Settings) -> None:
 
     if min(cfg.identities, cfg.images_per_identity) < 2 or cfg.lfw_identities < 2 * FOLDS:
         raise UserError(
-            "A population needs at least --identities 2, --images-per-identity 2 and "
+            "A synthetic set needs at least --identities 2, --images-per-identity 2 and "
             f"--lfw-identities {2 * FOLDS}, two for each fold of the pairs."
         )
     output = Path(cfg.output)
@@ -301,15 +298,15 @@ def main(cfg: Settings) -> None:
 
     path = output / "CASIA-WebFace.zip"
     count = write_casia_zip(path, cfg.seed, cfg.identities, cfg.images_per_identity, workers)
-    print(f"{path}: {count:,} images of {cfg.identities:,} people")
+    print(f"{path}: {count:,} images of {cfg.identities:,} identities")
 
     sizes = np.random.default_rng([cfg.seed, 6]).integers(*LFW_IMAGES, cfg.lfw_identities)
     counts = dict(zip(make_names(cfg.seed, cfg.lfw_identities), sizes.tolist(), strict=True))
     path = output / "lfw-funneled.tgz"
     count = write_lfw_tgz(path, cfg.seed, cfg.identities, counts, workers)
-    print(f"{path}: {count:,} images of {cfg.lfw_identities:,} other people")
+    print(f"{path}: {count:,} images of {cfg.lfw_identities:,} other identities")
 
-    pairs = make_pairs(cfg.seed, counts)
+    pairs = lfw_pairs_text(cfg.seed, counts)
     with atomic_write(output / "pairs.txt", "w") as file:
         file.write(pairs)
     print(f"{output / 'pairs.txt'}: {pairs.count(chr(10)) - 1:,} pairs in {FOLDS} folds")

@@ -1,4 +1,4 @@
-"""The drawn population: same seed, same bytes; the archives' layout; faces that are found."""
+"""The synthetic set: same seed, same bytes; the archives' layout; faces that are detected."""
 
 import io
 import subprocess
@@ -15,7 +15,7 @@ from config import parse_args
 from preprocessing.detector import FaceDetector
 from tests.helpers.paths import ROOT
 from tools import synthetic
-from tools.synthetic import Task, draw_image, make_names, make_pairs, make_person
+from tools.synthetic import Task, draw_image, lfw_pairs_text, make_identity, make_names
 from utils import UserError
 
 FLAGS = [
@@ -35,7 +35,7 @@ def population(folder, *flags):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return population(tmp_path_factory.mktemp("drawn"))
+    return population(tmp_path_factory.mktemp("synthetic"))
 
 
 def decode(jpeg):
@@ -73,13 +73,13 @@ def test_the_training_archive_has_casias_layout(files):
         names = [name.split("/") for name in archive.namelist()]
         decoded = [decode(archive.read(name)) for name in archive.namelist()]
     assert {parts[0] for parts in names} == {"CASIA-WebFace"}
-    people = Counter(parts[1] for parts in names)
-    assert len(people) == 4
-    assert set(people.values()) == {3}
-    assert all(len(folder) == 7 and folder.isdigit() for folder in people)
+    identities = Counter(parts[1] for parts in names)
+    assert len(identities) == 4
+    assert set(identities.values()) == {3}
+    assert all(len(folder) == 7 and folder.isdigit() for folder in identities)
     assert {parts[2] for parts in names} == {"001.jpg", "002.jpg", "003.jpg"}
     broken = [k for k, image in enumerate(decoded) if image is None]
-    assert broken == [5]  # the last image of the second person is cut short
+    assert broken == [5]  # the last image of the second identity is truncated
     assert {image.shape for image in decoded if image is not None} == {(250, 250, 3)}
 
 
@@ -87,20 +87,20 @@ def test_the_test_archive_has_lfws_layout(files):
     with tarfile.open(fileobj=io.BytesIO(files["lfw-funneled.tgz"])) as archive:
         members = archive.getmembers()
         images = [decode(archive.extractfile(member).read()) for member in members]
-    people = Counter(member.name.split("/")[1] for member in members)
-    assert len(people) == 20
-    for name, count in people.items():
+    identities = Counter(member.name.split("/")[1] for member in members)
+    assert len(identities) == 20
+    for name, count in identities.items():
         wanted = [f"lfw_funneled/{name}/{name}_{i + 1:04d}.jpg" for i in range(count)]
         assert [member.name for member in members if f"/{name}/" in member.name] == wanted
     assert {image.shape for image in images} == {(250, 250, 3)}
 
 
-def test_pairs_name_images_that_are_there_and_folds_share_no_person(files):
+def test_pairs_name_images_that_are_there_and_folds_share_no_identity(files):
     with tarfile.open(fileobj=io.BytesIO(files["lfw-funneled.tgz"])) as archive:
         there = set(archive.getnames())
     folds, size = pair_lines(files["pairs.txt"].decode())
     assert len(folds) == 10
-    people = []
+    identities = []
     for fold in folds:
         assert len(set(fold)) == 2 * size
         assert [a == b for a, _, b, _ in fold] == [True] * size + [False] * size
@@ -108,34 +108,34 @@ def test_pairs_name_images_that_are_there_and_folds_share_no_person(files):
         for a, i, b, j in fold:
             assert f"lfw_funneled/{a}/{a}_{i:04d}.jpg" in there
             assert f"lfw_funneled/{b}/{b}_{j:04d}.jpg" in there
-        people.append({a for a, *_ in fold} | {b for _, _, b, _ in fold})
-    assert sum(len(fold) for fold in people) == len(set().union(*people))
+        identities.append({a for a, *_ in fold} | {b for _, _, b, _ in fold})
+    assert sum(len(fold) for fold in identities) == len(set().union(*identities))
 
 
 def test_pairs_of_a_large_population_are_limited():
     counts = dict.fromkeys(make_names(0, 100), 5)
-    _, size = pair_lines(make_pairs(0, counts))
+    _, size = pair_lines(lfw_pairs_text(0, counts))
     assert size == synthetic.PAIRS_PER_FOLD
 
 
-def test_nobody_is_in_both_archives(tmp_path, monkeypatch):
-    """Person numbers and traits of one archive do not come back in the other."""
-    drawn = []
+def test_the_archives_share_no_identity(tmp_path, monkeypatch):
+    """Numbers and traits of one archive's identities are not used in the other."""
+    tasks = []
 
     def record(task):
-        drawn.append(task)
+        tasks.append(task)
         return b""
 
     monkeypatch.setattr(synthetic, "draw_image", record)
     population(tmp_path)
-    train, test = {t.person for t in drawn[:12]}, {t.person for t in drawn[12:]}
+    train, test = {t.identity for t in tasks[:12]}, {t.identity for t in tasks[12:]}
     assert len(train) == 4
     assert len(test) == 20
-    widths = [make_person(0, number).width for number in sorted(train | test)]
+    widths = [make_identity(0, number).width for number in sorted(train | test)]
     assert len(set(widths)) == 24
 
 
-def test_a_persons_images_differ_and_an_empty_one_shows_nobody():
+def test_images_of_an_identity_differ_and_an_empty_one_has_no_face():
     one, two = (decode(draw_image(Task(0, 7, index))) for index in range(2))
     assert np.abs(one.astype(float) - two).mean() > 10
     empty = decode(draw_image(Task(0, 7, 0, "empty")))
@@ -144,7 +144,7 @@ def test_a_persons_images_differ_and_an_empty_one_shows_nobody():
 
 
 def test_nearly_every_face_is_detected():
-    images = [decode(draw_image(Task(1, person, 0))) for person in range(40)]
+    images = [decode(draw_image(Task(1, identity, 0))) for identity in range(40)]
     found = FaceDetector("cpu").detect(np.stack(images))
     assert sum(len(faces.boxes) > 0 for faces in found) >= 36
 
