@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from tools.augment_grid import drawn_faces
+from tools.augment_grid import synthetic_crops
 from training import augment
 from training.augment import (
     AUGMENTATIONS,
@@ -28,7 +28,7 @@ INTERPOLATIONS = {
 @pytest.fixture(scope="module")
 def faces():
     """12 synthetic faces, (12, 3, 112, 112) float32 in 0 to 255."""
-    return drawn_faces(12).permute(0, 3, 1, 2).contiguous().float()
+    return synthetic_crops(12).permute(0, 3, 1, 2).contiguous().float()
 
 
 def as_images(images):
@@ -122,7 +122,7 @@ def test_random_numbers_are_even_and_apart():
 
 @pytest.mark.parametrize("name", ["mild", "adaface"])
 def test_a_batch_is_its_images_one_by_one(name):
-    faces, positions = drawn_faces(4).repeat(16, 1, 1, 1), np.arange(100, 164)
+    faces, positions = synthetic_crops(4).repeat(16, 1, 1, 1), np.arange(100, 164)
     before = faces.clone()
     change = build_augmentation(name, seed=3, epoch=2)
     together = change(faces, positions)
@@ -139,7 +139,7 @@ def test_a_batch_is_its_images_one_by_one(name):
 
 
 def test_as_many_images_are_changed_as_the_recipe_says():
-    faces, positions = drawn_faces(1).expand(512, -1, -1, -1), np.arange(512)
+    faces, positions = synthetic_crops(1).expand(512, -1, -1, -1), np.arange(512)
     for name, policy in AUGMENTATIONS.items():
         change = build_augmentation(name, seed=0, epoch=0)
         if name == "none":
@@ -152,7 +152,7 @@ def test_as_many_images_are_changed_as_the_recipe_says():
 
 @pytest.mark.parametrize("change", TRANSFORMS)
 def test_each_change_changes_a_face_and_leaves_it_a_face(change):
-    faces = drawn_faces(8)
+    faces = synthetic_crops(8)
     policy = AugmentPolicy(**{change: 1.0})
     changed = augment.augment_batch(faces, np.arange(8), policy=policy, seed=0, epoch=0).float()
     assert (changed != faces).flatten(1).any(1).all()
