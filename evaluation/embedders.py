@@ -23,9 +23,8 @@ from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from data_gen import normalise
-from fileio.checkpoint_file import load_checkpoint
+from fileio.checkpoint_file import check_weights, load_checkpoint
 from fileio.onnx_file import check_onnx
-from fileio.weights import check_weights
 from models import build_model
 from utils import UserError
 

@@ -1,8 +1,16 @@
-"""Checkpoints that can be trusted: whole, and with a checksum.
+"""Checkpoint files: complete or not there, with a checksum, and read as untrusted input.
+
+    save_checkpoint("last.pt", {"config": {...}, "model": model.state_dict(), "epoch": 3})
+    checkpoint = load_checkpoint("last.pt")
+    check_weights(checkpoint["model"], "last.pt")
 
 A checkpoint is a dict of state dicts, numbers and strings that `torch.load(path,
-weights_only=True)` reads. PyTorch's container is a zip, but its reader skips the zip's own checks;
-so the zip's comment, which readers pass over, holds the SHA-256 of all bytes before it.
+weights_only=True)` reads, so it runs no code that the file names. PyTorch's container is a zip, but
+its reader skips the zip's own CRCs; so the zip's comment, which readers ignore, holds a SHA-256:
+
+    zip archive | comment length (2 bytes, little-endian): 71 | "sha256:" | 64 hex digits
+
+The digest is of all bytes before the comment, its length included.
 """
 
 from __future__ import annotations
@@ -12,22 +20,36 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from fileio.safe_files import atomic_write
-from fileio.weights import check_packing
 from utils import UserError, describe_os_error, is_out_of_memory
 
 _SEAL = re.compile(rb"sha256:([0-9a-f]{64})\Z")
-_SEAL_SIZE = len("sha256:") + 64
+_SEAL_BYTES = len("sha256:") + 64
+
+# Types of weights and counters. Complex, quantised or float8 tensors are in no network of ours.
+_PLAIN_TYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+}
 
 
 class CorruptCheckpointError(UserError):
-    """A file that is no whole checkpoint, whatever is tried; the one before it may be."""
+    """A file that will never load: missing, corrupt or no checkpoint. An older one may load."""
+
+
+# ------------------------------------------------------------------------------ writing
 
 
 def save_checkpoint(
@@ -35,57 +57,71 @@ def save_checkpoint(
     checkpoint: dict[str, Any],
     before_rename: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a dict of state dicts, numbers and strings so that `path` is always a whole file."""
+    """Write a dict of state dicts, numbers and strings; `path` never names an incomplete file.
+
+    `before_rename` is called when the new file is complete and on disk, still under a temporary
+    name. Equal checkpoints give equal bytes.
+    """
     with atomic_write(path, "w+b", before_rename) as file:
-        torch.save(_plain(checkpoint), file)
-        # A zip ends with the length of its comment, two bytes, and the comment.
+        torch.save(_without_shared_objects(checkpoint), file)
+        # The last two bytes of a zip without a comment are the comment's length, 0.
         file.seek(-2, os.SEEK_END)
         if file.read(2) != b"\0\0":
             raise RuntimeError("torch.save wrote no zip file, or one with a comment")
         file.seek(-2, os.SEEK_END)
-        file.write(_SEAL_SIZE.to_bytes(2, "little"))
+        file.write(_SEAL_BYTES.to_bytes(2, "little"))
         digest = _sha256(file, file.tell())
         file.write(b"sha256:" + digest.encode())
 
 
-def _plain(value: Any) -> Any:
-    """The same with no string or container twice, so that what is equal makes equal files.
+def _without_shared_objects(value: Any) -> Any:
+    """A copy in which no container is used twice, and equal strings are one object.
 
-    Pickle writes an object that it has seen as a reference; which ones a resumed run shares depends
-    on what it loaded.
+    Pickle writes an object that it has seen before as a reference. Which objects are shared differs
+    between a resumed run and an unbroken one, though their values are equal; the files should be.
     """
     if type(value) is str:
         return sys.intern(value)
     if type(value) is dict:
-        return {_plain(key): _plain(entry) for key, entry in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+        return {
+            _without_shared_objects(key): _without_shared_objects(entry)
+            for key, entry in value.items()
+        }
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_shared_objects, value))
+    return value
+
+
+# ------------------------------------------------------------------------------ reading
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; its pickle may hold tensors and plain values only (`weights_only=True`).
+    """Read a checkpoint; it may hold only tensors and plain values (`weights_only=True`).
 
     A file with a checksum must match it; third-party files have none. Raises CorruptCheckpointError
-    if the file is missing, corrupt or no checkpoint, UserError if it cannot be read here and now.
+    if the file is missing, corrupt or no checkpoint, UserError if it cannot be read at the moment.
     """
     path = Path(path)
     if not path.is_file():
         raise CorruptCheckpointError(f"There is no checkpoint at {path}.")
     try:
         with path.open("rb") as file:
-            _check(file, path)
-            check_packing(path)
+            _check_seal(file, path)
+            _check_not_compressed(path)
             checkpoint = torch.load(file, map_location=device, weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch raises half a dozen kinds for damaged files
+    except Exception as error:  # torch raises half a dozen types for corrupt files
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if is_out_of_memory(error):
             raise UserError(f"{path} does not fit into memory ({reason}); free some.") from None
-        # A disk that is away for a moment is no damage. Torch itself looks beyond the end (EINVAL).
+        # A network disk that is away for a moment does not make the file corrupt: a resumed run
+        # would discard it and lose hours. EINVAL is no fault of the disk: torch seeks to positions
+        # outside a file that is cut short.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"{path} cannot be read: {describe_os_error(error)}") from None
         raise CorruptCheckpointError(
-            f"{path} is damaged or not a PyTorch checkpoint ({reason}); give another one."
+            f"{path} is corrupt or not a PyTorch checkpoint ({reason}); give another one."
         ) from None
     if not isinstance(checkpoint, dict):
         raise CorruptCheckpointError(
@@ -94,8 +130,20 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
     return checkpoint
 
 
+def _check_seal(file: IO[bytes], path: Path) -> None:
+    """Compare a file that carries a checksum with it; afterwards the position is 0."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _SEAL_BYTES))
+    seal = _SEAL.match(file.read(_SEAL_BYTES))
+    if seal and _sha256(file, size - _SEAL_BYTES) != seal[1].decode():
+        raise CorruptCheckpointError(
+            f"{path} is corrupt (its checksum does not match); give another one."
+        )
+    file.seek(0)
+
+
 def _sha256(file: IO[bytes], size: int) -> str:
-    """Of the first `size` bytes; the file stands behind them afterwards."""
+    """The digest of the first `size` bytes; afterwards the position is `size`."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0:
@@ -107,13 +155,46 @@ def _sha256(file: IO[bytes], size: int) -> str:
     return digest.hexdigest()
 
 
-def _check(file: IO[bytes], path: Path) -> None:
-    """Hold a file that carries a checksum against it, and go back to its beginning."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _SEAL_SIZE))
-    seal = _SEAL.match(file.read(_SEAL_SIZE))
-    if seal and _sha256(file, size - _SEAL_SIZE) != seal[1].decode():
-        raise CorruptCheckpointError(
-            f"{path} is damaged (its checksum does not match); give another one."
+def _check_not_compressed(path: Path) -> None:
+    """Raise UserError if a checkpoint's tensors are compressed, as PyTorch never writes them.
+
+    A compressed file of a megabyte can unpack to a gigabyte (of zeros, say). Files that are no zip
+    pass: PyTorch's format before 1.6 is none, and torch.load finds out what is no checkpoint.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+    except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError):
+        return  # corrupt: torch.load will say so
+    if unpacked > path.stat().st_size:
+        raise UserError(
+            f"{path} is compressed, or claims more than it holds, as PyTorch's own files never "
+            "do; give another one."
         )
-    file.seek(0)
+
+
+def check_weights(state: Mapping[Any, Any], path: Path | str) -> None:
+    """Raise UserError unless a state dict holds named tensors of finite numbers, stored in full.
+
+    `torch.load(weights_only=True)` guards against code; this guards against numbers that would
+    fill the memory or make every result NaN.
+    """
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            wrong = "is no tensor"
+        elif tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _PLAIN_TYPES:
+            wrong = "is no plain tensor"
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            # A view of stride 0 repeats a few stored numbers: a file of a kilobyte can hold a
+            # tensor of shape (1000000, 100000), and a network of that shape would take 400 GB.
+            wrong = "has fewer numbers in the file than it claims"
+        elif not tensor.isfinite().all():
+            wrong = "has numbers that are not finite: its training had diverged"
+        else:
+            continue
+        raise UserError(
+            f"The weights in {path} cannot be used: {str(name)[:80]} {wrong}; give another "
+            "checkpoint."
+        )

@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fileio.checkpoint_file import CorruptCheckpointError, load_checkpoint, save_checkpoint
-from fileio.weights import check_weights
+from fileio.checkpoint_file import (
+    CorruptCheckpointError,
+    check_weights,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 LAST = "last.pt"
 

@@ -13,8 +13,7 @@ import torch
 
 from config import Config, fixed_on_resume
 from data_gen import ImageStore
-from fileio.checkpoint_file import load_checkpoint
-from fileio.weights import check_weights
+from fileio.checkpoint_file import check_weights, load_checkpoint
 from training.checkpoints import LAST, load_last, tidy
 from training.saved_settings import config_from
 from training.sharded_dataset import ShardStore

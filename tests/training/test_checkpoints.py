@@ -39,7 +39,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
         checkpoint, path, wrong = load_last(tmp_path)
         assert checkpoint["n"] == n
         assert path.name == f"last-{2 - n}.pt"
-        assert all("damaged" in why for why in wrong.values())
+        assert all("is corrupt" in why for why in wrong.values())
     (tmp_path / ".last.pt-x.tmp").touch()
     tidy(tmp_path, wrong)
     assert not list(tmp_path.glob(".*"))
@@ -49,7 +49,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
     assert load_checkpoint(tmp_path / "last-2.pt")["n"] == 0
     for path in tmp_path.glob("last*.pt"):
         path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+    with pytest.raises(UserError, match=r"last\.pt is corrupt"):
         load_last(tmp_path)
 
 

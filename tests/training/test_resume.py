@@ -360,14 +360,14 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, 
     (run / "last.pt").write_bytes(data)
     code, printed = start("--resume")
     assert code == 0
-    assert "last.pt is damaged (its checksum does not match); taking last-1.pt" in printed
+    assert "last.pt is corrupt (its checksum does not match); taking last-1.pt" in printed
     assert (run / "damaged-last.pt").read_bytes() == data
     assert load_checkpoint(run / "last.pt")["epoch"] == 1
     for path in run.glob("last*.pt"):
         path.write_bytes(b"nothing")
     code, printed = start("--resume")
     assert code == 2
-    assert "last.pt is damaged" in printed
+    assert "last.pt is corrupt" in printed
 
 
 def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path):
