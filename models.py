@@ -1,57 +1,32 @@
 """Backbones and the ArcFace head; tensors in, tensors out: no files, no configuration, no device.
 
-`build_model(name)` takes (N, 3, 112, 112) images in [-1, 1] to (N, emb_size) embeddings.
+    model = build_model("r50")
+    embedding = model(images)    # (N, 3, 112, 112) in [-1, 1] to (N, 512), unnormalised
+
+| network | what it is | from |
+|---|---|---|
+| r18 ... r200 | IResNet, ArcFace's "improved ResNet" | 1801.07698, InsightFace's `iresnet.py` |
+| the same with `use_se` | with squeeze-and-excitation | 1709.01507 |
+| mobilefacenet | 1 M parameters, for phones | 1804.07573 |
+| tiny | a small IResNet for CPUs, tests and the demo | ours |
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+
+# ------------------------------------------------------------------------------ IResNet
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution with padding and without bias."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-
-
-class _PReLUOnCPU(torch.autograd.Function):
-    """PReLU for training on a CPU, where PyTorch's own backward pass is not vectorised."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.prelu(x, weight.to(x.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        positive = torch.ops.aten.threshold_backward(grad, x, 0)  # grad where x > 0, else 0
-        negative = grad - positive
-        slope = weight.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
-        grad_x = torch.addcmul(positive, negative, slope)
-        others = [dim for dim in range(x.dim()) if dim != 1]
-        return grad_x, negative.mul_(x).sum(others, dtype=weight.dtype)
-
-
-class PReLU(nn.PReLU):
-    """max(0, x) + weight·min(0, x), a weight a channel (He et al., 1502.01852, eq. 1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) to the same shape."""
-        # Compilers write a kernel of their own.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.device.type == "cpu":
-            return _PReLUOnCPU.apply(x, self.weight)
-        return F.prelu(x, self.weight)
+    """A 3x3 convolution with padding 1, without bias since batch normalisation follows."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
 
 
 class SqueezeExcitation(nn.Module):
@@ -59,25 +34,32 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
+        # 1x1 convolutions instead of linear layers, as face.evoLVe has them: no reshaping.
         self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.prelu = PReLU(channels // reduction)
+        self.prelu = nn.PReLU(channels // reduction)
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
         gate = F.adaptive_avg_pool2d(x, 1)  # (N, C, 1, 1)
-        return x * self.fc2(self.prelu(self.fc1(gate))).sigmoid()
+        gate = self.prelu(self.fc1(gate))  # (N, C / 16, 1, 1)
+        gate = self.fc2(gate).sigmoid()  # (N, C, 1, 1)
+        return x * gate
 
 
 class IRBlock(nn.Module):
-    """The improved residual unit BN-Conv-BN-PReLU-Conv-BN (ArcFace, 1801.07698, section 3.2.2)."""
+    """The improved residual unit BN-Conv-BN-PReLU-Conv-BN (ArcFace, 1801.07698, section 3.2.2).
+
+    Unlike ResNet's basic block it normalises first, strides in the second convolution, and has no
+    activation after the addition, so that the shortcuts pass a signal of either sign.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, use_se: bool) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = conv3x3(in_channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.prelu = PReLU(channels)
+        self.prelu = nn.PReLU(channels)
         self.conv2 = conv3x3(channels, channels, stride)
         self.bn3 = nn.BatchNorm2d(channels)
         self.se = SqueezeExcitation(channels) if use_se else nn.Identity()
@@ -91,12 +73,18 @@ class IRBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, channels, H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.prelu(self.bn2(self.conv1(self.bn1(x))))
-        return self.se(self.bn3(self.conv2(x))) + shortcut
+        x = self.prelu(self.bn2(self.conv1(self.bn1(x))))  # (N, channels, H, W)
+        x = self.bn3(self.conv2(x))  # (N, channels, H / stride, W / stride)
+        return self.se(x) + shortcut
 
 
 class IResNet(nn.Module):
-    """ArcFace's residual network; its parameters carry the names of InsightFace's `iresnet`."""
+    """ArcFace's residual network: a stem at full resolution and stages of IRBlocks.
+
+    Parameters have the names of InsightFace's `iresnet`, so its checkpoints load as they are.
+    `blocks` and `widths` are the residual blocks and the channels of each stage. `stem_stride` 2
+    halves the resolution at once and takes about a quarter of the time.
+    """
 
     def __init__(
         self,
@@ -111,38 +99,47 @@ class IResNet(nn.Module):
         super().__init__()
         self.conv1 = conv3x3(3, stem_width, stem_stride)
         self.bn1 = nn.BatchNorm2d(stem_width)
-        self.prelu = PReLU(stem_width)
-        in_channels = stem_width
+        self.prelu = nn.PReLU(stem_width)
+        # Stages are attributes layer1, layer2 ..., not a ModuleList: InsightFace's names.
         self.stages = []
+        in_channels = stem_width
         for number, (count, width) in enumerate(zip(blocks, widths, strict=True), start=1):
             stage = [IRBlock(in_channels, width, 2, use_se)]
             stage += [IRBlock(width, width, 1, use_se) for _ in range(count - 1)]
             self.add_module(f"layer{number}", nn.Sequential(*stage))
             self.stages.append(f"layer{number}")
             in_channels = width
+        # Each stage halves the sides: 112, 56, 28, 14, 7.
         side = 112 // stem_stride // 2 ** len(blocks)
         self.bn2 = nn.BatchNorm2d(in_channels)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(in_channels * side * side, emb_size)
         self.features = nn.BatchNorm1d(emb_size)
-        # The scale of an embedding is divided out later; like InsightFace, do not learn it.
+        # L2 normalisation divides the embedding's scale out, so, like InsightFace, do not learn it.
         self.features.weight.requires_grad = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 112, 112) to (N, emb_size)."""
-        x = self.prelu(self.bn1(self.conv1(x)))
+        """(N, 3, 112, 112) to (N, emb_size), unnormalised."""
+        x = self.prelu(self.bn1(self.conv1(x)))  # (N, 64, 112, 112)
         for stage in self.stages:
-            x = getattr(self, stage)(x)
-        x = self.dropout(self.bn2(x).flatten(1))  # (N, width * 7 * 7)
-        # Batch statistics of embeddings are too delicate for bfloat16.
-        return self.features(self.fc(x).float())
+            x = getattr(self, stage)(x)  # (N, 64, 56, 56) ... (N, 512, 7, 7)
+        x = self.dropout(self.bn2(x).flatten(1))  # (N, 512 * 7 * 7)
+        x = self.fc(x)  # (N, emb_size)
+        # Batch statistics of embeddings need float32: bfloat16 has 8 bits of precision.
+        return self.features(x.float())
+
+
+# ------------------------------------------------------------------------------ MobileFaceNet
 
 
 class ConvBNPReLU(nn.Sequential):
-    """Convolution, batch normalisation and, unless it is a linear layer, PReLU."""
+    """Convolution, batch normalisation and, unless the layer is `linear`, PReLU.
+
+    (N, in_channels, H, W) to (N, channels, H', W').
+    """
 
     def __init__(
         self,
@@ -154,37 +151,29 @@ class ConvBNPReLU(nn.Sequential):
         groups: int = 1,
         linear: bool = False,
     ) -> None:
-        convolution = nn.Conv2d(
-            in_channels, channels, kernel, stride, padding, groups=groups, bias=False
+        super().__init__(
+            nn.Conv2d(in_channels, channels, kernel, stride, padding, groups=groups, bias=False),
+            nn.BatchNorm2d(channels),
         )
-        layers = [convolution, nn.BatchNorm2d(channels)]
-        super().__init__(*layers, *([] if linear else [PReLU(channels)]))
-        self.is_strided_depthwise = stride > 1 and groups == in_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, channels, H', W')."""
-        if self.is_strided_depthwise and torch.is_grad_enabled() and x.device.type == "cpu":
-            # oneDNN's gradients of these layers take eight times as long in bfloat16.
-            convolution, *others = self
-            with torch.autocast("cpu", enabled=False):
-                y = convolution(x.float()).to(x.dtype)
-            for layer in others:
-                y = layer(y)
-            return y
-        return super().forward(x)
+        if not linear:
+            self.append(nn.PReLU(channels))
 
 
 class Bottleneck(nn.Module):
-    """MobileNetV2's inverted residual with PReLU: expand, depthwise 3x3, project."""
+    """MobileNetV2's inverted residual (Sandler et al., 1801.04381) with PReLU.
+
+    A 1x1 convolution expands the channels, a 3x3 depthwise one filters them, a linear 1x1 one
+    projects back; between narrow ends there is a shortcut.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
         width = in_channels * expansion
         self.residual = stride == 1 and in_channels == channels
         self.layers = nn.Sequential(
-            ConvBNPReLU(in_channels, width, 1),
-            ConvBNPReLU(width, width, 3, stride, 1, groups=width),
-            ConvBNPReLU(width, channels, 1, linear=True),
+            ConvBNPReLU(in_channels, width, 1),  # (N, width, H, W)
+            ConvBNPReLU(width, width, 3, stride, 1, groups=width),  # (N, width, H', W')
+            ConvBNPReLU(width, channels, 1, linear=True),  # (N, channels, H', W')
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,9 +182,13 @@ class Bottleneck(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Chen et al., "MobileFaceNets" (1804.07573), table 1: 1 M parameters, 0.22 G multiply-adds."""
+    """Chen et al., "MobileFaceNets" (1804.07573), table 1: 1 M parameters, 0.22 G multiply-adds.
 
-    # expansion, channels, repetitions, stride of the first
+    The last convolution is "global depthwise": it weights the 7x7 positions, where average pooling
+    would count the corners of a face as much as its middle.
+    """
+
+    # Rows of table 1: expansion, channels, repetitions, stride of the first.
     SETTINGS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
 
     def __init__(self, emb_size: int = 128, dropout: float = 0.0) -> None:
@@ -221,37 +214,40 @@ class MobileFaceNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, 112, 112) to (N, emb_size)."""
-        x = self.blocks(self.stem(x))  # (N, 128, 7, 7)
-        x = self.gdconv(self.head(x))  # (N, 512, 1, 1): one learned weight a position and channel
-        return self.features(self.fc(self.dropout(x.flatten(1))).float())
+        """(N, 3, 112, 112) to (N, emb_size), unnormalised."""
+        x = self.stem(x)  # (N, 64, 56, 56)
+        x = self.blocks(x)  # (N, 128, 7, 7)
+        x = self.head(x)  # (N, 512, 7, 7)
+        x = self.gdconv(x).flatten(1)  # (N, 512)
+        x = self.fc(self.dropout(x))  # (N, emb_size)
+        # In float32, as in IResNet.
+        return self.features(x.float())
 
 
-def _iresnet(*blocks: int, **shape: object) -> Callable[..., IResNet]:
-    """A builder for one depth."""
-
-    def build(**options: object) -> IResNet:
-        return IResNet(blocks, **shape, **options)
-
-    return build
+# ------------------------------------------------------------------------------ by name
 
 
 def _mobilefacenet(emb_size: int, dropout: float, use_se: bool) -> MobileFaceNet:
     if use_se:
-        raise ValueError("mobilefacenet has no squeeze-and-excitation form; leave --use-se out.")
+        raise ValueError("mobilefacenet has no squeeze-and-excitation variant; omit --use-se.")
     return MobileFaceNet(emb_size, dropout)
 
 
+# Each value takes emb_size, dropout and use_se. The numbers are the blocks of each stage, of two
+# convolutions: with the stem and the last layer r50 has 2 * (3 + 4 + 14 + 3) + 2 = 50 layers.
+# (r152 has 102; it keeps the name of face.evoLVe's IR-152, as r200 keeps InsightFace's.)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "r18": _iresnet(2, 2, 2, 2),
-    "r34": _iresnet(3, 4, 6, 3),
-    "r50": _iresnet(3, 4, 14, 3),
-    "r100": _iresnet(3, 13, 30, 3),
-    "r152": _iresnet(3, 8, 36, 3),
-    "r200": _iresnet(6, 26, 60, 6),
+    "r18": functools.partial(IResNet, (2, 2, 2, 2)),
+    "r34": functools.partial(IResNet, (3, 4, 6, 3)),
+    "r50": functools.partial(IResNet, (3, 4, 14, 3)),
+    "r100": functools.partial(IResNet, (3, 13, 30, 3)),
+    "r152": functools.partial(IResNet, (3, 8, 36, 3)),
+    "r200": functools.partial(IResNet, (6, 26, 60, 6)),
     "mobilefacenet": _mobilefacenet,
-    # 114 M multiply-adds, for CPUs, tests and the demo.
-    "tiny": _iresnet(1, 2, 2, widths=(32, 64, 128), stem_width=32, stem_stride=2),
+    # 114 M multiply-adds, where r18 has 2.6 G.
+    "tiny": functools.partial(
+        IResNet, (1, 2, 2), widths=(32, 64, 128), stem_width=32, stem_stride=2
+    ),
 }
 
 
@@ -264,62 +260,31 @@ def build_model(
 ) -> nn.Module:
     """The backbone called `network` with fresh weights: (N, 3, 112, 112) to (N, emb_size).
 
-    With `zero_init` the last batch normalisation of each residual branch has weight zero, so that
-    every block begins as its shortcut (Goyal et al., 1706.02677, section 5.1).
-    Raises ValueError for a name that is not in NETWORKS.
+    `zero_init` zero-initialises the last BN weight of each residual branch, so that every block
+    starts as its shortcut (Goyal et al., 1706.02677, section 5.1).
+    Raises ValueError for an unknown name and for `use_se` where the network has no such variant.
     """
     if network not in NETWORKS:
-        raise ValueError(f"There is no network {network!r}; there are {', '.join(NETWORKS)}.")
+        raise ValueError(f"There is no network {network!r}; choose one of {', '.join(NETWORKS)}.")
     model = NETWORKS[network](emb_size=emb_size, dropout=dropout, use_se=use_se)
-    for block in model.modules() if zero_init else ():
-        if isinstance(block, IRBlock):
-            nn.init.zeros_(block.bn3.weight)
-        elif isinstance(block, Bottleneck) and block.residual:
-            nn.init.zeros_(block.layers[-1][1].weight)
+    if zero_init:
+        for block in model.modules():
+            if isinstance(block, IRBlock):
+                nn.init.zeros_(block.bn3.weight)
+            elif isinstance(block, Bottleneck) and block.residual:
+                nn.init.zeros_(block.layers[-1][1].weight)
     return model
 
 
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Have the residual blocks keep their inputs only and compute the rest again in backward.
-
-    It saves most of the activations' memory for a third more arithmetic (Chen et al., 1604.06174).
-    The second time, batch normalisation leaves its running statistics alone.
-    """
-    for block in model.modules():
-        if isinstance(block, (IRBlock, Bottleneck)):
-            block.forward = functools.partial(_recomputed, block, block.forward)
-
-
-def _recomputed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if not block.training:
-        return forward(x)
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a block
-    if not torch.compiler.is_compiling():  # which takes in the statistics once by itself
-        options["context_fn"] = lambda: (contextlib.nullcontext(), _statistics_kept(block))
-    return checkpoint(forward, x, **options)
-
-
-@contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch normalisation uses the batch's statistics, and takes nothing of them in."""
-    layers = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-    try:
-        yield
-    finally:
-        for layer, (momentum, count) in zip(layers, before, strict=True):
-            layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count)
+# ------------------------------------------------------------------------------ the ArcFace head
 
 
 class ArcMarginModel(nn.Module):
     """ArcFace's head: s·cos(θ + m) for the true class, s·cos θ for the others (1801.07698, eq. 3).
 
-    θ is the angle between an embedding and a class centre. Past θ + m = π the margin goes on as
-    cos θ − m·sin m, so that the logit falls with θ everywhere; `easy_margin` leaves angles over
-    90 degrees without a margin instead.
+    θ is the angle between an embedding and a class centre. Beyond θ + m = π, where cos(θ + m) would
+    rise again, the margin continues as cos θ − m·sin m, so that the logit falls with θ everywhere;
+    `easy_margin` leaves angles over 90 degrees without a margin instead.
     """
 
     def __init__(
@@ -331,27 +296,37 @@ class ArcMarginModel(nn.Module):
         easy_margin: bool = False,
     ) -> None:
         super().__init__()
+        # One row per class: its centre, unnormalised.
         self.weight = nn.Parameter(torch.empty(num_classes, emb_size).normal_(0, 0.01))
         self.margin_s = margin_s
         self.margin_m = margin_m
         self.easy_margin = easy_margin
 
     def cosine(self, embedding: Tensor) -> Tensor:
-        """(N, emb_size) to (N, num_classes) cosines, in float32 (or 64) also under autocast."""
+        """(N, emb_size) to (N, num_classes) cosines, in float32 (or 64) even under autocast.
+
+        In bfloat16 a cosine near 1 has steps of 1/256, after the scale of 64 a quarter of a logit.
+        """
         with torch.autocast(embedding.device.type, enabled=False):
-            wide = torch.promote_types(embedding.dtype, torch.float32)
-            return F.linear(F.normalize(embedding.to(wide)), F.normalize(self.weight.to(wide)))
+            dtype = torch.promote_types(embedding.dtype, torch.float32)
+            return F.linear(F.normalize(embedding.to(dtype)), F.normalize(self.weight.to(dtype)))
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
-        """Cosines (N, num_classes) and classes (N,) to logits (N, num_classes) with the margin."""
-        label = label.unsqueeze(1)
-        target = cosine.gather(1, label).clamp(-1, 1)
+        """Cosines (N, num_classes) and labels (N,) to logits (N, num_classes) with the margin.
+
+        With s = 64 and m = 0.5, a true class at 60 degrees gets 64·cos(60° + 28.6°) = 1.5 in place
+        of 32: it has to come 28.6 degrees closer for the logit that it had without the margin.
+        """
+        label = label.unsqueeze(1)  # (N, 1)
+        target = cosine.gather(1, label).clamp(-1, 1)  # (N, 1): rounding can exceed 1
         # The root's slope is infinite at θ = 0 and π; rounding alone moves 1 − cos² by about 1e-7.
         sine = (1 - target * target).clamp(min=1e-7).sqrt()
+        # cos(θ + m) by the addition formula: no arccos, whose slope is infinite as well.
         shifted = target * math.cos(self.margin_m) - sine * math.sin(self.margin_m)
         if self.easy_margin:
             shifted = torch.where(target > 0, shifted, target)
         else:
+            # θ + m < π is cos θ > cos(π − m) = −cos m.
             line = target - self.margin_m * math.sin(self.margin_m)
             shifted = torch.where(target > -math.cos(self.margin_m), shifted, line)
         return cosine.scatter(1, label, shifted) * self.margin_s

@@ -97,37 +97,6 @@ def test_se_blocks_add_parameters_and_keep_the_rest():
         build_model("mobilefacenet", use_se=True)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (6, 3)])
-def test_prelu_and_its_gradients_are_pytorchs(shape):
-    x = torch.randn(shape, dtype=torch.float64)
-    x.flatten()[0] = 0  # where the slope jumps
-    x.requires_grad_()
-    ours, theirs = models.PReLU(3).double(), torch.nn.PReLU(3).double()
-    with torch.no_grad():
-        theirs.weight.copy_(torch.tensor([0.25, -0.5, 1.5]))
-    ours.load_state_dict(theirs.state_dict())
-    outputs = ours(x), theirs(x)
-    assert torch.equal(*outputs)
-    factor = torch.randn(shape, dtype=torch.float64)
-    found, expected = (
-        torch.autograd.grad((y * factor).sum(), (x, module.weight))
-        for y, module in zip(outputs, (ours, theirs), strict=True)
-    )
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
-
-
-def test_strided_depthwise_layers_give_in_bfloat16_what_they_give_in_float32():
-    torch.manual_seed(0)
-    layer = models.ConvBNPReLU(16, 16, 3, 2, 1, groups=16)
-    x = torch.randn(4, 16, 14, 14)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = layer(x.bfloat16())
-    assert layer.is_strided_depthwise
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), layer(x), rtol=0.02, atol=0.02)
-
-
 def test_an_unknown_network_is_named():
     with pytest.raises(ValueError, match="r49"):
         build_model("r49")

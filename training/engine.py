@@ -16,8 +16,10 @@ from distributed.process_group import world_size
 from focal_loss import FocalLoss
 from heads.partial_fc import HeadLoss, PartialFC
 from heads.registry import MARGINS, MarginHead, build_head
-from models import build_model, enable_activation_checkpointing
+from models import build_model
+from training.activation_checkpointing import enable_activation_checkpointing
 from training.checkpoints import load_momentum
+from training.cpu_kernels import use_fast_cpu_kernels
 from training.ema import ModelEMA
 from utils import UserError, has_bfloat16
 
@@ -43,6 +45,8 @@ class Learner:
                 f"--batch-size {cfg.batch_size} leaves fewer than two images to each of "
                 f"{world_size()} processes in {cfg.accumulate} parts; take a larger one."
             )
+        if device.type == "cpu":
+            use_fast_cpu_kernels(model)
         if cfg.checkpoint_activations:
             enable_activation_checkpointing(model)
         if cfg.sync_bn:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from config import Config
-from models import build_model, enable_activation_checkpointing
+from models import build_model
+from training.activation_checkpointing import enable_activation_checkpointing
 from training.engine import Learner
 
 CPU = torch.device("cpu")
