@@ -29,16 +29,11 @@ def read(name):
     return (ROOT / name).read_text("utf-8")
 
 
-def prose(text):
-    """A page without its code blocks and code spans."""
-    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
-
-
 def anchors(text):
     """The anchors that GitHub gives a page's headings: lower case, hyphens, no punctuation."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
-    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-    return {heading.replace(" ", "-") for heading in kept}
+    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in words}
 
 
 def code_lines(text):
@@ -52,8 +47,8 @@ def code_lines(text):
 def commands(text):
     """(file or module, rest of the command) of every command of ours in code blocks and spans."""
     spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
-    found = [COMMAND.search(line) for line in (*code_lines(text), *spans)]
-    return [(match[1] or match[2], match[3]) for match in found if match]
+    matches = [COMMAND.search(line) for line in (*code_lines(text), *spans)]
+    return [(match[1] or match[2], match[3]) for match in matches if match]
 
 
 def path_of(target):
@@ -115,8 +110,8 @@ def test_both_readmes_have_the_same_numbers():
     def numbers(page):
         """The numbers of a page's prose and tables, above those that English writes as words."""
         text = LINK.sub("]", FENCE.sub("", read(page))).replace("1.14 亿", "114 M")
-        found = re.findall(r"\d[\d,]*\.?\d*", text)
-        return {number.strip(",.") for number in found if float(number.replace(",", "")) > 16}
+        values = [value.strip(",.") for value in re.findall(r"\d[\d,]*\.?\d*", text)]
+        return {value for value in values if float(value.replace(",", "")) > 16}
 
     english, chinese = map(numbers, READMES)
     assert english == chinese
@@ -142,7 +137,8 @@ def test_commands_and_flags_exist(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_stand_alone_belong_to_some_script(page):
     scripts = ["pre_process.py", "train.py", "lfw_eval.py"]
-    tools = [f"tools.{path.stem}" for path in ROOT.glob("tools/*.py") if "argv" in path.read_text()]
+    paths = [path for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text("utf-8")]
+    tools = [f"tools.{path.stem}" for path in paths]
     benches = [f"bench.{path.stem}" for path in ROOT.glob("bench/*.py")]
     known = set().union(*map(flags_of, [*scripts, *tools, *benches]))
     used = {flag for flag in FLAG.findall(read(page)) if not flag.startswith(FOREIGN)}
