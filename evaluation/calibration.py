@@ -9,12 +9,11 @@ Scores are cosines; a probability is that of a genuine pair, P(same identity).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from evaluation import verification
+from evaluation.metrics import Calibration, CalibrationBin, OperatingPoint
 
 # Of equal width, as in Guo et al., "On calibration of modern neural networks" (ICML 2017).
 RELIABILITY_BINS = 15
@@ -50,11 +49,10 @@ def genuine_probability(scores: np.ndarray, slope: float, intercept: float) -> n
     return 1 / (1 + np.exp(-(slope * scores + intercept)))
 
 
-def reliability_bins(probabilities: np.ndarray, same: np.ndarray) -> list[dict[str, Any]]:
-    """The bins of a reliability diagram that hold pairs, of equal width.
+def reliability_bins(probabilities: np.ndarray, same: np.ndarray) -> list[CalibrationBin]:
+    """The bins of a reliability diagram, of equal width; empty ones are left out.
 
-    A bin is {"from", "to", "pairs", "probability": mean probability, "matched": fraction of genuine
-    pairs}.
+    "probability" is the mean over a bin's pairs, "matched" their fraction of genuine pairs.
     """
     # A probability of 1.0 belongs to the last bin, not to one beyond it.
     index = np.minimum((probabilities * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
@@ -70,7 +68,7 @@ def reliability_bins(probabilities: np.ndarray, same: np.ndarray) -> list[dict[s
     ]
 
 
-def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
+def expected_calibration_error(bins: list[CalibrationBin]) -> float:
     """ECE (Guo et al. 2017): mean of |probability - fraction of genuine pairs|, weighted by pairs.
 
     Example: 30 pairs at 0.9 of which 80 % are genuine, and 10 at 0.1 of which 10 % are, give
@@ -80,7 +78,7 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
     return sum(row["pairs"] * abs(row["probability"] - row["matched"]) for row in bins) / pairs
 
 
-def calibrate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> dict[str, Any]:
+def calibrate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> Calibration:
     """Platt scaling fitted on all pairs, and its error on held-out folds.
 
     slope and intercept are the fit on all pairs. bins, ece and brier (Brier score: mean squared
@@ -125,15 +123,16 @@ def explain_unsupported_far(far: str, impostors: int) -> str:
 
 def operating_points(
     scores: np.ndarray, same: np.ndarray
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[OperatingPoint], list[str]]:
     """Thresholds for those of OPERATING_FARS that the set supports, and a sentence for each other.
 
-    Supported means at least ERRORS_NEEDED false accepts. A point is {"wanted": FAR asked for,
-    "threshold": the lowest whose FAR is not above it, "degrees", "far", "frr": measured}.
+    Supported means at least ERRORS_NEEDED false accepts. The threshold is the lowest whose FAR is
+    not above the one wanted.
     """
     curve = verification.roc(scores, same)
     impostors = int((~same).sum())
-    points, unsupported = [], []
+    points: list[OperatingPoint] = []
+    unsupported: list[str] = []
     for wanted in OPERATING_FARS:
         reason = explain_unsupported_far(wanted, impostors)
         if reason:

@@ -141,7 +141,7 @@ class ModelInfo(TypedDict, total=False):
 
 
 class Comparison(TypedDict):
-    """Two models on the same pairs: first minus second, computed by significance.compare."""
+    """Two models on the same pairs: first minus second, computed by significance.compare_paired."""
 
     accuracy_difference: float
     accuracy_interval: Interval

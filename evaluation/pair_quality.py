@@ -9,7 +9,7 @@ The quality of a pair is that of the worse of its two faces.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import cv2
 import numpy as np
@@ -36,6 +36,18 @@ QUALITIES = {
     "roll": Quality("Roll of the face tilted further", "degrees", np.fmax),
     "eye_distance": Quality("Resolution of the smaller face", "eye distance, pixels", np.fmin),
 }
+
+
+class QualityBin(TypedDict):
+    """The pairs between two values of a quality measure, and how well they are predicted."""
+
+    low: float
+    high: float
+    pairs: int
+    accuracy: float
+    standard_error: float
+    false_positives: int
+    false_negatives: int
 
 
 def face_qualities(images: Tensor, points: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -88,7 +100,7 @@ def worse_values(qualities: dict[str, np.ndarray], pairs: Pairs) -> dict[str, np
 
 def accuracy_by_quality(
     values: np.ndarray, wrong: np.ndarray, same: np.ndarray, bins: int = QUALITY_BINS
-) -> list[dict[str, Any]]:
+) -> list[QualityBin]:
     """Accuracy in quantile bins of a quality measure, lowest values first.
 
     values (pairs,), nan left out; wrong and same (pairs,) bool. standard_error is the binomial one,
@@ -101,7 +113,7 @@ def accuracy_by_quality(
         return []
     edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
     bin_index = np.searchsorted(edges, values, side="right")
-    rows = []
+    rows: list[QualityBin] = []
     for number in np.unique(bin_index):
         in_bin = bin_index == number
         n, errors = int(in_bin.sum()), wrong[in_bin]

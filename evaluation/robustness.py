@@ -10,7 +10,6 @@ eyes or the mouth, or shifted. Each of the ten `CORRUPTIONS` is a pure function 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from evaluation import verification
 from evaluation.embedders import Embed
+from evaluation.metrics import RobustnessMetrics
 from evaluation.significance import correct_predictions
 from evaluation.verification import Pairs
 
@@ -129,7 +129,7 @@ def corruption_examples(face: np.ndarray) -> dict[str, np.ndarray]:
 
 def evaluate_corruptions(
     embed: Embed, images: Tensor, pairs: Pairs, embeddings: np.ndarray
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, RobustnessMetrics]:
     """Verification results by corruption, "clean" first; JSON can hold them.
 
     images (n, 112, 112, 3) uint8 and their embeddings (n, d), which are those of the first images
@@ -155,7 +155,7 @@ def evaluate_corruptions(
 
 def _evaluate_scores(
     scores: np.ndarray, pairs: Pairs, clean_thresholds: np.ndarray | None = None
-) -> tuple[dict[str, Any], np.ndarray]:
+) -> tuple[RobustnessMetrics, np.ndarray]:
     """The metrics of one set of scores, and its thresholds by fold.
 
     clean_thresholds (folds,) are those of accuracy_as_set; without them, the scores' own.
@@ -166,15 +166,20 @@ def _evaluate_scores(
         clean_thresholds = thresholds
     correct = correct_predictions(scores, pairs.same, pairs.folds, clean_thresholds)
     by_fold = [correct[pairs.folds == fold].mean() for fold in np.unique(pairs.folds)]
-    metrics = {name: full[name] for name in ("accuracy", "standard_error", "eer", "auc")}
-    metrics["accuracy_as_set"] = float(np.mean(by_fold))
-    metrics["tar_at_far"] = full["tar_at_far"]
-    metrics["matched_cosine"] = float(scores[pairs.same].mean())
-    metrics["mismatched_cosine"] = float(scores[~pairs.same].mean())
+    metrics: RobustnessMetrics = {
+        "accuracy": full["accuracy"],
+        "standard_error": full["standard_error"],
+        "eer": full["eer"],
+        "auc": full["auc"],
+        "accuracy_as_set": float(np.mean(by_fold)),
+        "tar_at_far": full["tar_at_far"],
+        "matched_cosine": float(scores[pairs.same].mean()),
+        "mismatched_cosine": float(scores[~pairs.same].mean()),
+    }
     return metrics, thresholds
 
 
-def robustness_table(results: dict[str, dict[str, Any]]) -> str:
+def robustness_table(results: dict[str, RobustnessMetrics]) -> str:
     """The results of evaluate_corruptions as text, one line per corruption."""
     lines = [
         "second image of a pair   accuracy       +-   clean threshold      EER   genuine cosine"

@@ -21,11 +21,12 @@ Two models are compared on the same pairs by McNemar's exact test and by this bo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
 
+from evaluation.metrics import Comparison, Interval, Intervals
 from evaluation.verification import FARS
 
 CONFIDENCE = 0.95
@@ -119,7 +120,7 @@ def _equal_error_rates(far: np.ndarray, tar: np.ndarray) -> np.ndarray:
     return far[rows, before] + step * (far[rows, after] - far[rows, before])
 
 
-def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray) -> Interval:
     """The 95 % interval of the percentile bootstrap: the 2.5th and the 97.5th percentile.
 
     values (resamples,); resamples with only one kind of pair (nan) are left out. Efron and
@@ -132,7 +133,7 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
 
 def bootstrap_intervals(
     scores: np.ndarray, same: np.ndarray, correct: np.ndarray, weights: np.ndarray
-) -> dict[str, Any]:
+) -> Intervals:
     """95 % intervals, (low, high), of accuracy, tar_at_far and eer; see bootstrap_rates."""
     rates = bootstrap_rates(scores, same, correct, weights)
     return {
@@ -177,7 +178,7 @@ def compare_paired(
     same: np.ndarray,
     correct: tuple[np.ndarray, np.ndarray],
     weights: np.ndarray,
-) -> dict[str, Any]:
+) -> Comparison:
     """Model A minus model B on the same pairs, each at its own thresholds, and the verdict.
 
     scores and correct are those of A and of B, (pairs,) each. Both are evaluated on the same

@@ -1,76 +1,82 @@
-"""What lfw_eval.py prints: reports as tables of text."""
+"""The tables of text that lfw_eval.py prints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+from evaluation.metrics import Comparison, Metrics
 from evaluation.pair_sets import SetResult
 
 
-def percent(value: float) -> str:
-    """A rate as "  99.367 %"."""
+def percent_column(value: float) -> str:
+    """A fraction in per cent, of a width of 10 characters below 1000 %: "  99.367 %"."""
     return f"{100 * value:8.3f} %"
 
 
-def within(interval: Sequence[float]) -> str:
-    """A 95 % interval of a rate as "[99.09, 99.57]"."""
-    return f"[{100 * interval[0]:.2f}, {100 * interval[1]:.2f}]"
+def format_interval(interval: Sequence[float]) -> str:
+    """An interval of a rate, in per cent: "[99.09, 99.57]"."""
+    low, high = interval
+    return f"[{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def set_table(report: dict[str, Any]) -> str:
-    """A set's report, one line a number; the last column is the 95 % interval by identity."""
-    folds = len(report["fold_accuracies"])
-    mismatched = report["pairs"] - report["matched_pairs"]
-    spread = f"+- {100 * report['standard_error']:.3f} standard error"
-    if "standard_deviation" in report:
-        spread = f"+- {100 * report['standard_deviation']:.3f} standard deviation of the folds"
-    known = report["intervals"]
+def set_table(metrics: Metrics) -> str:
+    """The metrics of one test set, one per line, with 95 % bootstrap intervals."""
+    folds = len(metrics["fold_accuracies"])
+    impostors = metrics["pairs"] - metrics["matched_pairs"]
+    spread = f"+- {100 * metrics['standard_error']:.3f} standard error"
+    if "standard_deviation" in metrics:
+        spread = f"+- {100 * metrics['standard_deviation']:.3f} standard deviation of the folds"
+    intervals = metrics["intervals"]
     lines = [
         (
             f"accuracy, {folds} folds",
-            percent(report["accuracy"]),
-            f"{spread}, 95 % {within(known['accuracy'])}; thresholds of "
-            f"{report['threshold']:.4f} on average, {report['threshold_degrees']:.2f} degrees",
+            percent_column(metrics["accuracy"]),
+            f"{spread}, 95 % {format_interval(intervals['accuracy'])}; mean threshold "
+            f"{metrics['threshold']:.4f}, {metrics['threshold_degrees']:.2f} degrees",
         ),
         (
-            "best single threshold",
-            percent(report["best_accuracy"]),
-            f"at {report['best_threshold']:.4f}, {report['best_threshold_degrees']:.2f} degrees; "
-            f"{report['false_positives']} false positives, {report['false_negatives']} negatives",
+            "best threshold",
+            percent_column(metrics["best_accuracy"]),
+            f"on the test pairs (optimistic): {metrics['best_threshold']:.4f}, "
+            f"{metrics['best_threshold_degrees']:.2f} degrees; {metrics['false_positives']} false "
+            f"positives, {metrics['false_negatives']} false negatives",
         ),
     ]
-    for far, tar in report["tar_at_far"].items():
-        note = f"95 % {within(known['tar_at_far'][far])}; rests on "
-        note += f"{round(float(far) * mismatched)} mismatched pairs"
-        lines.append((f"TAR at FAR {far}", percent(tar), note))
-    if "val" in report:
-        lines.append((f"VAL at FAR {report['val_far']:g}", percent(report["val"]), "by folds"))
-    lines.append(("AUC", f"{report['auc']:10.6f}", ""))
-    lines.append(("EER", percent(report["eer"]), f"95 % {within(known['eer'])}"))
+    for far, tar in metrics["tar_at_far"].items():
+        # How many impostor pairs decide the rate says how far it can be believed.
+        note = f"95 % {format_interval(intervals['tar_at_far'][far])}; decided by "
+        note += f"{round(float(far) * impostors)} of {impostors:,} impostor pairs"
+        lines.append((f"TAR at FAR {far}", percent_column(tar), note))
+    if "val" in metrics:
+        note = "mean over folds"
+        lines.append((f"VAL at FAR {metrics['val_far']:g}", percent_column(metrics["val"]), note))
+    lines.append(("AUC", f"{metrics['auc']:10.6f}", ""))
+    eer_note = f"95 % {format_interval(intervals['eer'])}"
+    lines.append(("EER", percent_column(metrics["eer"]), eer_note))
     rows = [f"{name:<22}{value:>12}  {note}".rstrip() for name, value, note in lines]
-    thresholds = " ".join(f"{value:.4f}" for value in report["fold_thresholds"])
-    rows += [f"thresholds by fold: {thresholds}", *operating_rows(report)]
+    thresholds = " ".join(f"{value:.4f}" for value in metrics["fold_thresholds"])
+    rows += [f"thresholds by fold: {thresholds}", *_operating_points(metrics)]
     rows.append(
-        f"Intervals: {report['resamples']:,} resamples of {report['identities']:,} people, told "
-        f"apart {report['identities_known']}."
+        f"95 % intervals: bootstrap over {metrics['identities']:,} identities (known "
+        f"{metrics['identities_known']}), {metrics['resamples']:,} resamples."
     )
-    return "\n".join([*rows, f"Protocol: {report['protocol_in_words']}."])
+    rows.append(f"Protocol: {metrics['protocol_in_words']}.")
+    return "\n".join(rows)
 
 
-def operating_rows(report: dict[str, Any]) -> list[str]:
-    """Thresholds to choose from, what the set does not support, and the calibration."""
+def _operating_points(metrics: Metrics) -> list[str]:
+    """Lines of thresholds with their rates, of FARs that the set cannot support, of calibration."""
     rows = [f"{'threshold':>9} {'degrees':>8} {'FAR':>9} {'FRR':>9}"]
-    for point in report["operating_points"]:
+    for point in metrics["operating_points"]:
         rates = f"{100 * point['far']:7.3f} % {100 * point['frr']:7.3f} %"
         rows.append(f"{point['threshold']:9.4f} {point['degrees']:8.2f} {rates}")
-    rows += report["operating_points_refused"]
-    if "calibration" in report:
-        found = report["calibration"]
+    rows += metrics["operating_points_refused"]
+    if "calibration" in metrics:
+        calibration = metrics["calibration"]
         rows.append(
-            f"P(same person) = 1 / (1 + exp({-found['intercept']:.3f} - {found['slope']:.3f} * "
-            f"cosine)) where {found['share_matched']:.0%} of pairs match; ECE "
-            f"{100 * found['ece']:.2f} % on folds not seen"
+            f"P(same identity) = 1 / (1 + exp({-calibration['intercept']:.3f} - "
+            f"{calibration['slope']:.3f} * cosine)) where {calibration['share_matched']:.0%} of "
+            f"pairs are genuine; ECE {100 * calibration['ece']:.2f} % on held-out folds"
         )
     return rows
 
@@ -79,32 +85,32 @@ def comparison_table(
     names: Sequence[str],
     first: Sequence[SetResult],
     second: Sequence[SetResult],
-    compared: Sequence[dict[str, Any]],
+    comparisons: Sequence[Comparison],
 ) -> str:
-    """Two models on each set, their difference, and whether it is noise."""
+    """Two models on each set, their difference, and whether it is statistically significant."""
     lines = [f"{'set':<12}{'first':>12}{'second':>12}{'difference':>12}  95 %"]
-    for a, b, found in zip(first, second, compared, strict=True):
+    for a, b, comparison in zip(first, second, comparisons, strict=True):
         difference = f"{100 * (a.metrics['accuracy'] - b.metrics['accuracy']):+.3f}"
         lines.append(
-            f"{a.test_set.name:<12}{percent(a.metrics['accuracy']):>12}"
-            f"{percent(b.metrics['accuracy']):>12}{difference:>12}  "
-            f"{within(found['accuracy_interval'])}"
+            f"{a.test_set.name:<12}{percent_column(a.metrics['accuracy']):>12}"
+            f"{percent_column(b.metrics['accuracy']):>12}{difference:>12}  "
+            f"{format_interval(comparison['accuracy_interval'])}"
         )
-        lines.append(f"{'':<12}  {found['verdict']}")
+        lines.append(f"{'':<12}  {comparison['verdict']}")
     return "\n".join([f"first: {names[0]}", f"second: {names[1]}", *lines])
 
 
 def summary_table(results: Sequence[SetResult]) -> str:
-    """One line a set."""
+    """One line per test set."""
     lines = [
         f"{'set':<12}{'pairs':>8}{'faces':>8}{'accuracy':>12}{'+-':>8}{'threshold':>11}{'EER':>11}"
     ]
     for result in results:
-        report = result.metrics
-        spread = report.get("standard_deviation", report["standard_error"])
+        metrics = result.metrics
+        spread = metrics.get("standard_deviation", metrics["standard_error"])
         lines.append(
-            f"{result.test_set.name:<12}{report['pairs']:>8,}{report['faces']:>8,}"
-            f"{percent(report['accuracy']):>12}{100 * spread:>8.3f}{report['threshold']:>11.4f}"
-            f"{percent(report['eer']):>11}"
+            f"{result.test_set.name:<12}{metrics['pairs']:>8,}{metrics['faces']:>8,}"
+            f"{percent_column(metrics['accuracy']):>12}{100 * spread:>8.3f}"
+            f"{metrics['threshold']:>11.4f}{percent_column(metrics['eer']):>11}"
         )
     return "\n".join(lines)

@@ -447,7 +447,7 @@ def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeyp
     assert {"slope", "intercept", "ece", "bins"} <= report["calibration"].keys()
     printed = capsys.readouterr().out
     assert "FAR 1e-1 is not shown: 1.2 of 12 impostor pairs would decide it" in printed
-    assert f"resamples of {PEOPLE} people, told apart by name" in printed
+    assert f"bootstrap over {PEOPLE} identities (known by name), 1,000 resamples" in printed
 
 
 def test_a_network_of_nans_gets_a_sentence(data, tmp_path, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from config import Config, parse_args, setting
 from evaluation.embedders import Embed, InputSpec, load_embedder
 from evaluation.embedding_cache import model_checksum, open_features, save_features
-from evaluation.figures import plot_tars
+from evaluation.figures import plot_template_roc
 from evaluation.ijb_files import Ijb, read_ijb, read_pairs, read_subjects
 from evaluation.templates import (
     IJB_FARS,
@@ -240,7 +240,7 @@ def main(cfg: Settings) -> None:
     print(table(report))
     plot = Path(cfg.images_dir) / f"{ijb.name}_roc.png"
     rates = {name: report["tar_at_far"][name]["tar"] for name in IJB_FARS}
-    plot_tars(plot, far, tar, rates, f"IJB-{ijb.name[-1].upper()}, 1:1")
+    plot_template_roc(plot, far, tar, rates, f"IJB-{ijb.name[-1].upper()}, 1:1")
     make_folder(folder)
     with atomic_write(folder / f"{ijb.name}.json", "w") as file:
         json.dump(report, file, indent=1)

@@ -1,1 +1,1 @@
-"""The HTML report of an evaluation; imports what evaluation may."""
+"""The HTML report of an evaluation; may import what evaluation may."""

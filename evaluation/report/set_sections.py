@@ -1,4 +1,4 @@
-"""The report's sections about one model on one test set: curves, wrong pairs, what is hard."""
+"""The sections of the report about one model on one test set: curves, errors, hard pairs."""
 
 from __future__ import annotations
 
@@ -10,184 +10,184 @@ from evaluation import pair_quality, verification
 from evaluation.galleries import read_originals
 from evaluation.pair_sets import SetResult
 from evaluation.report import plots
-from evaluation.report.markup import image, name, paragraph, section, table, text
-from evaluation.report.markup import plots as side_by_side
+from evaluation.report.markup import (
+    escape_text,
+    html_paragraph,
+    html_section,
+    html_table,
+    inline_image,
+    isolated_name,
+    percent,
+    plot_grid,
+)
 from evaluation.significance import correct_predictions
 from evaluation.verification import to_degrees
 from fileio.images import ImageError, decode_image
 
-CONFUSIONS = 12
+CONFUSIONS = 12  # pairs of identities at most
 
 
-def rate(value: float, digits: int = 3) -> str:
-    """A fraction in percent, with so many digits after the point."""
-    return f"{100 * value:.{digits}f} %"
+class SetSections:
+    """The sections about one model on one test set.
 
-
-class SetPages:
-    """The sections about one model on one set."""
+    gallery is the number of pairs in each gallery; anchor begins the ids of all sections.
+    """
 
     def __init__(self, result: SetResult, anchor: str, gallery: int, source: str):
-        self.test_set, self.scores, self.report, self.embeddings = result
-        self.anchor, self.pairs = anchor, result.test_set.pairs
-        threshold = self.report["best_threshold"]
-        found = verification.worst_errors(self.scores, self.pairs.same, threshold)
-        self.errors = dict(zip(("fp", "fn"), found, strict=True))
-        self.shown = {kind: pairs[:gallery] for kind, pairs in self.errors.items()}
-        status = self.test_set.faces_status or []
-        self.missed = [face for face, what in enumerate(status) if what == "central_crop"]
-        self.people = self.test_set.identity
+        self.test_set, self.scores, self.metrics, self.embeddings = result
+        self.anchor, self.gallery, self.pairs = anchor, gallery, result.test_set.pairs
+        false_positives, false_negatives = verification.worst_errors(
+            self.scores, self.pairs.same, self.metrics["best_threshold"]
+        )
+        self.errors = {"fp": false_positives, "fn": false_negatives}
+        self.shown = {kind: indices[:gallery] for kind, indices in self.errors.items()}
+        statuses = self.test_set.faces_status or []
+        self.missed = [face for face, status in enumerate(statuses) if status == "central_crop"]
+        self.identities = self.test_set.identity
         self.confusions = []
-        if self.people is not None:
+        if self.identities is not None:
             self.confusions = pair_quality.nearest_identities(
-                self.embeddings, self.people, min(CONFUSIONS, gallery)
+                self.embeddings, self.identities, min(CONFUSIONS, gallery)
             )
-        pairs = np.concatenate([*self.shown.values()])
-        faces = {*self.pairs.first[pairs].tolist(), *self.pairs.second[pairs].tolist()}
+        # Reading an archive takes seconds, so the originals of all galleries are read in one pass.
+        shown_pairs = np.concatenate([*self.shown.values()])
+        faces = {*self.pairs.first[shown_pairs].tolist(), *self.pairs.second[shown_pairs].tolist()}
         faces |= {face for confusion in self.confusions for face in confusion.faces}
         faces |= {*self.missed[:gallery]}
-        self.gallery = gallery
-        self.originals, self.notice = self._read(faces, source or self.test_set.source)
-        self.cache: dict[int, str] = {}
+        self.originals, self.notice = self._read_originals(faces, source or self.test_set.source)
+        self.face_markup: dict[int, str] = {}  # a face may be in several galleries
 
-    def _read(self, faces: set[int], source: str) -> tuple[dict[str, np.ndarray], str]:
-        """The original images of some faces by name, as pixels."""
+    def _read_originals(self, faces: set[int], source: str) -> tuple[dict[str, np.ndarray], str]:
+        """The original images of faces by name, as pixels, and a notice if some are missing."""
         names = {self.pairs.names[face] for face in faces}
         files, notice = read_originals(source, names) if names else ({}, "")
-        found = {}
+        originals = {}
         for image_name, data in files.items():
             try:
-                found[image_name] = decode_image(data)
+                originals[image_name] = decode_image(data)
             except ImageError:
                 notice = notice or f"Some originals in {source} cannot be read."
-        return found, notice
+        return originals, notice
 
-    def sections(self) -> Iterator[str]:
-        """The markup of each section, in the order of the page."""
-        for anchor, title, make in (
-            ("curves", "Curves", self._curves),
-            ("folds", "Folds", self._folds),
-            ("points", "Thresholds to choose from", self._points),
-            ("fp", "False positives: two people taken for one", lambda: self._wrong("fp")),
-            ("fn", "False negatives: one person taken for two", lambda: self._wrong("fn")),
-            ("missed", "Faces that the detector missed", self._missed_faces),
-            ("confusions", "Nearest confusions: identities that are close", self._nearest),
-            ("quality", "What makes pairs hard", self._quality),
-            ("robustness", "Robustness", self._robustness),
+    def render(self) -> Iterator[str]:
+        """The markup of each section, in the order of the page; empty ones are left out."""
+        for anchor, title, content in (
+            ("curves", "Curves", self._curves()),
+            ("folds", "Folds", self._folds()),
+            ("points", "Operating points and calibration", self._operating_points()),
+            ("fp", "False positives: impostor pairs accepted", self._gallery("fp")),
+            ("fn", "False negatives: genuine pairs rejected", self._gallery("fn")),
+            ("missed", "Faces that the detector missed", self._missed_faces()),
+            ("confusions", "Nearest confusions: the most similar identities", self._confusions()),
+            ("quality", "Accuracy by image quality and pose", self._quality()),
+            ("robustness", "Robustness to corruptions", self._robustness()),
         ):
-            content = list(make())
-            if content:
-                yield section(3, f"{self.anchor}-{anchor}", title, *content)
+            parts = list(content)
+            if parts:
+                yield html_section(3, f"{self.anchor}-{anchor}", title, *parts)
 
     def _table(self, caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-        return table(caption, head, rows, of=self.test_set.name)
+        return html_table(caption, head, rows, region=self.test_set.name)
+
+    # -------------------------------------------------------------------------- scores
 
     def _curves(self) -> Iterator[str]:
-        curve, same = verification.roc(self.scores, self.pairs.same), self.pairs.same
-        yield side_by_side(
-            [
-                (
-                    plots.roc_figure(curve, self.report),
-                    "ROC: true accept rate over false accept rate",
-                ),
-                (
-                    plots.det_figure(curve, self.report),
-                    "DET: both kinds of error, on a normal deviate's scale; dotted: equal",
-                ),
-                (
-                    plots.histogram_figure(self.scores, same, self.report, angles=False),
-                    "Scores: cosine of the two embeddings of a pair",
-                ),
-                (
-                    plots.histogram_figure(self.scores, same, self.report, angles=True),
-                    "Angles between the two embeddings",
-                ),
-            ],
-            "two",
-        )
+        scores, same, metrics = self.scores, self.pairs.same, self.metrics
+        curve = verification.roc(scores, same)
+        figures = [
+            (
+                plots.roc_svg(curve, metrics),
+                "ROC: true accept rate against false accept rate",
+            ),
+            (
+                plots.det_svg(curve, metrics),
+                "DET: false reject rate against false accept rate, on the scale of a normal "
+                "deviate; dotted: equal error rates",
+            ),
+            (
+                plots.histogram_svg(scores, same, metrics, angles=False),
+                "Scores: cosine of the two embeddings of a pair",
+            ),
+            (
+                plots.histogram_svg(scores, same, metrics, angles=True),
+                "Angles between the two embeddings of a pair",
+            ),
+        ]
+        yield plot_grid(figures, "two")
 
     def _folds(self) -> Iterator[str]:
-        report = self.report
+        metrics = self.metrics
         caption = (
-            f"Dashed: the mean, {rate(report['accuracy'])} ± {rate(report['standard_error'])} "
+            f"Dashed: mean, {percent(metrics['accuracy'])} ± {percent(metrics['standard_error'])} "
             "standard error"
         )
+        folds = zip(metrics["fold_accuracies"], metrics["fold_thresholds"], strict=True)
         rows = [
-            (f"{fold}", rate(accuracy), f"{threshold:.4f}", f"{to_degrees(threshold):.2f}°")
-            for fold, (accuracy, threshold) in enumerate(
-                zip(report["fold_accuracies"], report["fold_thresholds"], strict=True), 1
-            )
+            (f"{fold}", percent(accuracy), f"{threshold:.4f}", f"{to_degrees(threshold):.2f}°")
+            for fold, (accuracy, threshold) in enumerate(folds, 1)
         ]
         numbers = self._table("Accuracy by fold", ("fold", "accuracy", "threshold", "angle"), rows)
-        figure = side_by_side([(plots.folds_figure(report), caption)])
+        figure = plot_grid([(plots.folds_svg(metrics), caption)])
         yield f'<div class="beside">{figure}{numbers}</div>'
 
-    def _points(self) -> Iterator[str]:
-        points, calibration = self.report.get("operating_points"), self.report.get("calibration")
+    def _operating_points(self) -> Iterator[str]:
+        points, calibration = self.metrics.get("operating_points"), self.metrics.get("calibration")
         if points:
-            head = ("false accepts asked for", "threshold", "angle", "FAR", "FRR")
+            head = ("target FAR", "threshold", "angle", "FAR", "FRR")
             rows = [
                 (
-                    row["wanted"],
-                    f"{row['threshold']:.4f}",
-                    f"{row['degrees']:.2f}°",
-                    rate(row["far"]),
-                    rate(row["frr"]),
+                    point["wanted"],
+                    f"{point['threshold']:.4f}",
+                    f"{point['degrees']:.2f}°",
+                    percent(point["far"]),
+                    percent(point["frr"]),
                 )
-                for row in points
+                for point in points
             ]
-            yield self._table(
-                "The lowest threshold that keeps to a rate of false accepts", head, rows
-            )
-        yield from map(paragraph, self.report.get("operating_points_refused", ()))
+            yield self._table("The lowest threshold that keeps to a target FAR", head, rows)
+        yield from map(html_paragraph, self.metrics.get("operating_points_refused", ()))
         if calibration:
+            caption = "Reliability diagram: fraction of genuine pairs by predicted probability"
+            yield plot_grid([(plots.reliability_svg(calibration["bins"]), caption)])
             slope, intercept = calibration["slope"], calibration["intercept"]
-            yield side_by_side(
-                [
-                    (
-                        plots.reliability_figure(calibration["bins"]),
-                        "Reliability: how often pairs of a probability do match",
-                    )
-                ]
-            )
-            yield paragraph(
-                f"P(same person) = 1 / (1 + exp({-intercept:.3f} - {slope:.3f} × cosine)) where "
-                f"{calibration['share_matched']:.0%} of pairs match. Expected calibration error "
-                f"{rate(calibration['ece'], 2)}, Brier score {calibration['brier']:.5f}, both on "
-                "folds not seen."
+            yield html_paragraph(
+                f"P(same identity) = 1 / (1 + exp({-intercept:.3f} - {slope:.3f} × cosine)), by "
+                f"Platt scaling, where {calibration['share_matched']:.0%} of pairs are genuine. "
+                f"Expected calibration error (ECE) {percent(calibration['ece'], 2)}, Brier score "
+                f"{calibration['brier']:.5f}, both on held-out folds."
             )
 
-    # -------------------------------------------------------------------------- faces
+    # -------------------------------------------------------------------------- galleries
 
     def _face(self, face: int) -> str:
-        """A face's images, the original first where there is one, and its name."""
-        if face not in self.cache:
+        """A face's images, the original first if there is one, and its name."""
+        if face not in self.face_markup:
             label = self.pairs.names[face]
-            aligned = image(self.test_set.images[face].numpy(), f"{label}, aligned")
+            aligned = inline_image(self.test_set.images[face].numpy(), f"{label}, aligned")
             original = self.originals.get(label)
-            first = "" if original is None else image(original, f"{label}, original image")
-            self.cache[face] = (
-                f'<div class="side">{first}{aligned}<p>{name(_short(label))}</p></div>'
-            )
-        return self.cache[face]
+            first = "" if original is None else inline_image(original, f"{label}, original image")
+            name = isolated_name(_without_repeated_folder(label))
+            self.face_markup[face] = f'<div class="side">{first}{aligned}<p>{name}</p></div>'
+        return self.face_markup[face]
 
     def _card(self, faces: Sequence[int], caption: str) -> str:
         sides = "".join(map(self._face, faces))
         figcaption = f"<figcaption>{caption}</figcaption>" if caption else ""
-        lone = "" if len(faces) == 2 else ' style="grid-template-columns: 1fr"'
-        return f'<li><figure><div class="sides"{lone}>{sides}</div>{figcaption}</figure></li>'
+        columns = "" if len(faces) == 2 else ' style="grid-template-columns: 1fr"'
+        return f'<li><figure><div class="sides"{columns}>{sides}</div>{figcaption}</figure></li>'
 
-    def _wrong(self, kind: str) -> Iterator[str]:
+    def _gallery(self, kind: str) -> Iterator[str]:
+        """The false positives ("fp") or false negatives ("fn"), worst first."""
         shown, total = self.shown[kind], len(self.errors[kind])
-        threshold = self.report["best_threshold"]
+        threshold = self.metrics["best_threshold"]
         if not total:
-            yield paragraph("None.")
+            yield html_paragraph("None.")
             return
-        which = "all of them" if total == len(shown) else f"the worst {len(shown)} of {total:,}"
+        extent = "all of them" if total == len(shown) else f"the worst {len(shown)} of {total:,}"
         side = "at or above" if kind == "fp" else "below"
-        yield paragraph(
-            f"Worst first, {which}: scores {side} the best single threshold, {threshold:.4f} "
-            f"({to_degrees(threshold):.2f}°). {self.notice}"
+        yield html_paragraph(
+            f"Worst first, {extent}: scores {side} the best threshold on the test pairs, "
+            f"{threshold:.4f} ({to_degrees(threshold):.2f}°). {self.notice}"
         )
         cards = [
             self._card(
@@ -201,105 +201,109 @@ class SetPages:
 
     def _missed_faces(self) -> Iterator[str]:
         if self.test_set.faces_status is None:
-            yield paragraph("The set comes aligned; what a detector missed is not known.")
+            yield html_paragraph("The set comes aligned; missed faces are not known.")
         elif not self.missed:
-            yield paragraph("None: every face was found.")
+            yield html_paragraph("None: every face was detected.")
         else:
             shown = self.missed[: self.gallery]
-            yield paragraph(
+            yield html_paragraph(
                 f"{len(self.missed):,} of {len(self.test_set.images):,} faces, cropped from the "
-                f"middle of their images; {len(shown)} of them here."
+                f"centre of their images; {len(shown)} are shown."
             )
             cards = "".join(self._card([face], "") for face in shown)
             yield f'<ul class="pairs lone">{cards}</ul>'
 
-    def _nearest(self) -> Iterator[str]:
-        if self.people is None:
-            yield paragraph("The set does not say who is in its images, only which pairs match.")
+    def _confusions(self) -> Iterator[str]:
+        if self.identities is None:
+            yield html_paragraph(
+                "The set does not name the identities of its images, only which pairs are genuine."
+            )
             return
-        yield paragraph(
-            "The mean embeddings of these identities are the closest of all, whether a pair of the "
-            "protocol compares them or not. Shown are their two most similar images. What stands "
-            "here can be a mistake of the model, siblings, or one person under two names."
+        yield html_paragraph(
+            "The identities whose mean embeddings are most similar, whether or not the test pairs "
+            "compare them, each with their two most similar images. An entry may be an error of "
+            "the model, a pair of siblings, or one identity under two names."
         )
         cards = [
             self._card(
-                found.faces,
-                f"<strong>{rank}.</strong> cosine {found.cosine:.4f}, "
-                f"{to_degrees(found.cosine):.2f}°: {name(found.first)} and {name(found.second)}",
+                confusion.faces,
+                f"<strong>{rank}.</strong> cosine {confusion.cosine:.4f}, "
+                f"{to_degrees(confusion.cosine):.2f}°: {isolated_name(confusion.first)} and "
+                f"{isolated_name(confusion.second)}",
             )
-            for rank, found in enumerate(self.confusions, 1)
+            for rank, confusion in enumerate(self.confusions, 1)
         ]
         yield f'<ul class="pairs">{"".join(cards)}</ul>'
 
-    # -------------------------------------------------------------------------- measures
+    # -------------------------------------------------------------------------- hard pairs
 
     def _quality(self) -> Iterator[str]:
-        faces = pair_quality.face_qualities(self.test_set.images, self.test_set.points)
-        values = pair_quality.worse_values(faces, self.pairs)
+        qualities = pair_quality.face_qualities(self.test_set.images, self.test_set.points)
+        values = pair_quality.worse_values(qualities, self.pairs)
         wrong = ~correct_predictions(
-            self.scores, self.pairs.same, self.pairs.folds, self.report["fold_thresholds"]
+            self.scores, self.pairs.same, self.pairs.folds, self.metrics["fold_thresholds"]
         )
-        missing = ""
+        notice = ""
         if self.test_set.points is None:
-            missing = " The set comes aligned: pose and resolution are not known."
-        yield paragraph(
-            "Pairs in bins of equal size by the worse of their two faces, each judged at its "
-            "fold's threshold; ± is the binomial standard error. Light and sharpness are measured "
-            "on the aligned face, pose (an estimate) and eye distance on the detector's five "
-            f"points in the original image.{missing}"
+            notice = " The set comes aligned: pose and resolution are not known."
+        yield html_paragraph(
+            "Pairs in bins of equal size by the worse of their two faces, each pair at its fold's "
+            "threshold; ± is the binomial standard error. Brightness and sharpness are measured on "
+            "the aligned face, pose (an estimate) and eye distance on the detector's five "
+            f"landmarks in the original image.{notice}"
         )
         figures, tables = [], []
-        head = ("", "pairs", "accuracy", "± s.e.", "false positives", "false negatives")
-        for key, series in values.items():
+        head = ("pairs", "accuracy", "± s.e.", "false positives", "false negatives")
+        for key, pair_values in values.items():
             title, unit, _ = pair_quality.QUALITIES[key]
-            rows = pair_quality.accuracy_by_quality(series, wrong, self.pairs.same)
+            rows = pair_quality.accuracy_by_quality(pair_values, wrong, self.pairs.same)
             if not rows:
                 continue
-            figures.append((plots.bins_figure(rows, unit, title), text(title)))
+            figures.append((plots.quality_svg(rows, unit, title), escape_text(title)))
             cells = [
                 (
-                    f"{plots.shown(row['low'])} – {plots.shown(row['high'])}",
+                    f"{plots.format_measure(row['low'])} – {plots.format_measure(row['high'])}",
                     f"{row['pairs']:,}",
-                    rate(row["accuracy"], 2),
-                    rate(row["standard_error"], 2),
+                    percent(row["accuracy"], 2),
+                    percent(row["standard_error"], 2),
                     row["false_positives"],
                     row["false_negatives"],
                 )
                 for row in rows
             ]
-            tables.append(self._table(f"{title} ({unit})", (unit, *head[1:]), cells))
-        yield side_by_side(figures)
+            tables.append(self._table(f"{title} ({unit})", (unit, *head), cells))
+        yield plot_grid(figures)
         yield f"<details><summary>The same as tables</summary>{''.join(tables)}</details>"
 
     def _robustness(self) -> Iterator[str]:
-        found = self.report.get("robustness")
-        if not found:
+        results = self.metrics.get("robustness")
+        if not results:
             return
-        yield paragraph(
-            "The second image of every pair made worse, the first left as it is. “Threshold as "
-            "set” keeps the thresholds of the clean pairs, as a system in use would."
+        yield html_paragraph(
+            "The second image of every pair is corrupted, the first is not. “Clean threshold” "
+            "keeps the thresholds fitted to clean pairs, as a deployed system would."
         )
-        figure = side_by_side([(plots.robustness_figure(found), "Accuracy by corruption")])
-        head = ("second image", "accuracy", "± s.e.", "threshold as set")
-        head += (*(f"TAR at FAR {far}" for far in found["clean"]["tar_at_far"]), "EER", "cosine")
+        figure = plot_grid([(plots.robustness_svg(results), "Accuracy by corruption")])
+        head = ("second image", "accuracy", "± s.e.", "clean threshold")
+        head += tuple(f"TAR at FAR {far}" for far in results["clean"]["tar_at_far"])
+        head += ("EER", "genuine cosine")
         rows = [
             (
-                what,
-                *(rate(row[key]) for key in ("accuracy", "standard_error", "accuracy_as_set")),
-                *map(rate, row["tar_at_far"].values()),
-                rate(row["eer"]),
+                corruption,
+                percent(row["accuracy"]),
+                percent(row["standard_error"]),
+                percent(row["accuracy_as_set"]),
+                *map(percent, row["tar_at_far"].values()),
+                percent(row["eer"]),
                 f"{row['matched_cosine']:.3f}",
             )
-            for what, row in found.items()
+            for corruption, row in results.items()
         ]
-        numbers = self._table(
-            "Accuracy under corruptions; cosine: mean of matched pairs", head, rows
-        )
-        yield f'<div class="beside">{figure}{numbers}</div>'
+        caption = "Accuracy under corruptions; genuine cosine: mean over the genuine pairs"
+        yield f'<div class="beside">{figure}{self._table(caption, head, rows)}</div>'
 
 
-def _short(image_name: str) -> str:
-    """LFW's "Name/Name_0001" without the folder, which says the same; others as they are."""
+def _without_repeated_folder(image_name: str) -> str:
+    """LFW's "Ann_Lee/Ann_Lee_0001" is "Ann_Lee_0001"; other names stay as they are."""
     folder, _, file = image_name.rpartition("/")
     return file if folder and file.startswith(folder) else image_name

@@ -1,4 +1,4 @@
-"""The page: whole, well-formed, self-contained, and deaf to hostile names."""
+"""The report page: complete, well-formed, self-contained, and safe from hostile names."""
 
 import base64
 import io
@@ -15,44 +15,42 @@ from config import Config
 from evaluation import robustness, verification
 from evaluation.evaluate import set_statistics
 from evaluation.pair_sets import PairSet, SetResult
-from evaluation.report import markup as report_html
-from evaluation.report import page as report
-from evaluation.report import plots as report_figures
-from evaluation.report import set_sections as report_set
+from evaluation.report import markup, plots, set_sections
+from evaluation.report import page as report_page
 from fileio.checkpoint_file import save_checkpoint
 from fileio.images import encode_jpeg
 from tests.helpers.tiny import hostile_names
 from utils import TEMPLATE
 
 VOID = {"meta", "img", "br", "link", "hr"}
-PEOPLE = 24
+IDENTITIES = 24
 
 
 @pytest.fixture(autouse=True)
-def undrawn(request, monkeypatch):
-    """Plots cost seconds; but for the tests that ask for them, a page has empty ones."""
-    if "drawn" not in request.fixturenames:
+def empty_plots(request, monkeypatch):
+    """Plots cost seconds: a page has empty ones unless the test asks for real_plots."""
+    if "real_plots" not in request.fixturenames:
         empty = '<svg role="img" aria-label="plot"></svg>'
         for plot in (
             "roc",
             "det",
             "histogram",
             "folds",
-            "bins",
-            "curves",
+            "quality",
+            "training_curves",
             "robustness",
             "reliability",
         ):
-            monkeypatch.setattr(report_figures, f"{plot}_figure", lambda *_, **__: empty)
+            monkeypatch.setattr(plots, f"{plot}_svg", lambda *_, **__: empty)
 
 
 @pytest.fixture
-def drawn():
-    """Asked for by tests that need the plots."""
+def real_plots():
+    """Requested by tests that need the plots."""
 
 
 class Page(HTMLParser):
-    """The elements of a page, in which every tag must be closed in its order."""
+    """The elements of a page; fails unless every tag is closed in the right order."""
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -85,18 +83,18 @@ class Page(HTMLParser):
 def make_result(tmp_path, names=None, *, folder=True, noise=0.9, name="lfw"):
     """A set of random faces with errors of both kinds, and a few faces that were missed."""
     rng = np.random.default_rng(3)
-    person = np.repeat(np.arange(PEOPLE), 2)
-    names = names or [f"Ann_{p}/Ann_{p}_{i % 2 + 1:04d}" for i, p in enumerate(person)]
+    identity = np.repeat(np.arange(IDENTITIES), 2)
+    names = names or [f"Ann_{p}/Ann_{p}_{i % 2 + 1:04d}" for i, p in enumerate(identity)]
     if not folder:
-        names = [f"{name}/{i}" for i in range(len(person))]
+        names = [f"{name}/{i}" for i in range(len(identity))]
     images = torch.from_numpy(rng.integers(0, 256, (len(names), 112, 112, 3), np.uint8))
-    centres = rng.normal(size=(PEOPLE, 8))
-    embeddings = centres[person] + noise * rng.normal(size=(len(names), 8))
+    centres = rng.normal(size=(IDENTITIES, 8))
+    embeddings = centres[identity] + noise * rng.normal(size=(len(names), 8))
     embeddings = (embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).astype("float32")
     first = np.tile(np.arange(0, len(names), 2), 2)
-    second = np.concatenate([first[:PEOPLE] + 1, (first[:PEOPLE] + 7) % len(names)])
-    same = np.arange(2 * PEOPLE) < PEOPLE
-    folds = np.tile(np.arange(4), PEOPLE // 2)
+    second = np.concatenate([first[:IDENTITIES] + 1, (first[:IDENTITIES] + 7) % len(names)])
+    same = np.arange(2 * IDENTITIES) < IDENTITIES
+    folds = np.tile(np.arange(4), IDENTITIES // 2)
     pairs = verification.Pairs(names, first, second, same, folds)
     status = ["ok"] * len(names)
     status[3] = status[9] = "central_crop"
@@ -114,12 +112,12 @@ def make_result(tmp_path, names=None, *, folder=True, noise=0.9, name="lfw"):
 def write(tmp_path, results, about=None, training=None, **options):
     path = tmp_path / "new" / "report.html"
     about = about or {"checkpoint": "a.pt"}
-    report.write_page(path, results, about, training or {}, **options)
+    report_page.write_page(path, results, about, training or {}, **options)
     text = path.read_text("utf-8")
     return text, Page(text)
 
 
-def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
+def test_the_page_has_all_sections(tmp_path, real_plots):
     result = make_result(tmp_path)
     found = {"accuracy": 0.9, "standard_error": 0.01, "accuracy_as_set": 0.8, "eer": 0.1,
              "tar_at_far": {"1e-3": 0.5, "1e-2": 0.6}, "matched_cosine": 0.25}  # fmt: skip
@@ -127,7 +125,7 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
     result.metrics.update(set_statistics(result, seed=0))
     point = {"wanted": "1e-1", "threshold": 0.4321, "degrees": 64.4, "far": 0.1, "frr": 0.2}
     result.metrics["operating_points"] = [point]
-    other = result.metrics | {"comparison": {"verdict": "The difference is within chance."}}
+    other = result.metrics | {"comparison": {"verdict": "No statistically significant difference."}}
     compared = [{"checkpoint": "<last>.pt", "sets": {"lfw": other}}]
     history = {"train": [(0, 4, 9.0, 0.1, 4), (0, 8, 5.0, 0.4, 4)], "valid": [(1, 4.0, 0.5)],
                "lfw": [(1, 0.8, 0.3)]}  # fmt: skip
@@ -135,10 +133,12 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
     text, page = write(tmp_path, [result], training=training, compared=compared)
     headings = " ".join(word for word in page.words if word.strip())
     for title in ("Summary", "Curves", "False positives", "False negatives", "missed", "Training",
-                  "Nearest confusions", "What makes pairs hard", "Robustness", "checksums",
-                  "Accuracy by fold", "Configuration of the run", "margin_m", "Beside other models",
-                  "<last>.pt", "within chance", "0.4321", "FAR 1e-4 is not shown",
-                  "95 % intervals: 1,000", "P(same person)", "show aligned faces"):  # fmt: skip
+                  "Nearest confusions", "Accuracy by image quality", "Robustness", "checksums",
+                  "Accuracy by fold", "Configuration of the run", "margin_m",
+                  "Comparison with other models", "<last>.pt", "No statistically significant",
+                  "0.4321", "FAR 1e-4 is not shown",
+                  "bootstrap over identities, 1,000 resamples", "P(same identity)",
+                  "show aligned faces"):  # fmt: skip
         assert title in headings
     assert "lfw_identities" not in headings  # no setting of train.py
     assert f"{100 * result.metrics['accuracy']:.3f} %" in headings
@@ -148,17 +148,17 @@ def test_the_page_has_all_that_it_is_for(tmp_path, drawn):
     assert wrong.sum() > 3
     for pair in np.flatnonzero(wrong):
         assert f"score {result.scores[pair]:.4f}" in headings
-    cards = wrong.sum() + 2 * report_set.CONFUSIONS // 2
+    cards = wrong.sum() + 2 * set_sections.CONFUSIONS // 2
     assert len(page.of("img")) == 2 * cards + 2  # aligned faces only: there is no archive
     assert len(page.ids) == len(set(page.ids))
     links = [a["href"] for a in page.of("a")]
     assert all(link[0] == "#" and link[1:] in page.ids for link in links)
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)
-    check_that_it_can_be_read_by_all(page)
-    check_that_it_needs_nothing(text, page)
+    check_accessibility(page)
+    check_self_contained(text, page)
 
 
-def check_that_it_can_be_read_by_all(page):
+def check_accessibility(page):
     assert page.of("html")[0]["lang"] == "en"
     assert page.of("title")
     assert len(page.of("h1")) == len(page.of("main")) == 1
@@ -172,7 +172,7 @@ def check_that_it_can_be_read_by_all(page):
     assert all(part["tabindex"] == "0" and part["aria-label"] for part in scrolled)
 
 
-def check_that_it_needs_nothing(text, page):
+def check_self_contained(text, page):
     policy = page.of("meta")[1]
     assert policy["http-equiv"] == "Content-Security-Policy"
     assert "default-src 'none'" in policy["content"]
@@ -181,7 +181,7 @@ def check_that_it_needs_nothing(text, page):
 
 
 def test_hostile_names_stay_text(tmp_path):
-    names = hostile_names(2 * PEOPLE)
+    names = hostile_names(2 * IDENTITIES)
     result = make_result(tmp_path, names, noise=3)
     text, page = write(tmp_path, [result], {"checkpoint": names[0], "<b>": names[1]})
     tags = {tag for tag, _ in page.seen}
@@ -192,7 +192,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert "alert(1)" in "".join(page.words)  # shown, not run
 
 
-def test_originals_stand_beside_the_crops(tmp_path):
+def test_originals_are_beside_the_aligned_faces(tmp_path):
     result = make_result(tmp_path)
     archive = tmp_path / "lfw.tgz"
     level = {name: 3 * i for i, name in enumerate(result.test_set.pairs.names)}
@@ -213,17 +213,17 @@ def test_originals_stand_beside_the_crops(tmp_path):
         assert abs(pixels.mean() - level[alt.removesuffix(", original image")]) < 3
 
 
-def test_a_set_of_a_bin_says_what_is_not_known(tmp_path):
+def test_a_bin_set_says_what_is_not_known(tmp_path):
     _, page = write(tmp_path, [make_result(tmp_path, folder=False, name="cfp_fp")])
     words = " ".join(page.words)
     assert "pose and resolution are not known" in words
-    assert "does not say who is in its images" in words
-    assert "what a detector missed is not known" in words
+    assert "does not name the identities of its images" in words
+    assert "missed faces are not known" in words
     assert "does not come from train.py" in words
     assert len(page.of("svg")) == 4 + 1 + 2
 
 
-def test_landmarks_of_several_sets_are_told_apart(tmp_path):
+def test_landmarks_of_several_sets_have_different_names(tmp_path):
     results = [make_result(tmp_path, name=name) for name in ("one", "two")]
     _, page = write(tmp_path, results)
     named = [part.get("aria-label") or part.get("aria-labelledby") for part in page.of("section")]
@@ -232,7 +232,7 @@ def test_landmarks_of_several_sets_are_told_apart(tmp_path):
     assert len(page.ids) == len(set(page.ids))
 
 
-def test_a_perfect_model_has_none_to_show(tmp_path):
+def test_a_perfect_model_has_empty_galleries(tmp_path):
     _, page = write(tmp_path, [make_result(tmp_path, noise=0)])
     assert " ".join(page.words).count("None.") == 2
 
@@ -241,35 +241,59 @@ def test_a_perfect_model_has_none_to_show(tmp_path):
     "history", [None, {}, {"train": 3}, {"train": [(1,)], "valid": [], "lfw": []},
                 {"train": [("a", "b", "c", "d")], "valid": [], "lfw": []}],
 )  # fmt: skip
-def test_a_history_that_is_none_is_said(tmp_path, history):
+def test_an_invalid_history_gives_a_notice(tmp_path, history):
     training = {"config": {"<i>": "<u>"}, "history": history, "steps": None}
     _, page = write(tmp_path, [make_result(tmp_path)], training=training)
-    assert "holds no training curves" in " ".join(page.words)
+    assert "has no training curves" in " ".join(page.words)
     assert not page.of("i")
 
 
-def test_noise_of_many_sets_stays_below_eight_megabytes(tmp_path):
-    # Faces of noise are what WebP is worst at.
+def test_pages_of_many_sets_stay_below_eight_megabytes(tmp_path):
+    # WebP compresses noise worst.
     results = [make_result(tmp_path, noise=3, name=f"set{i}") for i in range(5)]
     text, _ = write(tmp_path, results)
     assert len(text.encode()) < 8e6
     rng = np.random.default_rng(0)
-    largest = report_html.image(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
-    assert len(largest) < 4 / 3 * report_html._IMAGE_BYTES + 200
+    largest = markup.inline_image(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
+    assert len(largest) < 4 / 3 * markup._IMAGE_BYTES + 200
 
 
-def test_reading_what_a_checkpoint_says_of_its_training(tmp_path):
+def test_training_is_read_from_the_checkpoint(tmp_path):
     path = tmp_path / "best.pt"
     history = {"train": [(0, 1, 2.0, 0.5, 1)], "valid": [], "lfw": []}
     save_checkpoint(path, {"config": {"lr": 1}, "history": history, "steps": 3, "model": {}})
-    assert report.read_training(path) == {"config": {"lr": 1}, "history": history, "steps": 3}
+    assert report_page.read_training(path) == {"config": {"lr": 1}, "history": history, "steps": 3}
 
 
 def test_provenance_holds_checksums(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"abc")
     (tmp_path / "train.rec").write_bytes(b"")
     model = {"versions": {"torch": "2"}, "seed": 4, "checkpoint": str(tmp_path / "m.onnx")}
-    found = report.provenance(model, [make_result(tmp_path)])
+    found = report_page.provenance(model, [make_result(tmp_path)])
     assert found["checkpoint, SHA-256"].startswith("ba7816bf8f01cfea414140de5dae2223")
     assert found["test set lfw, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
-    assert (found["seed"], found["torch"], found["convention"]) == (4, "2", "cosine")
+    assert (found["seed"], found["torch"], found["protocol"]) == (4, "2", "cosine")
+
+
+def staircase(x, y, at):
+    """The value of a "steps-post" line at positions: y of the last point at or before each."""
+    return y[np.searchsorted(x, at, side="right") - 1]
+
+
+def test_a_curve_keeps_its_shape_when_reduced_to_its_corners():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=2000) + np.repeat([0, 1], 1000)
+    curve = verification.roc(scores, np.arange(2000) >= 1000)
+    x, y = plots._corners(curve.far, curve.tar)
+    assert len(x) < len(curve.far) / 2
+    at = rng.random(5000)
+    assert (staircase(x, y, at) == staircase(curve.far, curve.tar, at)).all()
+    points = [(0, 0), (0, 1), (0, 2), (1, 2)]
+    x, y = plots._corners(*np.array(points).T)
+    assert list(zip(x, y, strict=True)) == [(0, 0), (0, 2), (1, 2)]
+
+
+def test_a_long_curve_is_thinned_out_to_its_ends():
+    x, y = plots._at_most(np.arange(10_000), np.arange(10_000))
+    assert len(x) == plots._MAX_POINTS
+    assert (x[0], x[-1], y[-1]) == (0, 9999, 9999)

@@ -1,4 +1,4 @@
-"""What TensorBoard gets of an evaluation, read back with its own reader."""
+"""The TensorBoard log of an evaluation, read back with TensorBoard's own reader."""
 
 import cv2
 import numpy as np
@@ -43,7 +43,7 @@ def test_all_of_an_evaluation_is_logged_under_lfw(tmp_path):
     assert abs(curve[0, middle] - (result.scores[same] >= 0).sum()) <= 1
 
 
-def test_a_rate_is_logged_where_pairs_support_it(tmp_path):
+def test_a_tar_is_logged_if_the_pairs_support_its_far(tmp_path):
     result = make_result(tmp_path)
     result.metrics["tar_at_far"] = {"1e-1": 0.75, "1e-2": 0.5}
     with SummaryWriter(tmp_path) as writer:
@@ -52,7 +52,7 @@ def test_a_rate_is_logged_where_pairs_support_it(tmp_path):
     assert "lfw/tar_at_far_1e-2" not in read(tmp_path).Tags()["scalars"]
 
 
-def test_an_open_epochs_evaluation_is_cut_away_whole(tmp_path):
+def test_an_open_epochs_evaluation_is_removed_completely(tmp_path):
     with SummaryWriter(tmp_path) as writer:
         writer.add_scalar("train/loss", 1.0, 4)
         log_evaluation(writer, make_result(tmp_path), 4)
@@ -62,7 +62,7 @@ def test_an_open_epochs_evaluation_is_cut_away_whole(tmp_path):
     assert (tags["scalars"], tags["images"], tags["tensors"]) == (["train/loss"], [], [])
 
 
-def test_the_hardest_pairs_stand_side_by_side(tmp_path):
+def test_the_hardest_pairs_are_side_by_side(tmp_path):
     result = make_result(tmp_path)
     pairs, images = result.test_set.pairs, result.test_set.images.numpy()
     grid = pair_grid(result, np.arange(5))
@@ -72,7 +72,7 @@ def test_the_hardest_pairs_stand_side_by_side(tmp_path):
     assert (grid[146:258, 4:116] == images[pairs.first[4]]).all()
 
 
-def test_the_projector_has_a_image_and_a_name_for_each_face(tmp_path):
+def test_the_projector_has_an_image_and_a_name_for_each_face(tmp_path):
     names = hostile_names(48)
     names[5] = "tab\there\nand there/5"
     result = make_result(tmp_path, names)
@@ -81,7 +81,7 @@ def test_the_projector_has_a_image_and_a_name_for_each_face(tmp_path):
     config = text_format.Parse((tmp_path / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (entry,) = config.embeddings
     rows = (tmp_path / entry.metadata_path).read_text("utf-8").splitlines()
-    assert rows[0].split("\t") == ["person", "image"]
+    assert rows[0].split("\t") == ["identity", "image"]
     assert len(rows) == 49
     assert all(row.count("\t") == 1 for row in rows)
     vectors = np.loadtxt(tmp_path / entry.tensor_path, delimiter="\t")
