@@ -1,4 +1,8 @@
-"""InsightFace's test sets, lfw.bin and others of its kind: pairs of images in one pickle."""
+"""InsightFace's test sets (lfw.bin, agedb_30.bin ...), read without trusting them, and written.
+
+A .bin is a pickle of a pair: a list of 2n encoded images (bytes), and a list of n bools. Images 2i
+and 2i + 1 are a pair; bool i says whether they show the same identity.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +18,41 @@ from fileio.safe_pickle import load_two_lists
 
 
 def read_bin(path: str | Path) -> tuple[list[bytes], np.ndarray]:
-    """Read a test set: 2n encoded images, and (n,) bool, whether images 2i and 2i + 1 match.
+    """Read a test set: 2n encoded images, and (n,) bool, true for genuine pairs.
 
-    The file is a pickle, of Python 2 or 3, and is not trusted. RecordError where it is not that.
+    The pickle may come from Python 2 or 3 and runs no code. RecordError if it is no test set.
     """
     path = Path(path)
     if not path.is_file():
         raise RecordError(f"There is no {path}; correct the path.")
     with path.open("rb") as file:
         try:
-            images, same = load_two_lists(file)
+            images, is_same = load_two_lists(file)
         except pickle.UnpicklingError as error:
             raise RecordError(
                 f"{path} is not a test set, a pickle of (list of JPEG bytes, list of bool): "
-                f"{error}. Get it again, from a source you trust."
+                f"{error}. Download it again, from a source you trust."
             ) from None
-    bad = [image for image in images if not isinstance(image, bytes)]
-    bad += [value for value in same if value not in (0, 1)]
-    if bad:
+    wrong = [image for image in images if not isinstance(image, bytes)]
+    wrong += [value for value in is_same if value not in (0, 1)]
+    if wrong:
         raise RecordError(
-            f"{path} has {str(bad[0])[:40]!r} for an image or for True or False; "
+            f"{path} has {str(wrong[0])[:40]!r} for an image or for True or False; "
             "it is no .bin test set."
         )
-    if not same or len(images) != 2 * len(same):
+    if not is_same or len(images) != 2 * len(is_same):
         raise RecordError(
-            f"{path} has {len(images)} images for {len(same)} pairs, not two for each; "
-            "get it again."
+            f"{path} has {len(images)} images for {len(is_same)} pairs, not two for each; "
+            "download it again."
         )
-    return images, np.array(same, bool)
+    return images, np.array(is_same, bool)
 
 
-def write_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
+def write_bin(path: str | Path, images: Sequence[bytes], is_same: Sequence[bool]) -> None:
     """Write a test set as InsightFace's `pickle.load(file, encoding="bytes")` reads it."""
-    if len(images) != 2 * len(same):
-        raise RecordError(f"{len(images)} images do not make {len(same)} pairs for {path}.")
+    if len(images) != 2 * len(is_same):
+        raise RecordError(f"{len(images)} images do not make {len(is_same)} pairs for {path}.")
     with atomic_write(path) as file:
-        pickle.dump(([bytes(i) for i in images], [bool(s) for s in same]), file, protocol=4)
+        # bytes and bool: a bytearray or numpy.bool_ would pickle as a call of its class.
+        pair = ([bytes(image) for image in images], [bool(value) for value in is_same])
+        pickle.dump(pair, file, protocol=4)

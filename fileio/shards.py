@@ -28,8 +28,8 @@ from fileio.recordio import (
     HEADER,
     RecordError,
     RecordReader,
-    frame,
     map_file,
+    pack_record,
     payload_at,
     record_end,
 )
@@ -196,7 +196,7 @@ def write_shards(
     names = [folder / f"train-{n:05d}.rec" for n in range(count)]
     files = [open_to_write(name.with_suffix(".rec.tmp"), "wb", name) for name in names]
     for jpeg, label, n in zip(jpegs, labels.tolist(), numbers.tolist(), strict=True):
-        record = frame(HEADER.pack(0, label, filled[n], 0) + jpeg)
+        record = pack_record(HEADER.pack(0, label, filled[n], 0) + jpeg)
         files[n].write(record)
         entries[n][filled[n]] = (ends[n], label)
         filled[n], ends[n] = filled[n] + 1, ends[n] + len(record)

@@ -45,8 +45,8 @@ def modules_of(root: Path) -> dict[str, Path]:
 def imports_of(path: Path, names: dict[str, Path]) -> set[str]:
     """The dotted names of our modules that a file imports, anywhere in it.
 
-    `from fileio import recordio` imports fileio.recordio; `from fileio.recordio import frame` the
-    same module, since frame is none.
+    `from fileio import recordio` imports fileio.recordio; `from fileio.recordio import HEADER` the
+    same module, since HEADER is none.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):

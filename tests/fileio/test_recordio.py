@@ -149,7 +149,7 @@ def test_parts_out_of_order_are_a_sentence(tmp_path, flags):
     payload = image_payload(0, 0, b"")
     offsets = [0, 32][: 2 if flags[0] == 0 else 1]
     save(tmp_path, [record(payload, flag) for flag in flags])
-    sentence(tmp_path, f"record {len(offsets) - 1} is not whole")
+    sentence(tmp_path, f"record {len(offsets) - 1} is not complete")
     (tmp_path / "train.idx").write_text("".join(f"{i}\t{n}\n" for i, n in enumerate(offsets)))
     sentence(tmp_path, "train.rec", "again")
 
@@ -190,7 +190,7 @@ def test_no_file_an_empty_file_and_a_text_file(tmp_path):
     sentence(tmp_path / "nowhere", str(tmp_path / "nowhere" / "train.rec"))
     for content in (b"", b"1234", b"this is no record file at all"):
         (tmp_path / "train.rec").write_bytes(content)
-        sentence(tmp_path, "train.rec is cut short or damaged: record 0 is not whole", "copy")
+        sentence(tmp_path, "train.rec is cut short or corrupt: record 0 is not complete", "copy")
 
 
 @pytest.mark.parametrize("with_idx", [True, False])
@@ -201,7 +201,7 @@ def test_cut_short_anywhere_is_a_sentence(tmp_path, with_idx):
         (tmp_path / "train.rec").write_bytes(whole[:end])
         key = int(np.searchsorted(starts, end, side="right")) - 1
         if with_idx or end not in starts[1:]:
-            sentence(tmp_path, "is cut short or damaged", f"record {key} is not whole")
+            sentence(tmp_path, "is cut short or corrupt", f"record {key} is not complete")
         else:  # whole records, but not those that record 0 speaks of
             sentence(tmp_path, "train.rec", "copy or prepare")
 
@@ -210,12 +210,12 @@ def test_damage_in_the_middle(tmp_path):
     records = hand_made()
     records[4] = b"\0" * len(records[4])
     save(tmp_path, records)
-    sentence(tmp_path, "record 4 is not whole")
+    sentence(tmp_path, "record 4 is not complete")
     records[4] = record(b"\1\0\0\0" + bytes(20)) + bytes(len(hand_made()[4]) - 32)
     save(tmp_path, records)
-    sentence(tmp_path, "record 5 is not whole")
+    sentence(tmp_path, "record 5 is not complete")
     save(tmp_path, [record(b"too short")], [0])
-    sentence(tmp_path, "record 0 is not whole")
+    sentence(tmp_path, "record 0 is not complete")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_an_idx_that_points_outside(tmp_path, offset):
 def test_labels_of_a_vector_that_never_ends(tmp_path):
     payload = struct.pack("<IfQQ", 2**32 - 1, 0.0, 1, 0) + b"jpeg"
     save(tmp_path, [record(image_payload(0, 0, b"x")), record(payload)], range(2))
-    sentence(tmp_path, "record 1 is not whole")
+    sentence(tmp_path, "record 1 is not complete")
 
 
 def test_a_huge_image_in_a_record_is_not_decoded(tmp_path):
