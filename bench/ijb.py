@@ -23,9 +23,9 @@ import torch
 
 from bench.common import RESULTS, alone, describe_machine, peak_memory
 from evaluation.embedding_cache import open_features, save_features
+from evaluation.ijb import identify_templates
 from evaluation.ijb_files import read_ijb, read_pairs
 from evaluation.templates import build_templates, roc_points, score_pairs, tar_at_fars
-from tools.ijb_eval import identify_templates
 
 SIZE = {"images": 469_375, "templates": 23_124, "pairs": 15_658_489, "people": 3_531}
 MATCHED = 19_557 / 15_658_489

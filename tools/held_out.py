@@ -18,18 +18,16 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from config import Config, parse_args, setting
-from data_gen import load_images
 from evaluation.all_pairs import low_far
+from evaluation.embed_records import embed_images
 from evaluation.embedders import Embed, InputSpec, load_embedder
+from evaluation.pair_making import FOLDS, choose_identities, make_pairs
 from evaluation.templates import tar_line
 from fileio.bin_sets import write_bin
 from fileio.checkpoint_file import load_checkpoint
@@ -58,112 +56,6 @@ class Settings(Config):
     hold_out: str = setting("", "list of the identities; default: data_dir/held_out.txt")
 
 
-FOLDS = 10
-LEAST = 4  # images of an identity that is held out
-BLOCK = 4096  # images in memory at a time
-
-Pair = tuple[int, int]
-
-
-# ------------------------------------------------------------------------------ making pairs
-
-
-def choose_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` classes by chance among those with LEAST images or more, ascending.
-
-    Raises UserError where there are too few, or none would be left to train on.
-    """
-    able = np.flatnonzero(np.bincount(labels) >= LEAST)
-    left = len(np.unique(labels)) - count
-    if len(able) < count or left < 2:
-        raise UserError(
-            f"The training set has {len(able):,} identities with {LEAST} images or more, and "
-            f"{max(left, 0):,} would be left to train on; hold out fewer (--held-out-identities)."
-        )
-    return np.sort(np.random.default_rng([seed, 8]).choice(able, count, replace=False))
-
-
-def make_pairs(
-    people: np.ndarray, count: int, seed: int, embeddings: np.ndarray | None = None
-) -> list[tuple[Pair, bool]]:
-    """Pairs of images and whether they match, fold by fold; people (n,) of the images.
-
-    `count` pairs, or as many as every fold can give; a fold has as many of each kind, none twice,
-    and shares nobody with another. Identities give one pair each before any gives a second one.
-    With embeddings (n, d) of unit length mismatched pairs are an image and its nearest stranger.
-    """
-    rng = np.random.default_rng([seed, 9])
-    folds = np.array_split(rng.permutation(np.unique(people)), FOLDS)
-    found = []
-    for fold in folds:
-        images = [rng.permutation(np.flatnonzero(people == person)) for person in fold]
-        strangers = (
-            _random_strangers(images, rng)
-            if embeddings is None
-            else _nearest_strangers(images, people, embeddings)
-        )
-        each = count // (2 * FOLDS)
-        found.append([_distinct(kind, each) for kind in (_matched(images, rng), strangers)])
-    each = min(len(kind) for fold in found for kind in fold)
-    return [
-        (pair, same)
-        for fold in found
-        for kind, same in zip(fold, (True, False), strict=True)
-        for pair in kind[:each]
-    ]
-
-
-def _matched(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
-    """Every matched pair, in rounds in which each identity has its turn."""
-    waiting = []
-    for mine in images:
-        first, second = np.triu_indices(len(mine), 1)
-        waiting.append(iter(rng.permutation(np.stack([mine[first], mine[second]], 1)).tolist()))
-    while waiting:
-        for pairs in waiting.copy():
-            pair = next(pairs, None)
-            if pair is None:
-                waiting.remove(pairs)
-            else:
-                yield pair[0], pair[1]
-
-
-def _random_strangers(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
-    """Images of two people, both by chance, again and again."""
-    for _ in range(100 * sum(map(len, images))):
-        a, b = rng.choice(len(images), 2, replace=False) if len(images) > 1 else (0, 0)
-        if a != b:
-            yield int(rng.choice(images[a])), int(rng.choice(images[b]))
-
-
-def _nearest_strangers(
-    images: list[np.ndarray], people: np.ndarray, embeddings: np.ndarray
-) -> Iterator[Pair]:
-    """An image and the most alike of another person's, in rounds in which each has their turn."""
-    everyone = np.concatenate(images)
-    for turn in range(max(map(len, images))):
-        probes = np.array([mine[turn] for mine in images if turn < len(mine)])
-        scores = embeddings[probes] @ embeddings[everyone].T
-        scores[people[probes][:, None] == people[everyone]] = -np.inf
-        best = scores.argmax(1)
-        for row, probe in enumerate(probes.tolist()):
-            if np.isfinite(scores[row, best[row]]):
-                yield probe, int(everyone[best[row]])
-
-
-def _distinct(pairs: Iterator[Pair], count: int) -> list[Pair]:
-    """The first `count` pairs, of which none is another one turned round."""
-    found: dict[Pair, Pair] = {}
-    for a, b in pairs:
-        if len(found) == count:
-            break
-        found.setdefault((min(a, b), max(a, b)), (a, b))
-    return list(found.values())
-
-
-# ------------------------------------------------------------------------------ the script
-
-
 def open_model(cfg: Settings) -> tuple[Embed, dict[str, Any], Path]:
     """The model that is tested, or that finds strangers alike; what it is, and its file."""
     checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
@@ -178,24 +70,6 @@ def open_model(cfg: Settings) -> tuple[Embed, dict[str, Any], Path]:
     )
     print(f"Model: {checkpoint} ({about['network']})")
     return embed, about, checkpoint
-
-
-def embed_images(
-    reader: RecordReader, places: np.ndarray, embed: Embed, workers: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the reader's images at `places` (n,) are whole, (n,) bool, and their embeddings.
-
-    Those are (whole, d) float32 of unit length; a block of images is in memory at a time.
-    """
-    whole, parts = np.ones(len(places), bool), []
-    for start in tqdm(range(0, len(places), BLOCK), desc="embedding", unit="block"):
-        images, errors = load_images(reader, places[start : start + BLOCK], workers=workers)
-        whole[[start + place for place in errors]] = False
-        kept = torch.from_numpy(whole[start : start + BLOCK])
-        parts.append(embed(images[kept]).float().cpu().numpy())
-    if not whole.all():
-        print(f"Left out: {int((~whole).sum())} images that cannot be decoded.")
-    return whole, np.concatenate(parts)
 
 
 def write_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from config import Config, parse_args, setting
-from data_gen import BLOCK, ImageStore, Split
+from data_gen import ImageStore, Split
 from evaluation.class_centres import Scores, dominant_centres, leave_one_out, score
+from evaluation.embed_records import embed_store
 from evaluation.embedders import Embed, InputSpec, load_embedder
 from fileio.checkpoint_file import load_checkpoint
 from training.dataset import open_training_set
@@ -64,12 +65,6 @@ class Settings(Config):
 
 
 DOMINANT_ANGLE = 75.0  # degrees, sub-center ArcFace's
-
-
-def embed_store(store: ImageStore, positions: np.ndarray, embed: Embed) -> Tensor:
-    """Embeddings (n, d) float32 of the images at `positions` (n,), a block at a time."""
-    blocks = range(0, len(positions), BLOCK)
-    return torch.cat([embed(store.fetch(positions[b : b + BLOCK])).float().cpu() for b in blocks])
 
 
 def open_model(cfg: Settings, path: Path) -> tuple[Embed, dict[str, Any], Config]:

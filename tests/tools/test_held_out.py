@@ -9,13 +9,13 @@ import torch
 import train
 from config import parse_args
 from data_gen import split
+from evaluation.pair_making import choose_identities, make_pairs
 from evaluation.pair_sets import load_set
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from tools import held_out
-from tools.held_out import choose_identities, make_pairs
 from training.sample_lists import read_held_out, training_mask, write_held_out
 from utils import UserError
 

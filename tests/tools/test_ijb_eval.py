@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from config import parse_args
+from evaluation.ijb import align
 from evaluation.ijb_files import read_ijb, read_pairs, read_subjects
 from models import build_model
 from tools import ijb_eval
@@ -147,7 +148,7 @@ def test_missing_and_empty_metadata_get_a_sentence(changed, file):
 def test_faces_are_aligned_by_the_points_given(benchmark):
     ijb = read_ijb(benchmark)
     image = cv2.imread(str(benchmark / "loose_crop" / "4.jpg"))[..., ::-1]
-    np.testing.assert_allclose(ijb_eval.align(ijb, 3), image[12:124, 20:132], atol=2)
+    np.testing.assert_allclose(align(ijb, 3), image[12:124, 20:132], atol=2)
 
 
 def run(folder, *flags):
@@ -189,7 +190,7 @@ def test_the_report_is_the_definition_on_the_networks_embeddings(here, benchmark
     ijb = read_ijb(benchmark)
     model = build_model("tiny", emb_size=8).eval()
     model.load_state_dict(torch.load("theirs.pth"))
-    faces = np.stack([ijb_eval.align(ijb, i) for i in range(IMAGES)]).astype(np.float32)
+    faces = np.stack([align(ijb, i) for i in range(IMAGES)]).astype(np.float32)
     with torch.no_grad():
         features = model(torch.from_numpy(faces.transpose(0, 3, 1, 2) / 127.5 - 1)).numpy()
     features /= np.linalg.norm(features, axis=1, keepdims=True)
