@@ -1,24 +1,25 @@
-"""Prepare the training set and LFW: each image's face found, aligned to 112x112, and packed.
+"""Prepare the training set and LFW: detect the face in each image, align it to 112x112, pack it.
 
-    python pre_process.py                      # whatever of the two lies in data/
-    python pre_process.py --download-lfw       # fetch LFW first
+    python pre_process.py                      # the training set and LFW, if they are in data/
+    python pre_process.py --download-lfw       # download LFW first
     python pre_process.py --source my.zip --output data/my_faces
-    torchrun --nproc-per-node=4 pre_process.py        # by four processes, on four GPUs if there are
-    python pre_process.py --shard 1/4                  # a quarter; the others anywhere, anytime
-    python pre_process.py --merge                      # and the quarters put together
+    torchrun --nproc-per-node=4 pre_process.py         # four processes, each on a GPU if there are
+    python pre_process.py --shard 1/4                  # part 1 of 4; the others on any machine
+    python pre_process.py --merge                      # merge the four parts
 
-takes data/CASIA-WebFace.zip (.tar, .tar.gz, .tgz, or a folder) to data/faces_webface_112x112/, and
-data/lfw-funneled.tgz (or lfw-deepfunneled, or lfw; the same kinds) to data/faces_lfw_112x112/:
-train.rec, train.idx, property, index.tsv and report.json in each.  A ready train.rec is checked and
-indexed, not aligned again.  Ten images before and after alignment go to images/0_raw.jpg,
-images/0_img.jpg and so on.  A bar shows images/s; at the end it prints, for each set,
+reads data/CASIA-WebFace.zip (.tar, .tar.gz, .tgz, or a folder) and writes
+data/faces_webface_112x112/; reads data/lfw-funneled.tgz (or lfw-deepfunneled, or lfw; the same
+formats) and writes data/faces_lfw_112x112/: train.rec, train.idx, property, index.tsv and
+report.json in each. A ready train.rec is checked and indexed, not aligned again. Ten images before
+and after alignment go to images/0_raw.jpg, images/0_img.jpg and so on. A bar shows images/s; at the
+end it prints, for each data set,
 
     CASIA-WebFace.zip: 638 images in 4.1 s, 155 images/s on cpu
       kept 637 of 32 identities in data/faces_webface_112x112 (ok 637)
-      passed over 1 (no_face 1)
+      skipped 1 (no_face 1)
       data/faces_webface_112x112/report.json names them
 
-Killed at any moment and started again, it goes on where it was and ends with the same bytes.
+After a kill at any point the same command resumes, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -26,98 +27,87 @@ from __future__ import annotations
 import datetime
 import functools
 import re
-import shutil
 import sys
-from collections.abc import Callable
-from typing import Any
-
-import cv2
+from pathlib import Path
 
 from config import Config, parse_args
-from distributed.collectives import run_on_all
-from distributed.process_group import (
-    is_main,
-    local_device,
-    local_world_size,
-    process_group,
-    rank,
-    world_size,
-)
-from preprocessing.detector import FaceDetector
-from preprocessing.lfw_download import download_lfw
-from preprocessing.merge_parts import find_shards
-from preprocessing.prepare import prepare, prepare_shard
-from preprocessing.sources import Job, find_jobs
-from preprocessing.summary import (
-    is_taken,
-    summarise,
-)
-from utils import UserError, core_count, describe_os_error, exit_on_user_error
+from utils import UserError, describe_os_error, exit_on_user_error
 
-PATIENCE = datetime.timedelta(days=7)  # that one process waits for the slowest
+GROUP_TIMEOUT = datetime.timedelta(days=7)  # a process waits as long for the slowest part
 
 
 @exit_on_user_error
 def main(cfg: Config) -> None:
-    """Prepare what there is, one set after the other; a set that fails does not stop the other."""
-    # every image is one task of a pool: threads inside OpenCV would only compete
+    """Prepare the data sets one after the other; one that fails does not stop the next."""
+    # Imported here, so that --help answers at once.
+    import cv2
+
+    from distributed.process_group import process_group
+
+    # Every image is one task of a thread pool: threads inside OpenCV would only compete with it.
     cv2.setNumThreads(1)
-    # what it cannot decode is counted by name: no need to print it
+    # Images that OpenCV cannot decode are counted by name; its own warnings say less.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    with process_group("cpu", PATIENCE):  # what they do together, they do by files
+    # On CPU tensors: the processes exchange results by files, and only wait for each other here.
+    with process_group("cpu", GROUP_TIMEOUT):
         prepare_all(cfg)
 
 
 def prepare_all(cfg: Config) -> None:
-    """Prepare every set there is."""
-    lfw = run_on_all(lambda: download_lfw(cfg.data_dir)) if cfg.download_lfw else None
+    """Prepare every data set that cfg asks for, and print a summary of each."""
+    from distributed.collectives import run_on_all
+    from distributed.process_group import local_device, local_world_size, rank, world_size
+    from fileio.archive_source import Limits
+    from preprocessing.detector import FaceDetector
+    from preprocessing.lfw_download import download_lfw
+    from preprocessing.prepare import PrepareOptions, prepare_job
+    from preprocessing.sources import find_jobs
+    from preprocessing.summary import print_summary
+    from utils import core_count
+
+    part = rank() + 1, world_size()
+    if cfg.shard:
+        part = parse_part(cfg.shard)
+        if world_size() > 1 or cfg.merge:
+            raise UserError("--shard is for a single process: leave out torchrun and --merge.")
+    lfw = None
+    if cfg.download_lfw:
+        lfw = run_on_all(lambda: download_lfw(cfg.data_dir))
+    jobs = find_jobs(Path(cfg.data_dir), cfg.source, cfg.output, cfg.missed, lfw)
     threads = cfg.workers or max(1, core_count() // local_world_size())
+    options = PrepareOptions(
+        device=cfg.device,
+        min_face=cfg.min_face,
+        detect_batch=cfg.detect_batch,
+        workers=threads,
+        limits=Limits(cfg.max_file_mb << 20, cfg.max_ratio),
+        images_dir=Path(cfg.images_dir),
+    )
+    # Built for the first image that is aligned: a finished data set needs no detector.
     get_detector = functools.cache(
         lambda: FaceDetector(local_device(cfg.device), cfg.min_face, threads=threads)
     )
-    problems = []
-    for job in find_jobs(cfg, lfw):
+    errors = []
+    for job in jobs:
         try:
-            report = prepare_together(job, cfg, get_detector)
+            summary = prepare_job(job, options, get_detector, part, cfg.merge)
         except (UserError, OSError) as error:
-            if world_size() > 1:  # the others are not waiting for the next set
+            if world_size() > 1:  # the other processes are not on their way to the next data set
                 raise
-            problems.append(describe_os_error(error) if isinstance(error, OSError) else str(error))
+            errors.append(describe_os_error(error) if isinstance(error, OSError) else str(error))
             continue
-        if report:
-            summarise(report, job.output)
-    if problems:
-        raise UserError("\n".join(problems))
+        if summary:
+            print_summary(summary, job.output)
+    if errors:
+        raise UserError("\n".join(errors))
 
 
-def prepare_together(
-    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector]
-) -> dict[str, Any] | None:
-    """Prepare one data set by this process alone, or its part of it, or put the parts together."""
-    number, count = shard_of(cfg)
-    if job.source.suffix == ".rec" or (count == 1 and not cfg.merge):
-        return prepare(job, cfg, get_detector) if is_main() else None
-    if not cfg.merge:
-        run_on_all(lambda: prepare_shard(job, cfg, get_detector, number, count))
-    if not is_main() or (world_size() == 1 and not cfg.merge):
-        return None
-    shards = [] if is_taken(job.output) else find_shards(job.output)
-    report = prepare(job, cfg, get_detector, shards)
-    for shard in shards:
-        shutil.rmtree(shard)
-    return report
-
-
-def shard_of(cfg: Config) -> tuple[int, int]:
-    """Which part of the images is this process's, from 1, and of how many."""
-    if not cfg.shard:
-        return rank() + 1, world_size()
-    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", cfg.shard)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise UserError(f"--shard {cfg.shard} should be like 1/4, 2/4, 3/4 or 4/4.")
-    if world_size() > 1 or cfg.merge:
-        raise UserError("--shard is for one process alone: leave out torchrun and --merge.")
-    return int(found[1]), int(found[2])
+def parse_part(shard: str) -> tuple[int, int]:
+    """Number (from 1) and count of --shard: "2/4" is part 2 of 4."""
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {shard} should be like 1/4, 2/4, 3/4 or 4/4.")
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

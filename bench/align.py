@@ -27,9 +27,9 @@ from bench.compare_mtcnn import PEERS, read_images, run_peer
 from bench.synthetic_inputs import drawn_archive
 from config import Config
 from fileio.images import decode_image, encode_jpeg
-from preprocessing.dataset_writer import read_report
 from preprocessing.detector import FaceDetector, find_face
 from preprocessing.pipeline import align_face
+from preprocessing.summary import read_summary
 from utils import core_count, exit_on_user_error
 
 BATCH = 64
@@ -53,7 +53,7 @@ def whole(archive: Path, device: torch.device) -> tuple[float, int]:
         output = Path(folder) / "records"
         cfg = Config(source=str(archive), output=str(output), images_dir=folder, device=device.type)
         pre_process.main(cfg)
-        return read_report(output)["seconds"], peak_memory(device)
+        return read_summary(output)["seconds"], peak_memory(device)
 
 
 def flops_of(images: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Compare face_detect.py with the mtcnn package itself, on the same decoded images.
+"""Compare preprocessing/detector.py with the mtcnn package itself, on the same decoded images.
 
     bash bench/peers.sh                 # once: TensorFlow and mtcnn in .venv-peers
     python -m bench.compare_mtcnn --data data/lfw-deepfunneled.tgz --images 500
@@ -29,7 +29,7 @@ import torch
 
 from fileio.archive_source import ArchiveError
 from fileio.archives import open_source
-from preprocessing.detector import FaceDetector, Faces, choose_face
+from preprocessing.detector import Detections, FaceDetector, choose_face
 from utils import UserError, exit_on_user_error
 
 PEER_SCRIPT = Path(__file__).with_name("peer_detect.py")
@@ -78,7 +78,7 @@ def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.
             return found["rows"], found["took"]
 
 
-def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarray]:
+def run_reference(images: np.ndarray) -> tuple[list[Detections], np.ndarray, np.ndarray]:
     """The mtcnn package's faces of each image; its clocks one by one and batched."""
     rows, one_by_one = run_peer("mtcnn", images, 1)
     _, batched = run_peer("mtcnn", images, 16)
@@ -86,11 +86,11 @@ def run_reference(images: np.ndarray) -> tuple[list[Faces], np.ndarray, np.ndarr
     for i in range(len(images)):
         mine = rows[rows[:, 0] == i].astype(np.float32)
         points = mine[:, 6:].reshape(-1, 2, 5).transpose(0, 2, 1)
-        faces.append(Faces(mine[:, 1:5], mine[:, 5], points))
+        faces.append(Detections(mine[:, 1:5], mine[:, 5], points))
     return faces, one_by_one, batched
 
 
-def run_ours(images: np.ndarray, batch: int, device: str) -> tuple[list[Faces], np.ndarray]:
+def run_ours(images: np.ndarray, batch: int, device: str) -> tuple[list[Detections], np.ndarray]:
     """This project's faces of each image; its seconds and CPU seconds."""
     detector = FaceDetector(device)
     detector.detect(images[:batch])
@@ -109,7 +109,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare(
-    ours: Sequence[Faces], theirs: Sequence[Faces], size: tuple[int, int]
+    ours: Sequence[Detections], theirs: Sequence[Detections], size: tuple[int, int]
 ) -> dict[str, Any]:
     """How far two detectors agree on the face chosen in each image of (height, width) pixels."""
     same, apart = 0, []

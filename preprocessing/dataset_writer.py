@@ -1,14 +1,24 @@
-"""A data set while it grows: a folder that can be killed at any moment and gone on with.
+"""Writes a data set block by block, resumable after a kill at any point.
 
-All is written in `<output>.part/`, and the folder renamed when it is complete.  index.tsv is the
-journal: a block's rows are appended once its records are on the disk, so whatever it names is
-there.  report.json says from the start what is being made, from what and with which settings.
+Everything is written in `<output>.part/`, which gets its final name when it is complete. index.tsv
+is the journal: the rows of a block are appended only once its records are on disk, so every row
+that names a record can rely on it. Say a kill struck while the rows of block 2 were written, in
+blocks of four images, one of which has no face:
+
+    train.rec    block 0: 4 records   block 1: 3 records   block 2: 4 records
+    index.tsv    block 0: 4 rows      block 1: 4 rows      block 2: 1 row and a half
+
+Blocks 0 and 1 are complete in both files. On resume train.rec is cut after 7 records and index.tsv
+after 8 rows, and block 2 is aligned again. Blocks and detection batches follow from the list of
+images alone, so the files end up with the same bytes as those of an uninterrupted run.
+
+report.json says from the start what is being made, from what and with which settings: another
+source or other settings must not continue what these began.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,118 +31,111 @@ from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_ind
 from fileio.locks import LOCK
 from fileio.record_writer import RecordWriter
 from fileio.recordio import record_offsets
-from fileio.safe_files import atomic_write, open_to_write, sync, sync_folder, write_errors
-from preprocessing.pipeline import Aligned
-from utils import UserError
+from fileio.safe_files import open_to_write, sync, sync_folder, write_errors
+from preprocessing.pipeline import AlignResult
+from preprocessing.summary import read_summary, write_summary
 
-NO_FACE, CROP, FACE = range(3)  # what became of an entry, in a byte
-# What is read of a report.json again, and its types.
-READ = {"source": str, "source_bytes": int, "settings": dict, "kept": int, "identities": int}
-ASIDE = ".aside"  # a folder inside, while its contents are being set aside
+NO_FACE, CROP, FACE = range(3)  # of an entry: no record, a central crop, an aligned face
+ASIDE = ".aside"  # inside a folder whose files are being moved aside
 
 
-def read_report(folder: Path, finished: bool = True) -> dict[str, Any] | None:
-    """The folder's report.json; None if it has none.
+# ------------------------------------------------------------------------------ the folder
 
-    Raises UserError if it is damaged or another program's; one that is not `finished` needs no
-    counts yet.
+
+def begin_output(folder: Path, inputs: dict[str, Any]) -> None:
+    """Note in report.json what is being made, in a new folder or in one to be resumed.
+
+    `inputs` is everything that the bytes depend on. Files that were made from other inputs are
+    moved aside with a notice, never overwritten.
     """
-    path = folder / "report.json"
-    if not path.exists():
-        return None
-    needed = ("source", "source_bytes", *("kept", "identities") * finished)
-    try:
-        report = json.loads(path.read_text("utf-8"))
-        read = {name: kind for name, kind in READ.items() if name in needed or name in report}
-        damaged = any(type(report[name]) is not kind for name, kind in read.items())
-    except (ValueError, LookupError, TypeError, RecursionError):
-        damaged = True
-    if damaged:
-        raise UserError(f"{path} is damaged; move {folder} away and prepare it again.")
-    return report
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write the folder's report.json, whole or not at all."""
-    with atomic_write(folder / "report.json", "w") as file:
-        json.dump(report, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-
-
-def begin(part: Path, begun: dict[str, Any]) -> None:
-    """Note what is being made; what was begun differently is set aside with a notice, not lost."""
-    before = read_report(part, finished=False)
-    differs = [k for k in begun if k != "source" and before and before.get(k) != begun[k]]
-    if differs or (part / ASIDE).is_dir() or (before is None and (part / "index.tsv").exists()):
-        aside = set_aside(part)
+    before = read_summary(folder, finished=False)
+    # The source's path may differ: the archive may have been moved, its fingerprint stays.
+    differing = [k for k in inputs if k != "source" and before and before.get(k) != inputs[k]]
+    interrupted = (folder / ASIDE).is_dir()  # a kill during set_aside
+    unexplained = before is None and (folder / "index.tsv").exists()
+    if differing or interrupted or unexplained:
+        aside = set_aside(folder)
         print(
-            f"The unfinished output in {part} was begun with other "
-            f"{' and '.join(differs) or 'code'}; it is now in {aside} (delete it if you like), "
-            "and all begins anew."
+            f"The unfinished output in {folder} differs from this run in "
+            f"{' and '.join(differing) or 'its code'}; it is now in {aside} (you may delete it), "
+            "and preparing starts from the first image."
         )
-    write_report(part, begun)
+    write_summary(folder, inputs)
 
 
-def set_aside(part: Path) -> Path:
-    """Move all that is in a folder, but its lock, to a new one beside it; returns that.
+def set_aside(folder: Path) -> Path:
+    """Move all files of a folder, except its lock, to a new folder beside it; returns that.
 
-    It is gathered in a folder inside first: if a kill cuts that short, `begin` sees it and goes on.
+    They are gathered in a folder inside first, which then gets its name in one step: after a kill
+    on the way `begin_output` finds that folder and finishes the move.
     """
     number = 1
-    while (aside := part.with_name(f"{part.stem}.{number}.part")).exists():
+    while (aside := folder.with_name(f"{folder.stem}.{number}.part")).exists():
         number += 1
     with write_errors(aside):
-        (part / ASIDE).mkdir(exist_ok=True)
-        for file in part.iterdir():
+        (folder / ASIDE).mkdir(exist_ok=True)
+        for file in folder.iterdir():
             if file.name not in (ASIDE, LOCK):
-                file.rename(part / ASIDE / file.name)
-        (part / ASIDE).rename(aside)
+                file.rename(folder / ASIDE / file.name)
+        (folder / ASIDE).rename(aside)
     return aside
 
 
-def complete(part: Path, output: Path) -> None:
-    """Give the finished folder its name."""
-    sync_folder(part)
+def publish_output(folder: Path, output: Path) -> None:
+    """Give a complete folder its final name."""
+    sync_folder(folder)
     with write_errors(output):
-        part.rename(output)
-        # Not before: without it another process could get in.
+        folder.rename(output)
+        # Not before the rename: without the lock another process could start writing here.
         (output / LOCK).unlink(missing_ok=True)
     sync_folder(output)
     sync_folder(output.parent)
 
 
-class Journal:
-    """train.rec and index.tsv while they grow, block by block, in a folder of their own.
+# ------------------------------------------------------------------------------ its files
 
-    Opening it cuts both at the last block that is whole in both; `done` is the number of blocks
-    there, `images` the entries in them.
+
+class DatasetWriter:
+    """train.rec and index.tsv in a folder, extended block by block.
+
+    Opening it cuts both files after the last block that is complete in both: `blocks_done` is the
+    number of those blocks, `images_done` the number of their entries. `entries` are the images of
+    the source, `blocks` the (start, stop) of the runs of them that will be appended, in order.
     """
 
     def __init__(self, folder: Path, entries: Sequence[Entry], blocks: Sequence[tuple[int, int]]):
         self.path = folder / "index.tsv"
-        self.done, self.images = 0, 0
+        self.blocks_done = 0
+        self.images_done = 0
         self.statuses = Tally()
-        self.found = bytearray()  # of each entry NO_FACE, CROP or FACE
-        self.counts = array("q")  # images of each label
-        self.identity: str | None = None
-        records = folder / "train.rec"
-        offsets = record_offsets(records) if records.is_file() else np.zeros(1, np.int64)
-        end = self._take_in(entries, blocks, len(offsets) - 2)  # record 0 is no image
-        resume_at = int(offsets[sum(self.counts) + 1]) if self.done else None
-        self.records = RecordWriter(records, resume_at)
-        self.index = open_to_write(self.path, "r+b" if self.done else "wb")
-        if self.done:
+        self.face_kinds = bytearray()  # of each entry NO_FACE, CROP or FACE
+        self.images_per_label = array("q")
+        self.last_identity: str | None = None  # whose label is the last one
+
+        records_path = folder / "train.rec"
+        offsets = record_offsets(records_path) if records_path.is_file() else np.zeros(1, np.int64)
+        # n images have n + 2 offsets: record 0 is no image, the last offset is the file's end.
+        index_end = self._read_back(entries, blocks, images_on_disk=len(offsets) - 2)
+        resume_at = None
+        if self.blocks_done:
+            resume_at = int(offsets[sum(self.images_per_label) + 1])
+        self.records = RecordWriter(records_path, resume_at)
+        self.index = open_to_write(self.path, "r+b" if self.blocks_done else "wb")
+        if self.blocks_done:
             with write_errors(self.path):
-                self.index.truncate(end)
-            self.index.seek(end)
+                self.index.truncate(index_end)
+            self.index.seek(index_end)
         else:
             self.index.write(INDEX_HEADER.encode())
         sync_folder(folder)
 
-    def _take_in(
-        self, entries: Sequence[Entry], blocks: Sequence[tuple[int, int]], images: int
+    def _read_back(
+        self, entries: Sequence[Entry], blocks: Sequence[tuple[int, int]], images_on_disk: int
     ) -> int:
-        """Count the blocks that are whole in both files; returns the byte after their last row."""
+        """Count the blocks that are complete in both files; returns the byte where their rows end.
+
+        `images_on_disk` is the number of complete image records in train.rec.
+        """
         end = len(INDEX_HEADER)
         if not self.path.is_file():
             return end
@@ -140,42 +143,63 @@ class Journal:
             if file.readline() != INDEX_HEADER.encode():
                 return end
             for start, stop in blocks:
+                block = entries[start:stop]
                 lines = list(itertools.islice(file, stop - start))
-                rows = whole_rows(lines, entries[start:stop])
-                images -= sum(row.label is not None for row in rows)
-                if len(rows) < stop - start or images < 0:
+                rows = parse_rows(lines, block)
+                labels = [row.label for row in rows]
+                images_on_disk -= sum(label is not None for label in labels)
+                # Rows without their records: not after a kill, but if train.rec was cut otherwise.
+                if len(rows) < len(block) or images_on_disk < 0:
                     break
-                for row, entry in zip(rows, entries[start:stop], strict=True):
-                    self._count(entry, row.status, row.label is not None)
-                self.done, self.images = self.done + 1, stop
+                if labels != self._assign_labels(block, [label is not None for label in labels]):
+                    break
+                for row, entry in zip(rows, block, strict=True):
+                    self._count(entry, row.status, row.label)
+                self.blocks_done += 1
+                self.images_done = stop
                 end += sum(map(len, lines))
         return end
 
-    def _count(self, entry: Entry, status: str, kept: bool) -> int | None:
-        """Take an entry into the counts; returns its label, None where it was passed over."""
-        self.statuses.add(status, entry.name)
-        self.found.append(NO_FACE if not kept else CROP if status == "central_crop" else FACE)
-        if not kept:
-            return None
-        if entry.identity != self.identity:
-            self.identity = entry.identity
-            self.counts.append(0)
-        self.counts[-1] += 1
-        return len(self.counts) - 1
+    def _assign_labels(self, entries: Sequence[Entry], kept: Sequence[bool]) -> list[int | None]:
+        """The labels of the next entries."""
+        last_label = len(self.images_per_label) - 1
+        return assign_labels(entries, kept, last_label, self.last_identity)
 
-    def append(self, block: Sequence[Aligned]) -> None:
-        """Write a block: its records to the disk first, then its rows."""
+    def _count(self, entry: Entry, status: str, label: int | None) -> None:
+        """Add an entry to the counts; `label` is None if no image of it is kept."""
+        self.statuses.add(status, entry.name)
+        if label is None:
+            self.face_kinds.append(NO_FACE)
+            return
+        self.face_kinds.append(CROP if status == "central_crop" else FACE)
+        if label == len(self.images_per_label):
+            self.images_per_label.append(0)
+        self.images_per_label[label] += 1
+        self.last_identity = entry.identity
+
+    def append(self, block: Sequence[AlignResult]) -> None:
+        """Write a block: first its records, then, once those are on disk, its rows."""
+        entries = [result.entry for result in block]
+        labels = self._assign_labels(entries, [result.jpeg is not None for result in block])
         lines = []
-        for face in block:
-            record = None
-            label = self._count(face.entry, face.status, face.jpeg is not None)
-            if face.jpeg is not None:
-                record, _ = self.records.append(face.jpeg, label)
+        for result, label in zip(block, labels, strict=True):
+            record_id = None
+            if label is not None:
+                record_id, _ = self.records.append(result.jpeg, label)
+            self._count(result.entry, result.status, label)
             row = IndexRow(
-                *(record, label, face.entry.identity, face.entry.name),
-                *(face.status, face.score, face.box, face.points),
+                record_id,
+                label,
+                result.entry.identity,
+                result.entry.name,
+                result.status,
+                result.score,
+                result.box,
+                result.points,
             )
             lines.append(format_index_row(row))
+        # The order is what makes a kill harmless: a record without a row is cut off on resume, a
+        # row without a record would name what does not exist.
         self.records.flush()
         self.index.write("".join(lines).encode())
         sync(self.index, self.path)
@@ -183,18 +207,40 @@ class Journal:
     def finish(self) -> None:
         """Complete the data set: identity records, train.idx, property."""
         sync(self.index, self.path)
-        self.records.finish(self.counts)
+        self.records.finish(self.images_per_label)
 
     def close(self) -> None:
-        """Let go of the files, finished or not."""
+        """Close the files, complete or not."""
         try:
             self.index.close()
         finally:
             self.records.__exit__()
 
 
-def whole_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
-    """The rows of lines, as far as they are whole and belong to the entries."""
+def assign_labels(
+    entries: Sequence[Entry], kept: Sequence[bool], last_label: int, last_identity: str | None
+) -> list[int | None]:
+    """The class label of each entry, None for those that are not `kept`.
+
+    Labels number the identities that have at least one image, without gaps, as a classifier's
+    rows need it. Entries come sorted by identity, so a new label begins where the identity of a
+    kept image differs from that of the kept image before. `last_label` (-1 at the beginning) and
+    `last_identity` are those of the last kept image before these entries.
+
+    Example: of identities a a b b c, with no face in either image of b, the labels are
+    0 0 None None 1.
+    """
+    labels: list[int | None] = []
+    for entry, is_kept in zip(entries, kept, strict=True):
+        if is_kept and entry.identity != last_identity:
+            last_label += 1
+            last_identity = entry.identity
+        labels.append(last_label if is_kept else None)
+    return labels
+
+
+def parse_rows(lines: Sequence[bytes], entries: Sequence[Entry]) -> list[IndexRow]:
+    """The rows of lines of index.tsv, up to the first that is cut short or not its entry's."""
     rows: list[IndexRow] = []
     for line, entry in zip(lines, entries, strict=False):
         try:

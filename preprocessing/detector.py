@@ -1,14 +1,14 @@
-"""MTCNN: faces with five points, for whole batches of same-sized images, on a CPU or a GPU.
+"""MTCNN: faces with five points, for batches of same-sized images, on a CPU or a GPU.
 
-    python face_detect.py image.jpg ...
-
-prints a line an image: file, status (ok, retried, no_face), score, box and the five points of the
-face that would be aligned, in pixels, tab-separated.
+    detector = FaceDetector("cuda")
+    detections = detector.detect(images)         # (N, H, W, 3) uint8: all faces of each image
+    chosen = find_face(detector, images)         # the one face of each image that is aligned
 
 The cascade, its thresholds and its coordinates are those of the `mtcnn` package (ipazc/mtcnn
 1.0.0, MIT), whose weights are used: three small networks (Zhang et al., arXiv 1604.02878). P-Net
-looks through a pyramid of the image for proposals, R-Net and O-Net look closer at each, O-Net
-adds the points. TensorFlow is never imported.
+slides over an image pyramid and proposes boxes, R-Net refines them, O-Net refines them again and
+adds the points. A batch shares one pyramid, and the boxes of all its images go through R-Net and
+O-Net together. TensorFlow is never imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -28,32 +27,32 @@ from torch import Tensor, nn
 from preprocessing.mtcnn_networks import ONet, PNet, RNet
 from preprocessing.mtcnn_ops import (
     CELL,
+    apply_offsets,
     area_resize,
-    crop,
-    move_boxes,
+    cell_boxes,
+    crop_and_resize,
+    mtcnn_nms,
     pack_pixels,
-    suppress,
     to_square,
-    window_boxes,
 )
-from utils import FACE_SIZE, TEMPLATE, UserError, core_count, exit_on_user_error, get_device
+from utils import FACE_SIZE, TEMPLATE, core_count
 
-MIN_FACE = 20  # pixels; the smallest face that is ever looked for unless asked
-FACE_PART = 0.16  # of the shorter side: the smallest face looked for at first
-MAX_SIDE = 1600  # pixels; larger images are shrunk to it
-PYRAMID_FACTOR = 0.709
+MIN_FACE = 20  # pixels; no smaller face is looked for unless asked
+MIN_FACE_FRACTION = 0.16  # of the shorter side; the smallest face looked for at first
+MAX_DETECTOR_SIDE = 1600  # pixels; larger images are shrunk to it
+PYRAMID_FACTOR = 0.709  # from one level to the next: about sqrt(1/2), each has half the pixels
 
 RETRY_THRESHOLDS = (0.5, 0.6, 0.6)
 RETRY_SIDE = 500  # pixels; up to here an image is enlarged twice for the retry
-CENTRAL_CROP = 0.525  # side of the square that becomes the aligned face, in shorter sides
+CENTRAL_CROP = 0.525  # side of the central square that is taken for a face, in shorter sides
 
-CPU_PIXELS = 2**20  # images that one thread takes at a time: 16 of 250x250
-CACHE_PIXELS = 2**16  # inputs of a network at a time: their layers fit a core's cache
-GPU_PIXELS = 2**26
+CPU_PIXELS = 2**20  # of images that one thread processes at a time: 16 of 250x250
+CACHE_PIXELS = 2**16  # of inputs that a network processes at a time: its layers fit a core's cache
+GPU_PIXELS = 2**26  # both at a time on a GPU: what its memory holds comfortably
 
 
-class Faces(NamedTuple):
-    """The k faces of one image, best score first; coordinates in pixels."""
+class Detections(NamedTuple):
+    """All k faces of one image, best score first; coordinates in pixels."""
 
     boxes: np.ndarray  # (k, 4) float32: x1, y1, x2, y2
     scores: np.ndarray  # (k,) float32
@@ -61,7 +60,7 @@ class Faces(NamedTuple):
 
 
 class Detection(NamedTuple):
-    """The one face of an image; all but the status are None where there is none."""
+    """The one face of an image that is aligned; all but the status are None if there is none."""
 
     status: str  # "ok", "retried" or "no_face"
     score: float | None = None
@@ -72,16 +71,21 @@ class Detection(NamedTuple):
 def default_min_face(height: int, width: int) -> float:
     """The smallest face looked for at first: a sixth of the shorter side, at least 20 pixels.
 
-    Rounded down to 20 / 0.709^k, so that the pyramid is the upper part of the one from 20 pixels
-    and larger faces come out the same; for 250x250 it is 39.8.
+    It is rounded down to 20 / 0.709^k pixels. So the pyramid has the same levels as the one that
+    begins at 20 pixels, only without the k largest, and larger faces are found at the same places.
+    Example: for 250x250, 0.16 * 250 = 40 is rounded down to 20 / 0.709^2 = 39.8.
     """
-    smallest = max(FACE_PART * min(height, width), MIN_FACE)
+    smallest = max(MIN_FACE_FRACTION * min(height, width), MIN_FACE)
+    # 1e-9: where `smallest` is such a number itself, rounding errors must not cost a level.
     steps = math.floor(math.log(smallest / MIN_FACE) / -math.log(PYRAMID_FACTOR) + 1e-9)
     return MIN_FACE / PYRAMID_FACTOR**steps
 
 
 def pyramid_scales(height: int, width: int, min_face: float) -> list[float]:
-    """Scales at which P-Net's 12 pixels are faces of `min_face` pixels and up, by factor 0.709."""
+    """The pyramid's scales: at scale 12 / f P-Net's window of 12 pixels is a face of f pixels.
+
+    They begin at `min_face` pixels and fall by 0.709 while the shorter side holds a window.
+    """
     scales = []
     scale = CELL / min_face
     while min(height, width) * scale >= CELL:
@@ -93,9 +97,9 @@ def pyramid_scales(height: int, width: int, min_face: float) -> list[float]:
 class FaceDetector:
     """MTCNN on one device.
 
-    `min_face` is in pixels, 0: chosen from the image's size. On a CPU it works on several
-    images at a time in threads of its own, each on one core; PyTorch's own threads, which share
-    every operation, are slower for operations this small, much so when others use the cores too.
+    `min_face` is in pixels, 0: chosen from the image's size. On a CPU `threads` threads (0: one per
+    core) process several images each: PyTorch's own threads, which share every single operation,
+    are slower for operations this small, and much slower when other processes use the cores, too.
     """
 
     def __init__(
@@ -119,11 +123,11 @@ class FaceDetector:
         images: np.ndarray | Tensor,
         min_face: float = 0,
         thresholds: tuple[float, float, float] | None = None,
-    ) -> list[Faces]:
-        """Every face of every image: (N, H, W, 3) uint8 RGB -> N Faces.
+    ) -> list[Detections]:
+        """Every face of every image: (N, H, W, 3) uint8 RGB -> N Detections.
 
-        `min_face` and `thresholds` stand in for the detector's own. Images with a side over
-        MAX_SIDE are shrunk to it first; coordinates are the given image's all the same.
+        `min_face` and `thresholds` replace the detector's own. Images with a side over
+        MAX_DETECTOR_SIDE are shrunk to it first; coordinates are still the given image's.
         """
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(np.require(images, np.uint8, "CW"))
@@ -132,22 +136,25 @@ class FaceDetector:
         _, height, width, _ = images.shape
         min_face = min_face or self.min_face or default_min_face(height, width)
         pixels = CPU_PIXELS if self.on_cpu else GPU_PIXELS
-        parts = images.split(max(1, pixels // (height * width)))
-        work = functools.partial(
+        chunks = images.split(max(1, pixels // (height * width)))
+        detect = functools.partial(
             self._detect, min_face=min_face, thresholds=thresholds or self.thresholds
         )
-        return [faces for part in self.pool.map(work, parts) for faces in part]
+        return [detections for chunk in self.pool.map(detect, chunks) for detections in chunk]
 
     @torch.inference_mode()
     def _detect(
         self, images: Tensor, min_face: float, thresholds: tuple[float, float, float]
-    ) -> list[Faces]:
-        """`detect` for as many images as go through at once."""
+    ) -> list[Detections]:
+        """`detect` for as many images as are processed at once.
+
+        The boxes of all images are in one tensor; `index` (k,) says which image each belongs to.
+        """
         if self.on_cpu:
-            torch.set_num_threads(1)  # of this thread
+            torch.set_num_threads(1)  # of this thread only
         images = images.to(self.device)
         n, height, width, _ = images.shape
-        shrink = MAX_SIDE / max(height, width)
+        shrink = MAX_DETECTOR_SIDE / max(height, width)
         if shrink < 1:
             size = max(1, round(height * shrink)), max(1, round(width * shrink))
             images = area_resize(images.float(), *size).round().to(torch.uint8)
@@ -157,27 +164,31 @@ class FaceDetector:
         pixels = pack_pixels(images)
 
         boxes = to_square(boxes)
-        offsets, scores = self._run(self.rnet, crop(pixels, index, boxes, 24))
-        boxes = move_boxes(boxes, offsets)
+        offsets, scores = self._run(self.rnet, crop_and_resize(pixels, index, boxes, 24))
+        boxes = apply_offsets(boxes, offsets)
         keep = torch.nonzero(scores > thresholds[1])[:, 0]
-        keep = keep[suppress(boxes[keep], scores[keep], index[keep], 0.7)]
+        keep = keep[mtcnn_nms(boxes[keep], scores[keep], index[keep], 0.7)]
 
         index, boxes = index[keep], to_square(boxes[keep])
-        offsets, scores, points = self._run(self.onet, crop(pixels, index, boxes, 48))
+        offsets, scores, points = self._run(self.onet, crop_and_resize(pixels, index, boxes, 48))
+        # From fractions of the box to pixels; the package counts both edges (+ 1) and from 1 (- 1).
         points = boxes[:, None, :2] + points * (boxes[:, 2:] - boxes[:, :2] + 1)[:, None] - 1
-        boxes = move_boxes(boxes, offsets)
+        boxes = apply_offsets(boxes, offsets)
         keep = torch.nonzero(scores > thresholds[2])[:, 0]
-        keep = keep[suppress(boxes[keep], scores[keep], index[keep], 0.7, "min")]
+        # "min": of a box inside another one, say eyes and nose inside the face, only one stays,
+        # though the small box is too small a part of the union for "union".
+        keep = keep[mtcnn_nms(boxes[keep], scores[keep], index[keep], 0.7, "min")]
 
         if shrink < 1:  # a pixel's centre is at a whole number in both images
-            boxes, points = ((a + 0.5) / shrink - 0.5 for a in (boxes, points))
+            boxes = (boxes + 0.5) / shrink - 0.5
+            points = (points + 0.5) / shrink - 0.5
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width - 1, height - 1] * 2))
-        return _split(n, index[keep], boxes[keep], scores[keep], points[keep])
+        return _split_by_image(n, index[keep], boxes[keep], scores[keep], points[keep])
 
     def _propose(
         self, images: Tensor, min_face: float, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """P-Net over the pyramid: image index, box and score of every proposal."""
+        """P-Net on every level of the pyramid: image index, box and score of each proposal."""
         height, width = images.shape[1:3]
         x = images.float()
         levels = []
@@ -185,101 +196,88 @@ class FaceDetector:
             smaller = area_resize(x, int(height * scale), int(width * scale)).permute(0, 3, 1, 2)
             offsets, scores = self._run(self.pnet, smaller)
             i, row, column = torch.nonzero(scores > threshold, as_tuple=True)
-            boxes = window_boxes(column, row, offsets[i, :, row, column], scale)
+            boxes = cell_boxes(column, row, offsets[i, :, row, column], scale)
             levels.append((i, boxes, scores[i, row, column], torch.full_like(i, level)))
-        if not levels:
+        if not levels:  # the images are smaller than P-Net's window
             none = torch.zeros(0, dtype=torch.long, device=x.device)
             levels = [(none, x.new_zeros(0, 4), x.new_zeros(0), none)]
         index, boxes, scores, level = (torch.cat(values) for values in zip(*levels, strict=True))
-        keep = suppress(boxes, scores, index * len(levels) + level, 0.5)
-        keep = keep[suppress(boxes[keep], scores[keep], index[keep], 0.7)]
+        # First within each level of each image: neighbouring cells propose the same face. The
+        # group of level l of image i is i * levels + l. Then across the levels of each image.
+        keep = mtcnn_nms(boxes, scores, index * len(levels) + level, 0.5)
+        keep = keep[mtcnn_nms(boxes[keep], scores[keep], index[keep], 0.7)]
         return index[keep], boxes[keep], scores[keep]
 
     def _run(self, network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """The network in parts whose layers stay in a core's cache; on a GPU in one go."""
+        """The network on chunks of x whose activations fit a core's cache; on a GPU at once."""
         pixels = CACHE_PIXELS if self.on_cpu else GPU_PIXELS
-        parts = x.split(max(1, pixels // (x.shape[2] * x.shape[3])))
-        results = zip(*[network(part) for part in parts], strict=True)
+        chunks = x.split(max(1, pixels // (x.shape[2] * x.shape[3])))
+        results = zip(*[network(chunk) for chunk in chunks], strict=True)
         return tuple(torch.cat(values) if len(values) > 1 else values[0] for values in results)
 
 
-def _split(n: int, index: Tensor, boxes: Tensor, scores: Tensor, points: Tensor) -> list[Faces]:
-    """What was found in a batch, ordered by image, as one Faces an image."""
+def _split_by_image(
+    n: int, index: Tensor, boxes: Tensor, scores: Tensor, points: Tensor
+) -> list[Detections]:
+    """The faces of a batch, which are ordered by image, as one Detections per image."""
     bounds = np.searchsorted(index.cpu().numpy(), np.arange(n + 1))
     arrays = [a.cpu().numpy() for a in (boxes, scores, points)]
-    return [Faces(*(a[i:j] for a in arrays)) for i, j in itertools.pairwise(bounds)]
+    return [Detections(*(a[i:j] for a in arrays)) for i, j in itertools.pairwise(bounds)]
 
 
-def choose_face(faces: Faces, height: int, width: int) -> int | None:
-    """The face that is large and central: largest area minus twice the squared way to the centre.
+def choose_face(detections: Detections, height: int, width: int) -> int | None:
+    """The index of the face that is large and central; None if there is no face.
 
-    Pixels squared, as in facenet and insightface (`align_dataset_mtcnn.py`); None without faces.
+    It has the largest area minus twice the squared distance of its centre from the image's, in
+    pixels, as in facenet and insightface (`align_dataset_mtcnn.py`).
     """
-    if len(faces.boxes) == 0:
+    if len(detections.boxes) == 0:
         return None
-    boxes = faces.boxes.astype(np.float64)
+    boxes = detections.boxes.astype(np.float64)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     offset = (boxes[:, :2] + boxes[:, 2:]) / 2 - np.array([width, height]) / 2
     return int(np.argmax(area - 2 * (offset**2).sum(1)))
 
 
 def find_face(detector: FaceDetector, images: np.ndarray) -> list[Detection]:
-    """The one face of each image, retried where there is none: (N, H, W, 3) uint8 RGB."""
+    """The one face of each image, retried if there is none: (N, H, W, 3) uint8 RGB."""
     height, width = images.shape[1:3]
-    result = [_detection("ok", faces, height, width) for faces in detector.detect(images)]
-    missed = [i for i, detection in enumerate(result) if detection.status == "no_face"]
+    chosen = [_chosen("ok", faces, height, width) for faces in detector.detect(images)]
+    missed = [i for i, detection in enumerate(chosen) if detection.status == "no_face"]
     if missed:
-        again = retry(detector, images[missed])
-        for i, faces in zip(missed, again, strict=True):
-            result[i] = _detection("retried", faces, height, width)
-    return result
+        retried = retry_detection(detector, images[missed])
+        for i, faces in zip(missed, retried, strict=True):
+            chosen[i] = _chosen("retried", faces, height, width)
+    return chosen
 
 
-def retry(detector: FaceDetector, images: np.ndarray) -> list[Faces]:
-    """A second, slower look: lower thresholds, faces from 20 pixels, small images enlarged.
+def retry_detection(detector: FaceDetector, images: np.ndarray) -> list[Detections]:
+    """A slower detection with lower thresholds, from faces of 20 pixels, in enlarged images.
 
-    (N, H, W, 3) uint8 RGB; an image up to RETRY_SIDE is enlarged twice, so that faces from 10
-    pixels are found in it. Coordinates are the given image's.
+    (N, H, W, 3) uint8 RGB. Images up to RETRY_SIDE are enlarged twice, so that faces from 10 pixels
+    are found in them. Coordinates are the given image's.
     """
     factor = 2 if max(images.shape[1:3]) <= RETRY_SIDE else 1
     larger = np.stack([cv2.resize(image, None, fx=factor, fy=factor) for image in images])
-    found = detector.detect(larger, MIN_FACE, RETRY_THRESHOLDS)
-    # the centre of pixel x is at 2 x + 0.5 in the enlarged image
+    # The centre of pixel x is at 2 x + 0.5 in the enlarged image.
     return [
-        Faces((f.boxes + 0.5) / factor - 0.5, f.scores, (f.points + 0.5) / factor - 0.5)
-        for f in found
+        Detections((d.boxes + 0.5) / factor - 0.5, d.scores, (d.points + 0.5) / factor - 0.5)
+        for d in detector.detect(larger, MIN_FACE, RETRY_THRESHOLDS)
     ]
 
 
-def _detection(status: str, faces: Faces, height: int, width: int) -> Detection:
+def _chosen(status: str, detections: Detections, height: int, width: int) -> Detection:
     """The chosen face as a Detection, or "no_face"."""
-    best = choose_face(faces, height, width)
+    best = choose_face(detections, height, width)
     if best is None:
         return Detection("no_face")
-    return Detection(status, float(faces.scores[best]), faces.boxes[best], faces.points[best])
+    return Detection(
+        status, float(detections.scores[best]), detections.boxes[best], detections.points[best]
+    )
 
 
 def central_crop_points(height: int, width: int) -> np.ndarray:
-    """(5, 2) points whose alignment is the image's central square; for want of a face."""
+    """(5, 2) points whose alignment is the image's central square, for an image without a face."""
     side = CENTRAL_CROP * min(height, width)
     corner = np.array([width - side, height - side]) / 2
     return corner + TEMPLATE * (side / FACE_SIZE)
-
-
-@exit_on_user_error
-def main(paths: list[str]) -> None:
-    """Print the faces of the images named."""
-    if not paths:
-        raise UserError("Name one or more images: python face_detect.py image.jpg ...")
-    detector = FaceDetector(get_device())
-    for path in paths:
-        image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
-        if image is None:
-            raise UserError(f"{path} is not an image that OpenCV can read.")
-        face = find_face(detector, image[None])[0]
-        numbers = [] if face.box is None else [face.score, *face.box, *face.points.ravel()]
-        print("\t".join([path, face.status, *(f"{v:.2f}" for v in numbers)]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -30,8 +30,8 @@ WEIGHTS_SHA256 = {
 def load_weights(name: str) -> list[np.ndarray]:
     """The arrays of "pnet", "rnet" or "onet", in Keras' order and layout, from the mtcnn package.
 
-    The files are pickles (joblib's), so only the very bytes that mtcnn 1.0.0 ships are opened.
-    Raises UserError if the package is missing or ships others.
+    The files are pickles (joblib's), which can run any code, so only the very bytes that mtcnn
+    1.0.0 ships are opened. Raises UserError if the package is missing or its files are different.
     """
     spec = importlib.util.find_spec("mtcnn")
     if spec is None or not spec.submodule_search_locations:
@@ -50,12 +50,12 @@ def load_weights(name: str) -> list[np.ndarray]:
 
 
 def _pool(x: Tensor, size: int, ceil: bool = True) -> Tensor:
-    """Max pool with stride 2; `ceil` is TensorFlow's padding "same" for the sizes met here."""
+    """Max pool with stride 2; `ceil` is TensorFlow's padding "same" for the sizes used here."""
     return F.max_pool2d(x, size, 2, ceil_mode=ceil)
 
 
-class _Stage(nn.Module):
-    """What the three networks share: the weights, taken from Keras' layout."""
+class _Network(nn.Module):
+    """Base of the three networks: holds the weights, converted from Keras' layout."""
 
     def __init__(self, name: str, channels: int):
         super().__init__()
@@ -69,8 +69,10 @@ class _Stage(nn.Module):
                 tensor = tensor.flatten()
             self.register_buffer(f"w{i}", tensor)
 
-        # The networks expect (x - 127.5) / 128; with that in the first layer they take plain bytes,
-        # and with a weight of zero for it, the fourth byte that pads a pixel to a machine word.
+        # The networks expect (x - 127.5) / 128. Folded into the first layer,
+        #     w * (x - 127.5) / 128 + b = (w / 128) * x + (b - sum(w) * 127.5 / 128),
+        # they take plain bytes; and with a weight of zero for it, the fourth byte that pads a pixel
+        # to a machine word (crop_and_resize).
         self.w1 -= self.w0.sum((1, 2, 3)) * (127.5 / 128)
         self.w0 = F.pad(self.w0 / 128, (0, 0, 0, 0, 0, channels - 3))
         self.w0 = self.w0.contiguous(memory_format=torch.channels_last)
@@ -85,29 +87,32 @@ class _Stage(nn.Module):
         return F.linear(x, getattr(self, f"w{i}"), getattr(self, f"w{i + 1}"))
 
 
-class PNet(_Stage):
-    """Proposals: (N, 3, h, w) -> box offsets (N, 4, h', w'), scores (N, h', w')."""
+class PNet(_Network):
+    """Proposals: (N, 3, h, w) -> box offsets (N, 4, h', w'), scores (N, h', w').
+
+    h' = (h - 10) / 2, rounded up, and w' likewise: one cell per 12x12 window, every 2 pixels.
+    """
 
     def __init__(self):
         super().__init__("pnet", channels=3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """One cell of the result is a 12x12 window of the input, every 2 pixels."""
-        x = _pool(self.conv(x, 0), 2)
-        x = self.conv(x, 3)
-        x = self.conv(x, 6)
+        """Fully convolutional: any h and w from 12 on."""
+        x = _pool(self.conv(x, 0), 2)  # (N, 10, h' + 4, w' + 4)
+        x = self.conv(x, 3)  # (N, 16, h' + 2, w' + 2)
+        x = self.conv(x, 6)  # (N, 32, h', w')
         logits = F.conv2d(x, self.w11, self.w12)
         return F.conv2d(x, self.w9, self.w10), logits.softmax(1)[:, 1]
 
 
-class RNet(_Stage):
+class RNet(_Network):
     """Refinement: (k, 3, 24, 24) -> box offsets (k, 4), scores (k,)."""
 
     def __init__(self):
         super().__init__("rnet", channels=4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keras flattens (width, height, channels), hence the transposition."""
+        """Keras flattens (width, height, channels), hence the permutation."""
         x = _pool(self.conv(x, 0), 3)  # (k, 28, 11, 11)
         x = _pool(self.conv(x, 3), 3, ceil=False)  # (k, 48, 4, 4)
         x = self.conv(x, 6)  # (k, 64, 3, 3)
@@ -116,7 +121,7 @@ class RNet(_Stage):
         return self.dense(x, 12), self.dense(x, 14).softmax(1)[:, 1]
 
 
-class ONet(_Stage):
+class ONet(_Network):
     """Output: (k, 3, 48, 48) -> box offsets (k, 4), scores (k,), points (k, 5, 2)."""
 
     def __init__(self):

@@ -1,259 +1,305 @@
-"""One data set from its archive to records: align_source; parts of it, and ready packs."""
+"""Prepares one data set: from an archive to train.rec, index.tsv and report.json.
+
+An image on its way from the archive to a record goes through four files, in this order:
+
+    pre_process.py                    which archives, which processes, what is printed
+    preprocessing/prepare.py          one data set: locks, resuming, the summary (here)
+    preprocessing/pipeline.py         one image: decode, detect, warp, encode
+    preprocessing/dataset_writer.py   one image: its label, its record, its row of index.tsv
+
+`prepare_job` decides between the three ways to prepare a data set: all images in this process, one
+part of them, or merging the parts that other processes have prepared.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import dataclasses
 import itertools
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import torch
 from tqdm import tqdm
 
-from config import Config
-from distributed.process_group import (
-    is_main,
-    local_world_size,
-)
+from distributed.collectives import run_on_all
+from distributed.process_group import is_main, world_size
 from fileio.archive_source import ArchiveError, Limits, Source
 from fileio.archives import open_source
 from fileio.index_tsv import check_index
 from fileio.locks import LOCK, locked
 from fileio.recordio import RecordReader
 from fileio.safe_files import make_folder, sync_folder
-from preprocessing.dataset_writer import Journal, begin, complete, read_report, write_report
+from preprocessing.dataset_writer import DatasetWriter, begin_output, publish_output
 from preprocessing.detector import FaceDetector
-from preprocessing.index_pack import index_pack
-from preprocessing.merge_parts import merged_blocks, shard_blocks, shard_folder
+from preprocessing.example_images import save_examples
+from preprocessing.index_pack import prepare_pack
+from preprocessing.merge_parts import find_parts, part_blocks, part_folder, read_parts
 from preprocessing.pipeline import BLOCK_IMAGES, align_blocks, plan_blocks
-from preprocessing.sources import Job
+from preprocessing.sources import Job, check_finished, is_taken, source_bytes
 from preprocessing.summary import (
-    check_finished,
-    count,
-    is_taken,
-    listed,
-    source_bytes,
-    timing,
-    write_pairs,
+    count_statuses,
+    format_counts,
+    library_versions,
+    throughput,
+    write_summary,
 )
-from utils import UserError, core_count, get_device
+from utils import UserError, get_device
+
+LOCK_OWNER = "pre_process.py"  # what the message of a refused lock calls its owner
 
 
-def prepare(
-    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector], shards: list[Path] = ()
-) -> dict[str, Any] | None:
-    """Prepare one data set; returns its report, or None if it was finished before.
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+    """What holds for every data set of a run; the flags of pre_process.py of these names."""
 
-    With `shards`, other processes have aligned the images and only putting together is left.
-    Raises UserError if the output is taken by another source or another process.
-    """
-    if job.source.suffix == ".rec":
-        return prepare_pack(job, cfg)
-    if is_taken(job.output):
-        check_finished(job, cfg)
-        return None
-    part = job.output.with_name(job.output.name + ".part")
-    make_folder(part.parent)
-    limits = Limits(cfg.max_file_mb << 20, cfg.max_ratio)
-    with open_source(job.source, part.parent, limits) as source:
-        entries = source.entries()
-        if source.corruption:
-            print(f"WARNING: {source.corruption} What can be read of it is used.", file=sys.stderr)
-        if not entries:
-            raise ArchiveError(
-                f"{job.source} holds no images in folders of identities "
-                f"(passed over: {listed(source.skipped.counts) or 'nothing'})."
-            )
-        with contextlib.ExitStack() as stack:
-            make_folder(part)
-            stack.enter_context(locked(part, "pre_process.py"))
-            sync_folder(part.parent)
-            if is_taken(job.output):  # another process has finished it since we looked
-                (part / LOCK).unlink()
-                part.rmdir()
-                check_finished(job, cfg)
-                return None
-            begun = describe(job, source, cfg)
-            begin(part, begun)
-            report = align_source(job, part, source, begun, cfg, get_detector, shards)
-            complete(part, job.output)
-    return report
+    device: str = "auto"
+    min_face: int = 0  # pixels; 0: chosen from the image's size
+    detect_batch: int = 64  # images
+    workers: int = 0  # threads; 0: one per core
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    images_dir: Path = Path("images")  # for the examples before and after alignment
 
 
-def prepare_shard(
-    job: Job, cfg: Config, get_detector: Callable[[], FaceDetector], number: int, count: int
-) -> None:
-    """Align part `number` (from 1) of `count` of a data set's images, for others to merge."""
-    shard = shard_folder(job.output, number, count)
-    if is_taken(job.output):
-        check_finished(job, cfg)
-        return
-    if is_taken(shard):
-        print(f"{shard} is finished.")
-        return
-    started = time.perf_counter()
-    part = shard.with_name(shard.name + ".part")
-    make_folder(part)
-    limits = Limits(cfg.max_file_mb << 20, cfg.max_ratio)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(part, "pre_process.py"))
-        source = stack.enter_context(open_source(job.source, part.parent, limits))
-        begun = describe(job, source, cfg) | {"shard": f"{number}/{count}"}
-        begin(part, begun)
-        there = job.source.stat()
-        blocks = shard_blocks(plan(source, cfg), number, count)
-        journal = stack.enter_context(contextlib.closing(Journal(part, source.entries(), blocks)))
-        align_into(journal, job, source, blocks, cfg, get_detector(), there)
-        images = sum(stop - start for start, stop in blocks)
-        write_report(part, begun | {"images": images} | timing(images, started))
-        complete(part, shard)
-    print(f"{shard}: {images:,} images.")
+# ------------------------------------------------------------------------------ a data set
 
 
-def plan(source: Source, cfg: Config) -> list[tuple[int, int]]:
-    """The blocks of a source's images, the same for every process."""
-    return plan_blocks(source.entries(), max(BLOCK_IMAGES, cfg.detect_batch))
-
-
-def align_into(
-    journal: Journal,
+def prepare_job(
     job: Job,
-    source: Source,
-    blocks: list[tuple[int, int]],
-    cfg: Config,
-    detector: FaceDetector,
-    there: os.stat_result,
-) -> None:
-    """Align the blocks that a journal does not have yet; `there` is what the source was before."""
-    workers = cfg.workers or max(1, core_count() // local_world_size())
-    results = align_blocks(
-        *(source, blocks[journal.done :], detector),
-        *(job.crop_missed, cfg.detect_batch, workers),
-    )
-    total, done = (sum(b - a for a, b in some) for some in (blocks, blocks[: journal.done]))
-    shown = {"unit": " images", "desc": job.source.name, "disable": not is_main()}
-    # Closed here, whatever fails below, so that its threads have ended when this function has.
-    with contextlib.closing(results), tqdm(total=total, initial=done, **shown) as bar:
-        for block in results:
-            if any(face.status == "unreadable" for face in block):
-                check_there(job.source, there)
-            journal.append(block)
-            bar.update(len(block))
+    options: PrepareOptions,
+    get_detector: Callable[[], FaceDetector],
+    part: tuple[int, int],
+    merge: bool,
+) -> dict[str, Any] | None:
+    """Prepare one data set, or this process's part of it, or merge the parts.
 
-
-def prepare_pack(job: Job, cfg: Config) -> dict[str, Any] | None:
-    """Check and index a ready train.rec; None if that was done before."""
-    size = job.source.stat().st_size if job.source.is_file() else 0
-    report = read_report(job.output)
-    if report and report["source_bytes"] == size and (job.output / "index.tsv").is_file():
-        print(f"{job.source} is checked and indexed: {report['kept']:,} images.")
+    Returns the summary in the process that has completed a data set, None in the others.
+    """
+    number, count = part
+    if job.source.suffix == ".rec":
+        return prepare_pack(job, options.workers) if is_main() else None
+    if count == 1 and not merge:
+        return prepare_dataset(job, options, get_detector)
+    if not merge:
+        run_on_all(lambda: prepare_part(job, options, get_detector, number, count))
+    # Under torchrun all parts are finished now, and rank 0 merges them. With --shard the other
+    # parts may not even have begun: that is left to --merge.
+    if not is_main() or (world_size() == 1 and not merge):
         return None
-    index = job.output / "index.tsv"
-    listed_before = index.read_text("utf-8", "replace") if index.is_file() else None
-    if (
-        report is None
-        and listed_before is not None
-        and f"\t{job.source.name}\t" not in listed_before
-    ):
-        raise UserError(
-            f"{index} says more than a ready pack's, but there is no report.json beside it; move "
-            "it away to have the pack indexed."
-        )
+    parts = []
+    if not is_taken(job.output):
+        parts = find_parts(job.output)
+    summary = prepare_dataset(job, options, get_detector, parts)
+    for folder in parts:
+        shutil.rmtree(folder)
+    return summary
+
+
+def prepare_dataset(
+    job: Job,
+    options: PrepareOptions,
+    get_detector: Callable[[], FaceDetector],
+    parts: Sequence[Path] = (),
+) -> dict[str, Any] | None:
+    """Prepare one data set; returns its summary, or None if it was finished before.
+
+    `get_detector` is called only if there are images to align. With `parts`, other processes have
+    aligned the images and the results are merged from those folders. Raises UserError if the output
+    folder holds something else or another process is writing to it.
+    """
+    if is_taken(job.output):
+        check_finished(job, options.min_face)
+        return None
+    unfinished = job.output.with_name(job.output.name + ".part")
+    make_folder(unfinished.parent)
+    with open_source(job.source, unfinished.parent, options.limits) as source:
+        _check_has_images(job.source, source)
+        make_folder(unfinished)
+        with locked(unfinished, LOCK_OWNER):
+            sync_folder(unfinished.parent)
+            if is_taken(job.output):  # another process has finished it in the meantime
+                (unfinished / LOCK).unlink()
+                unfinished.rmdir()
+                check_finished(job, options.min_face)
+                return None
+            inputs = describe_inputs(job, source, options)
+            begin_output(unfinished, inputs)
+            summary = _write_dataset(unfinished, job, source, inputs, options, get_detector, parts)
+            publish_output(unfinished, job.output)
+    return summary
+
+
+def prepare_part(
+    job: Job,
+    options: PrepareOptions,
+    get_detector: Callable[[], FaceDetector],
+    number: int,
+    count: int,
+) -> None:
+    """Align part `number` (from 1) of `count` of a data set's images, to be merged later."""
+    output = part_folder(job.output, number, count)
+    if is_taken(job.output):
+        check_finished(job, options.min_face)
+        return
+    if is_taken(output):
+        print(f"{output} is finished.")
+        return
     started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        make_folder(job.output)
-        stack.enter_context(locked(job.output, "pre_process.py"))
-        stack.callback((job.output / LOCK).unlink)
-        statuses, facts = index_pack(job.source, job.output, cfg.workers)
-        report = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
-        report |= {"versions": versions()} | count(statuses) | facts
-        report |= timing(report["images"], started)
-        write_report(job.output, report)
-    return report
+    unfinished = output.with_name(output.name + ".part")
+    make_folder(unfinished)
+    with (
+        locked(unfinished, LOCK_OWNER),
+        open_source(job.source, unfinished.parent, options.limits) as source,
+    ):
+        inputs = describe_inputs(job, source, options) | {"shard": f"{number}/{count}"}
+        begin_output(unfinished, inputs)
+        source_stat = job.source.stat()
+        blocks = part_blocks(plan_source(source, options), number, count)
+        with contextlib.closing(DatasetWriter(unfinished, source.entries(), blocks)) as writer:
+            align_into(writer, job, source, source_stat, blocks, options, get_detector())
+        images = sum(stop - start for start, stop in blocks)
+        write_summary(unfinished, inputs | {"images": images} | throughput(images, started))
+        publish_output(unfinished, output)
+    print(f"{output}: {images:,} images.")
 
 
-def describe(job: Job, source: Source, cfg: Config) -> dict[str, Any]:
-    """What the outcome depends on: an unfinished output is gone on with only if all agrees."""
+def plan_source(source: Source, options: PrepareOptions) -> list[tuple[int, int]]:
+    """The blocks of a source's images: the same in every process and after every restart."""
+    return plan_blocks(source.entries(), max(BLOCK_IMAGES, options.detect_batch))
+
+
+def describe_inputs(job: Job, source: Source, options: PrepareOptions) -> dict[str, Any]:
+    """What the output depends on: an unfinished one is resumed only if all of it is the same."""
     return {
         "source": str(job.source.resolve()),
         "source_bytes": source_bytes(job.source, source),
         "fingerprint": source.fingerprint(),
         "settings": {
             "crop_missed": job.crop_missed,
-            "min_face": cfg.min_face,
-            "detect_batch": cfg.detect_batch,
-            "device": get_device(cfg.device).type,
+            "min_face": options.min_face,
+            "detect_batch": options.detect_batch,
+            # Detections differ in their last bits between a CPU and a GPU.
+            "device": get_device(options.device).type,
         },
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
-def check_there(source: Path, before: os.stat_result) -> None:
-    """UserError unless the source is still what it was: a disk that has gone is no bad image."""
+def _check_has_images(path: Path, source: Source) -> None:
+    """Warn of a damaged archive; ArchiveError if it holds no images at all."""
+    entries = source.entries()
+    if source.corruption:
+        print(f"WARNING: {source.corruption} What can be read of it is used.", file=sys.stderr)
+    if not entries:
+        raise ArchiveError(
+            f"{path} holds no images in folders of identities "
+            f"(skipped: {format_counts(source.skipped.counts) or 'nothing'})."
+        )
+
+
+# ------------------------------------------------------------------------------ its images
+
+
+def _write_dataset(
+    folder: Path,
+    job: Job,
+    source: Source,
+    inputs: dict[str, Any],
+    options: PrepareOptions,
+    get_detector: Callable[[], FaceDetector],
+    parts: Sequence[Path],
+) -> dict[str, Any]:
+    """Write what is missing in `folder`, up to and including the summary, which it returns."""
+    started = time.perf_counter()
+    entries = source.entries()
+    source_stat = job.source.stat()
+    blocks = plan_source(source, options)
+    with contextlib.closing(DatasetWriter(folder, entries, blocks)) as writer:
+        resumed_at = writer.images_done
+        if resumed_at:
+            print(f"{job.source.name}: resuming after {resumed_at:,} of {len(entries):,} images.")
+        if parts:
+            results = read_parts(parts, entries, blocks, inputs)
+            for block in itertools.islice(results, writer.blocks_done, None):
+                writer.append(block)
+        else:
+            align_into(writer, job, source, source_stat, blocks, options, get_detector())
+        if not writer.images_per_label:
+            raise UserError(
+                f"no face was found in any of the {len(entries):,} images in {job.source} "
+                f"({format_counts(writer.statuses.counts)}; {folder / 'index.tsv'} lists them)."
+            )
+        writer.finish()
+    reader = RecordReader(folder)
+    check_index(folder, reader)
+    if job.save_examples:
+        save_examples(source, writer.face_kinds, reader, options.images_dir)
+    summary = inputs | count_statuses(writer.statuses)
+    summary |= {
+        "identities": len(writer.images_per_label),
+        "identities_in_source": len({entry.identity for entry in entries}),
+        "not_pictures": source.skipped.as_dict(),
+        "damage": source.corruption,
+        "resumed_at": resumed_at,
+        "parts": len(parts),
+    }
+    summary |= throughput(len(entries) - resumed_at, started)
+    write_summary(folder, summary)
+    return summary
+
+
+def align_into(
+    writer: DatasetWriter,
+    job: Job,
+    source: Source,
+    source_stat: os.stat_result,
+    blocks: Sequence[tuple[int, int]],
+    options: PrepareOptions,
+    detector: FaceDetector,
+) -> None:
+    """Align the blocks that the writer does not have yet, with a progress bar.
+
+    `source_stat` is that of the archive or folder before it was read: UserError if it disappears.
+    """
+    results = align_blocks(
+        source,
+        blocks[writer.blocks_done :],
+        detector,
+        crop_missed=job.crop_missed,
+        detect_batch=options.detect_batch,
+        workers=options.workers,
+    )
+    bar = tqdm(
+        total=sum(stop - start for start, stop in blocks),
+        initial=sum(stop - start for start, stop in blocks[: writer.blocks_done]),
+        unit=" images",
+        desc=job.source.name,
+        disable=not is_main(),
+    )
+    # Closed here, whatever fails below, so that its threads have ended when this function has.
+    with contextlib.closing(results), bar:
+        for block in results:
+            # One image may be unreadable; an archive that has vanished makes all of them so, and
+            # these must not be recorded as skipped.
+            if any(result.status == "unreadable" for result in block):
+                _check_unmoved(job.source, source_stat)
+            writer.append(block)
+            bar.update(len(block))
+
+
+def _check_unmoved(path: Path, before: os.stat_result) -> None:
+    """UserError unless the file or folder at `path` is still the one that it was."""
     try:
-        now = source.stat()
+        now = path.stat()
         same = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
     except OSError:
         same = False
     if not same:
         raise UserError(
-            f"{source} has gone while it was being read: mount its disk again, or put it back, and "
-            "start again; what was there before is kept."
+            f"{path} disappeared while it was being read: mount its disk again, or put it back, "
+            "and start again; what is done is kept."
         )
-
-
-def versions() -> dict[str, str]:
-    """Versions that pixels and detections depend on."""
-    mtcnn = importlib.metadata.version("mtcnn")
-    return {"torch": torch.__version__, "cv2": cv2.__version__, "mtcnn": mtcnn}
-
-
-def align_source(
-    job: Job,
-    part: Path,
-    source: Source,
-    begun: dict[str, Any],
-    cfg: Config,
-    get_detector: Callable[[], FaceDetector],
-    shards: list[Path],
-) -> dict[str, Any]:
-    """Do in `part` what is left to do, down to the report, which it returns."""
-    started = time.perf_counter()
-    entries, there = source.entries(), job.source.stat()
-    blocks = plan(source, cfg)
-    with contextlib.closing(Journal(part, entries, blocks)) as journal:
-        resumed_at = journal.images
-        if resumed_at:
-            print(f"{job.source.name}: going on after {resumed_at:,} of {len(entries):,} images.")
-        if shards:
-            merged = merged_blocks(shards, entries, blocks, begun)
-            for block in itertools.islice(merged, journal.done, None):
-                journal.append(block)
-        else:
-            align_into(journal, job, source, blocks, cfg, get_detector(), there)
-        if not journal.counts:
-            raise UserError(
-                f"not one of the {len(entries):,} images in {job.source} gave a face "
-                f"({listed(journal.statuses.counts)}; {part / 'index.tsv'} names each)."
-            )
-        journal.finish()
-    reader = RecordReader(part)
-    check_index(part, reader)
-    if job.show:
-        write_pairs(source, journal.found, reader, Path(cfg.images_dir))
-    identities = {
-        "identities": len(journal.counts),
-        "identities_in_source": len({entry.identity for entry in entries}),
-    }
-    report = begun | count(journal.statuses) | identities
-    report |= {"not_pictures": source.skipped.as_dict()}
-    report |= {"damage": source.corruption, "resumed_at": resumed_at, "parts": len(shards)}
-    report |= timing(len(entries) - resumed_at, started)
-    write_report(part, report)
-    return report

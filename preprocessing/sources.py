@@ -1,83 +1,151 @@
-"""What pre_process.py has to do: which archives lie in the data folder, where their faces go."""
+"""What pre_process.py has to prepare: the archives in the data folder, and their output folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from config import Config
-from preprocessing.dataset_writer import read_report
+from fileio.archive_source import Source
+from fileio.archives import open_source
+from fileio.locks import LOCK
+from preprocessing.summary import read_summary
 from utils import UserError
 
-SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-# Sets by the name of their archive or folder, the preferred one first; upper case does not matter.
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+# Data sets by the name of their archive or folder, the preferred one first; case is ignored.
 TRAINING_STEMS = ("casia-webface",)
 LFW_STEMS = ("lfw-funneled", "lfw_funneled", "lfw-deepfunneled", "lfw_deepfunneled", "lfw")
+# The files of a finished data set.
+DATASET_FILES = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 
 
 class Job(NamedTuple):
-    """One data set to prepare: crop_missed keeps images without a face, cropped centrally."""
+    """One data set to prepare."""
 
-    source: Path
+    source: Path  # an archive, a folder, or the train.rec of a ready pack
     output: Path
-    crop_missed: bool
-    show: bool  # write images before and after
+    crop_missed: bool  # keep images without a face, cropped centrally
+    save_examples: bool  # write images before and after alignment
 
 
-def find_jobs(cfg: Config, lfw: Path | None = None) -> list[Job]:
-    """What there is to do: --source, or what lies in data_dir (or `lfw`, for LFW).
+def find_jobs(
+    data_dir: Path,
+    source: str = "",
+    output: str = "",
+    missed: str = "auto",
+    lfw: Path | None = None,
+) -> list[Job]:
+    """The data sets to prepare: `source` alone if it is given, else those in `data_dir`.
 
-    Raises UserError if there is nothing, naming what was looked for.
+    `output` replaces the default output folder. `missed` says what becomes of an image without a
+    face: "skip", "crop", or "auto", which crops in LFW (every pair needs both images) and skips in
+    training sets. `lfw` is LFW's archive or folder if it is known. Raises UserError if there is
+    nothing to prepare.
     """
-    data = Path(cfg.data_dir)
-    outputs = (data / "faces_webface_112x112", data / "faces_lfw_112x112")
-    if cfg.source:
-        path = Path(cfg.source)
-        source = path / "train.rec" if (path / "train.rec").is_file() else path
+    outputs = (data_dir / "faces_webface_112x112", data_dir / "faces_lfw_112x112")
+
+    def crops(is_lfw: bool) -> bool:
+        return is_lfw if missed == "auto" else missed == "crop"
+
+    if source:
+        path = Path(source)
         is_lfw = path.name.lower().startswith("lfw")
-        output = source.parent if source.suffix == ".rec" else outputs[is_lfw]
-        return [Job(source, Path(cfg.output or output), _crops(cfg, is_lfw), True)]
-    jobs = []
-    for is_lfw, output in enumerate(outputs):
-        report = read_report(output)
-        found = find_sources(data, bool(is_lfw))
-        if (output / "train.rec").is_file() and (report is None or "ready" in report):
-            found.insert(0, output / "train.rec")
-        elif is_lfw and lfw is not None:
-            found = [lfw, *(path for path in found if path != lfw)]
-        elif not found and report:  # finished, and the archive deleted since
-            found = [Path(report["source"])]
-        if len(found) > 1:
-            print(f"{found[0]} is taken; {', '.join(map(str, found[1:]))} is left aside.")
-        if found:
-            # a ready pack has no images from before the alignment
-            show = all(job.source.suffix == ".rec" for job in jobs)
-            jobs.append(Job(found[0], output, _crops(cfg, bool(is_lfw)), show))
+        default = outputs[1] if is_lfw else outputs[0]
+        if (path / "train.rec").is_file():
+            path = path / "train.rec"
+        if path.suffix == ".rec":  # a ready pack is indexed where it is
+            default = path.parent
+        return [Job(path, Path(output or default), crops(is_lfw), save_examples=True)]
+
+    jobs: list[Job] = []
+    for is_lfw, default in zip((False, True), outputs, strict=True):
+        candidates = _candidates(data_dir, default, is_lfw, lfw)
+        if len(candidates) > 1:
+            ignored = ", ".join(map(str, candidates[1:]))
+            print(f"{candidates[0]} is used; {ignored} is ignored.")
+        if candidates:
+            # The examples show the training set, or LFW if it is the only one to be aligned: a
+            # ready pack has no images from before the alignment.
+            save_examples = all(job.source.suffix == ".rec" for job in jobs)
+            jobs.append(Job(candidates[0], default, crops(is_lfw), save_examples))
     if not jobs:
         raise UserError(
-            f"there is nothing to prepare in {data}/: no training set (CASIA-WebFace.zip, .tar, "
-            ".tar.gz, .tgz or folder, or a ready faces_webface_112x112/train.rec) and no LFW "
+            f"there is nothing to prepare in {data_dir}/: no training set (CASIA-WebFace.zip, "
+            ".tar, .tar.gz, .tgz or folder, or a ready faces_webface_112x112/train.rec) and no LFW "
             "(lfw-funneled.tgz, lfw-deepfunneled.tgz or lfw.tgz). Run `make demo` to see it all on "
             "synthetic faces, or get the archives as README.md says and put them there."
         )
-    if cfg.output and len(jobs) > 1:
-        raise UserError(f"--output is one folder, but {data}/ holds two sets; add --source.")
-    return [job._replace(output=Path(cfg.output or job.output)) for job in jobs]
+    if output and len(jobs) > 1:
+        raise UserError(f"--output is one folder, but {data_dir}/ holds two sets; add --source.")
+    return [job._replace(output=Path(output or job.output)) for job in jobs]
 
 
-def find_sources(data: Path, is_lfw: bool) -> list[Path]:
-    """The training sets, or the LFWs, that lie in a folder; the one to take first."""
-    there = {path.name.lower(): path for path in sorted(data.glob("*"))}
+def _candidates(data_dir: Path, output: Path, is_lfw: bool, lfw: Path | None) -> list[Path]:
+    """The possible sources of the training set or of LFW, the one to use first."""
+    summary = read_summary(output)
+    candidates = find_sources(data_dir, is_lfw)
+    if (output / "train.rec").is_file() and (summary is None or "ready" in summary):
+        return [output / "train.rec", *candidates]
+    if is_lfw and lfw is not None:
+        return [lfw, *(path for path in candidates if path != lfw)]
+    if not candidates and summary:  # finished, and the archive was deleted afterwards
+        return [Path(summary["source"])]
+    return candidates
+
+
+def find_sources(data_dir: Path, is_lfw: bool) -> list[Path]:
+    """The archives and folders of training sets, or of LFW, in a folder; the preferred one first.
+
+    For LFW that includes any archive whose name begins with "lfw", and the lfw_home folder of
+    scikit-learn.
+    """
+    paths = {path.name.lower(): path for path in sorted(data_dir.glob("*"))}
     stems = LFW_STEMS if is_lfw else TRAINING_STEMS
-    names = [stem + suffix for stem in stems for suffix in (*SUFFIXES, "")]
+    names = [stem + suffix for stem in stems for suffix in (*ARCHIVE_SUFFIXES, "")]
     if is_lfw:
-        names += [n for n in there if n.startswith("lfw") and n.endswith(SUFFIXES)]
-    found = [there[name] for name in dict.fromkeys(names) if name in there]
-    if is_lfw:  # scikit-learn's folder, packed and unpacked
-        home = data / "lfw_home"
-        found += [p for p in (home / "lfw_funneled", home / "lfw-funneled.tgz") if p.exists()]
-    return found
+        names += [n for n in paths if n.startswith("lfw") and n.endswith(ARCHIVE_SUFFIXES)]
+    sources = [paths[name] for name in dict.fromkeys(names) if name in paths]
+    if is_lfw:
+        home = data_dir / "lfw_home"  # scikit-learn keeps LFW unpacked or packed
+        sources += [p for p in (home / "lfw_funneled", home / "lfw-funneled.tgz") if p.exists()]
+    return sources
 
 
-def _crops(cfg: Config, is_lfw: bool) -> bool:
-    return is_lfw if cfg.missed == "auto" else cfg.missed == "crop"
+def source_bytes(path: Path, source: Source | None = None) -> int:
+    """Size of an archive, or of all images in a folder: enough to tell whether it has changed."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.size for entry in (source or open_source(path)).entries())
+
+
+def is_taken(output: Path) -> bool:
+    """Whether the output folder exists and is not empty."""
+    return output.is_dir() and any(output.iterdir())
+
+
+def check_finished(job: Job, min_face: int) -> None:
+    """Print that the output is finished; UserError unless it was made from this very source."""
+    summary = read_summary(job.output)
+    missing = [name for name in DATASET_FILES if not (job.output / name).is_file()]
+    if missing or summary is None:
+        raise UserError(
+            f"{job.output} exists but has no {missing[0]}, so it is not a finished output of this "
+            "script; move it away or give another --output."
+        )
+    # The archive may have been deleted since, to save space.
+    if job.source.exists() and summary["source_bytes"] != source_bytes(job.source):
+        raise UserError(
+            f"{job.output} was prepared from another {Path(summary['source']).name}; move it away "
+            f"or give another --output to prepare {job.source}."
+        )
+    settings = {"crop_missed": job.crop_missed, "min_face": min_face}
+    if not settings.items() <= summary.get("settings", {}).items():
+        raise UserError(
+            f"{job.output} was prepared with another --missed or --min-face; move it away or give "
+            "another --output."
+        )
+    (job.output / LOCK).unlink(missing_ok=True)  # of a process killed right after the rename
+    print(
+        f"{job.output} is finished: {summary['kept']:,} images of {summary['identities']:,} "
+        "identities."
+    )

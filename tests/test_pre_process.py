@@ -21,10 +21,16 @@ from fileio.index_tsv import read_index
 from fileio.locks import locked
 from fileio.recordio import RecordReader
 from pre_process import main
-from preprocessing.prepare import prepare
+from preprocessing.prepare import PrepareOptions, prepare_dataset
 from preprocessing.sources import find_jobs, find_sources
 from tests.helpers.paths import ROOT
-from tests.helpers.synthetic_faces import face, nobody, people, same_pixels, write_zip
+from tests.helpers.synthetic_faces import (
+    casia_files,
+    face,
+    image_without_face,
+    same_pixels,
+    write_zip,
+)
 from utils import TEMPLATE, UserError, similarity_transform
 
 
@@ -48,7 +54,7 @@ def run(tmp_path, capsys):
 
 
 def outcome(folder):
-    """{source name: (status, label or None)} and the report."""
+    """{source name: (status, label or None)} and the summary."""
     table = read_index(folder, RecordReader(folder))
     rows = zip(table.source, table.status, table.label.tolist(), strict=True)
     statuses = {name: (status, None if label < 0 else label) for name, status, label in rows}
@@ -73,12 +79,12 @@ def lfw(count=2):
 
 def test_both_sets_with_no_flag_at_all(run, tmp_path):
     data = tmp_path / "data"
-    write_zip(data / "CASIA-WebFace.zip", people(3, 3))
-    tgz(data / "lfw-funneled.tgz", lfw() | {"lfw/P_0/P_0_0003.jpg": nobody()})
+    write_zip(data / "CASIA-WebFace.zip", casia_files(3, 3))
+    tgz(data / "lfw-funneled.tgz", lfw() | {"lfw/P_0/P_0_0003.jpg": image_without_face()})
     status, printed, complaints = run()
     assert status == 0, complaints
     statuses, report = outcome(data / "faces_webface_112x112")
-    assert statuses == {name: ("ok", i // 3) for i, name in enumerate(people(3, 3))}
+    assert statuses == {name: ("ok", i // 3) for i, name in enumerate(casia_files(3, 3))}
     assert (report["kept"], report["identities"], report["images"]) == (9, 3, 9)
     assert report["source"] == str(data / "CASIA-WebFace.zip")
     statuses, report = outcome(data / "faces_lfw_112x112")
@@ -95,7 +101,7 @@ def test_both_sets_with_no_flag_at_all(run, tmp_path):
 
 def test_eyes_and_mouth_lie_on_the_template(run, tmp_path):
     """The index's points, taken by the best similarity, are ArcFace's to a few pixels."""
-    write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(4, 2))
+    write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(4, 2))
     assert run()[0] == 0
     table = read_index(tmp_path / "data" / "faces_webface_112x112")
     matrix = similarity_transform(table.points)
@@ -104,19 +110,19 @@ def test_eyes_and_mouth_lie_on_the_template(run, tmp_path):
     assert (table.points[:, 0, 0] < table.points[:, 1, 0]).all()  # left in the image comes first
 
 
-def test_finished_outputs_are_passed_on(run, tmp_path):
-    source = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(2, 2))
+def test_finished_outputs_are_left_alone(run, tmp_path):
+    source = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(2, 2))
     run()
     folder = tmp_path / "data" / "faces_webface_112x112"
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     (folder / ".lock").touch()  # of a process killed right after it renamed the folder
     status, printed, _ = run()
     assert status == 0
-    assert "is finished: 4 faces of 2 people" in printed
+    assert "is finished: 4 images of 2 identities" in printed
     status, _, complaints = run(min_face=40)
     assert status == 2
     assert "another --missed or --min-face" in complaints
-    write_zip(source, people(2, 3))
+    write_zip(source, casia_files(2, 3))
     status, _, complaints = run()
     assert status == 2
     assert "prepared from another CASIA-WebFace.zip" in complaints
@@ -128,11 +134,11 @@ def test_finished_outputs_are_passed_on(run, tmp_path):
 
 
 def test_folders_and_other_names(run, tmp_path):
-    for name, content in people(2, 2).items():
+    for name, content in casia_files(2, 2).items():
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(content)
     (tmp_path / "data" / "CASIA-WebFace" / "0009999").mkdir()
-    source = tgz(tmp_path / "LFW-mine.tar.gz", lfw(1) | {"lfw/P_0/x.jpg": nobody()})
+    source = tgz(tmp_path / "LFW-mine.tar.gz", lfw(1) | {"lfw/P_0/x.jpg": image_without_face()})
     assert run()[0] == 0
     statuses, report = outcome(tmp_path / "data" / "faces_webface_112x112")
     assert [label for _, label in statuses.values()] == [0, 0, 1, 1]
@@ -145,7 +151,7 @@ def test_folders_and_other_names(run, tmp_path):
 
 
 def test_images_before_and_after(run, tmp_path):
-    files = people(3, 5)
+    files = casia_files(3, 5)
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files)
     run()
     reader = RecordReader(tmp_path / "data" / "faces_webface_112x112")
@@ -153,15 +159,15 @@ def test_images_before_and_after(run, tmp_path):
     for i, place in enumerate(places):
         assert (tmp_path / "im" / f"{i}_raw.jpg").read_bytes() == list(files.values())[place]
         assert (tmp_path / "im" / f"{i}_img.jpg").read_bytes() == reader.encoded(place)
-    few = write_zip(tmp_path / "few.zip", people(1, 3))
+    few = write_zip(tmp_path / "few.zip", casia_files(1, 3))
     assert run(source=few, output=tmp_path / "few")[0] == 0
     assert len(list((tmp_path / "im").iterdir())) == 6  # no stale ones
 
 
 def test_identities_without_a_face_take_no_label(run, tmp_path):
-    files = people(3, 2)
+    files = casia_files(3, 2)
     names = list(files)
-    files[names[2]] = files[names[3]] = nobody()
+    files[names[2]] = files[names[3]] = image_without_face()
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files)
     run()
     statuses, report = outcome(tmp_path / "data" / "faces_webface_112x112")
@@ -240,7 +246,7 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
     assert statuses["s/张三/14照片.jpg"] == ("ok", 2)
     cut = ["s/a/06truncated.jpg", "s/a/12damaged.png"]
     assert report["missed"]["truncated"]["names"] == cut
-    assert "passed over 7" in printed
+    assert "skipped 7" in printed
     reader = RecordReader(tmp_path / "out")
     crops = {i: reader.image(i) for i in range(6)}
     for i in (3, 4, 5):  # colour, CMYK and the one on its side are one image
@@ -260,7 +266,7 @@ def test_lfw_keeps_every_readable_image(run, tmp_path):
 
 
 def test_hostile_and_damaged_archives_write_nothing_outside(run, tmp_path):
-    files = people(1, 2)
+    files = casia_files(1, 2)
     evil = {"../../evil/1.jpg": face(3), "/abs/evil/1.jpg": face(3)}
     path = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files | evil)
     content = bytearray(path.read_bytes())
@@ -275,7 +281,7 @@ def test_hostile_and_damaged_archives_write_nothing_outside(run, tmp_path):
 
 
 def test_truncated_tgz_is_used_as_far_as_it_goes(run, tmp_path):
-    path = tgz(tmp_path / "data" / "CASIA-WebFace.tgz", people(2, 4))
+    path = tgz(tmp_path / "data" / "CASIA-WebFace.tgz", casia_files(2, 4))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     status, printed, complaints = run()
     assert status == 0
@@ -287,7 +293,7 @@ def test_truncated_tgz_is_used_as_far_as_it_goes(run, tmp_path):
 
 
 def test_one_broken_archive_does_not_stop_the_other(run, tmp_path):
-    path = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(1, 1))
+    path = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(1, 1))
     path.write_bytes(path.read_bytes()[:-50])
     tgz(tmp_path / "data" / "lfw.tgz", lfw(1))
     status, printed, complaints = run()
@@ -316,8 +322,8 @@ def test_nothing_there(tmp_path):
     [
         ({"source": "missing.zip"}, "missing.zip cannot be opened"),
         ({"source": "empty"}, "holds no images"),
-        ({"source": "nobody.zip"}, "not one of the 2 images in .* gave a face"),
-        ({"source": "good.zip", "output": "taken"}, "no finished output"),
+        ({"source": "nobody.zip"}, "no face was found in any of the 2 images in"),
+        ({"source": "good.zip", "output": "taken"}, "not a finished output"),
         ({"source": "good.zip", "output": "good.zip/x"}, "good.zip"),
         ({"source": "good.zip", "device": "cuda:77"}, "cannot be used"),
     ],
@@ -327,8 +333,8 @@ def test_what_cannot_be_done_is_a_sentence(settings, sentence, run, tmp_path, mo
     (tmp_path / "empty" / "a").mkdir(parents=True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("keep me")
-    write_zip(tmp_path / "nobody.zip", {"s/a/1.jpg": nobody(), "s/a/2.jpg": b""})
-    write_zip(tmp_path / "good.zip", people(1, 1))
+    write_zip(tmp_path / "nobody.zip", {"s/a/1.jpg": image_without_face(), "s/a/2.jpg": b""})
+    write_zip(tmp_path / "good.zip", casia_files(1, 1))
     status, _, complaints = run(**({"output": "out"} | settings))
     assert status == 2
     assert re.search(sentence, complaints)
@@ -336,13 +342,13 @@ def test_what_cannot_be_done_is_a_sentence(settings, sentence, run, tmp_path, mo
 
 
 def test_output_for_two_sets_is_refused(run, tmp_path):
-    write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(1, 1))
+    write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(1, 1))
     tgz(tmp_path / "data" / "lfw.tgz", lfw(1))
     assert run(output=tmp_path / "out")[0] == 2
 
 
 def test_two_at_once_on_one_output(run, tmp_path):
-    write_zip(tmp_path / "data" / "CASIA-WebFace.zip", people(1, 1))
+    write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(1, 1))
     part = tmp_path / "data" / "faces_webface_112x112.part"
     part.mkdir()
     with locked(part, "pre_process.py"):
@@ -363,20 +369,20 @@ def test_which_sources_are_taken(tmp_path, capsys):
     sources = [path.name for path in find_sources(data, True)]
     wanted = ["lfw-Funneled.tgz", "lfw-deepfunneled.tgz", "lfw.tgz", "LFW-a.zip", "lfw_funneled"]
     assert sources == wanted
-    jobs = find_jobs(Config(data_dir=str(data)))
+    jobs = find_jobs(data)
     assert [job.source.name for job in jobs] == ["CASIA-Webface.tar", "lfw-Funneled.tgz"]
     assert [job.crop_missed for job in jobs] == [False, True]
-    assert [job.show for job in jobs] == [True, False]
-    assert "left aside" in capsys.readouterr().out
+    assert [job.save_examples for job in jobs] == [True, False]
+    assert "is ignored" in capsys.readouterr().out
     with pytest.raises(UserError):
-        prepare(jobs[0], Config(), lambda: pytest.fail("nothing to detect"))
+        prepare_dataset(jobs[0], PrepareOptions(), lambda: pytest.fail("nothing to detect"))
 
 
 # ------------------------------------------------------------------------------ real faces
 
 
 def test_real_faces(real_faces, run, tmp_path):
-    """40 images of 4 people from the real archive: all found, eyes where they belong."""
+    """40 images of 4 identities from the real archive: all found, eyes where they belong."""
     with zipfile.ZipFile(real_faces / "CASIA-WebFace.zip") as archive:
         names = sorted(archive.namelist())
         files = {name: archive.read(name) for name in names[: 4 * 20 : 2]}

@@ -101,6 +101,6 @@ def at_step(count, who, number):
 
 
 def run_pre_process(argv, block):
-    """pre_process.py with blocks of so many images."""
+    """pre_process.py with blocks of `block` images."""
     prepare.BLOCK_IMAGES = block
     pre_process.main(parse_args(argv, "pre_process"))

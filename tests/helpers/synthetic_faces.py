@@ -9,23 +9,23 @@ from tools.synthetic import Task, draw_image
 
 
 @functools.cache
-def face(person: int, index: int = 0) -> bytes:
+def face(identity: int, index: int = 0) -> bytes:
     """JPEG of a synthetic face, 250x250."""
-    return draw_image(Task(7, person, index))
+    return draw_image(Task(7, identity, index))
 
 
 @functools.cache
-def nobody(index: int = 0) -> bytes:
-    """JPEG of a background without a person."""
+def image_without_face(index: int = 0) -> bytes:
+    """JPEG of a background alone."""
     return draw_image(Task(7, 0, index, "empty"))
 
 
-def people(count: int, each: int) -> dict[str, bytes]:
-    """{name: JPEG} as in CASIA-WebFace's archive."""
+def casia_files(identities: int, images: int) -> dict[str, bytes]:
+    """{name: JPEG} as in CASIA-WebFace's archive, `images` of each identity."""
     return {
-        f"CASIA-WebFace/{1000 + p:07d}/{i + 1:03d}.jpg": face(p, i)
-        for p in range(count)
-        for i in range(each)
+        f"CASIA-WebFace/{1000 + identity:07d}/{i + 1:03d}.jpg": face(identity, i)
+        for identity in range(identities)
+        for i in range(images)
     }
 
 

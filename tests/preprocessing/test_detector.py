@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing import detector as face_detect
+from preprocessing import detector as face_detector
 from preprocessing import mtcnn_networks, mtcnn_ops
-from preprocessing.detector import Detection, FaceDetector, Faces, choose_face, find_face
+from preprocessing.detector import Detection, Detections, FaceDetector, choose_face, find_face
 from utils import TEMPLATE, UserError, similarity_transform, warp_face
 
 
@@ -52,7 +52,7 @@ def test_missing_package_is_a_sentence(monkeypatch):
         mtcnn_networks.load_weights("pnet")
 
 
-def test_other_weights_are_never_unpickled(monkeypatch, tmp_path):
+def test_unknown_weights_are_never_unpickled(monkeypatch, tmp_path):
     folder = tmp_path / "assets" / "weights"
     folder.mkdir(parents=True)
     (folder / "pnet.lz4").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
@@ -174,18 +174,18 @@ def test_area_resize_averages_what_each_pixel_covers(size):
     np.testing.assert_allclose(result, expected, atol=1e-2)
 
 
-def test_window_boxes_by_hand():
+def test_cell_boxes_by_hand():
     # Cell x 3, y 5 begins at pixel 2 * 3 + 1 = 7 and 2 * 5 + 1 = 11 and ends at 2 * 3 + 12 = 18 and
     # 22; an offset of 1 is 11 pixels; scale 0.5 doubles.
     offsets = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, -1.0, 0.5]])
-    boxes = mtcnn_ops.window_boxes(torch.tensor([3, 3]), torch.tensor([5, 5]), offsets, 0.5)
+    boxes = mtcnn_ops.cell_boxes(torch.tensor([3, 3]), torch.tensor([5, 5]), offsets, 0.5)
     assert boxes.tolist() == [[14, 22, 36, 44], [36, 22, 14, 55]]
 
 
-def test_move_boxes_by_hand():
+def test_apply_offsets_by_hand():
     # Pixels 10 to 19 count as 10 wide and 0 to 19 as 20 high.
     boxes = torch.tensor([[10.0, 0.0, 19.0, 19.0]])
-    moved = mtcnn_ops.move_boxes(boxes, torch.tensor([[0.1, 0.2, -0.3, 0.4]]))
+    moved = mtcnn_ops.apply_offsets(boxes, torch.tensor([[0.1, 0.2, -0.3, 0.4]]))
     np.testing.assert_allclose(moved, [[11, 4, 16, 27]], atol=1e-5)
 
 
@@ -194,52 +194,52 @@ def test_to_square_keeps_the_centre():
     assert square.tolist() == [[0, 20, 30, 50], [0, -2, 8, 6]]
 
 
-def plain_suppress(boxes, scores, groups, threshold, method):
+def plain_nms(boxes, scores, groups, threshold, method):
     """One image after another, one pair after another."""
     kept = []
     for group in sorted(set(groups.tolist())):
         members = [i for i in range(len(boxes)) if groups[i] == group]
         members.sort(key=lambda i: -scores[i])
-        for place, i in enumerate(members):
-            gone = False
-            for j in members[:place]:
+        for position, i in enumerate(members):
+            suppressed = False
+            for j in members[:position]:
                 width = min(boxes[i][2], boxes[j][2]) - max(boxes[i][0], boxes[j][0])
                 height = min(boxes[i][3], boxes[j][3]) - max(boxes[i][1], boxes[j][1])
                 both = max(width, 0) * max(height, 0)
                 area = [(b[2] - b[0]) * (b[3] - b[1]) for b in (boxes[i], boxes[j])]
                 base = min(area) if method == "min" else sum(area) - both
-                gone = gone or both / base > threshold
-            if not gone:
+                suppressed = suppressed or both / base > threshold
+            if not suppressed:
                 kept.append(i)
     return kept
 
 
 @pytest.mark.parametrize("method", ["union", "min"])
 @pytest.mark.parametrize("most", [2048, 30])
-def test_suppress_is_the_plain_loop(method, most, monkeypatch):
+def test_nms_is_the_plain_loop(method, most, monkeypatch):
     monkeypatch.setattr(mtcnn_ops, "MAX_BOXES", most)  # 30: several steps for the pairs
     rng = np.random.default_rng(5)
     groups = rng.permutation(np.repeat([0, 2, 3, 7], [1, 30, 12, 25]))
     corner = rng.uniform(0, 60, (len(groups), 2))
     boxes = np.concatenate([corner, corner + rng.uniform(10, 50, (len(groups), 2))], 1)
     scores = rng.permutation(len(groups)) / len(groups)
-    kept = mtcnn_ops.suppress(
+    kept = mtcnn_ops.mtcnn_nms(
         *(torch.from_numpy(a) for a in (boxes, scores, groups)), 0.4, method
     ).tolist()
-    assert kept == plain_suppress(boxes, scores, groups, 0.4, method)
+    assert kept == plain_nms(boxes, scores, groups, 0.4, method)
     assert 4 < len(kept) < len(groups)
 
 
-def test_suppress_of_nothing_is_nothing():
+def test_nms_of_nothing_is_nothing():
     none = torch.zeros(0, dtype=torch.long)
-    assert len(mtcnn_ops.suppress(torch.zeros(0, 4), torch.zeros(0), none, 0.5)) == 0
+    assert len(mtcnn_ops.mtcnn_nms(torch.zeros(0, 4), torch.zeros(0), none, 0.5)) == 0
 
 
-def test_suppress_bounds_what_competes(monkeypatch):
+def test_nms_bounds_what_competes(monkeypatch):
     monkeypatch.setattr(mtcnn_ops, "MAX_BOXES", 3)
     boxes = torch.arange(6.0)[:, None] * 100 + torch.tensor([0.0, 0.0, 10.0, 10.0])
     scores = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.2, 0.7])
-    kept = mtcnn_ops.suppress(boxes, scores, torch.zeros(6, dtype=torch.long), 0.5)
+    kept = mtcnn_ops.mtcnn_nms(boxes, scores, torch.zeros(6, dtype=torch.long), 0.5)
     assert kept.tolist() == [1, 3, 5]
 
 
@@ -250,7 +250,9 @@ def test_crop_samples_the_box_bilinearly(size):
     boxes = np.array([[3.3, 4.7, 20.1, 25.2], [-6.0, -2.5, 12.0, 15.5], [30.0, 10.0, 60.0, 40.0]])
     index = [0, 1, 1]
     packed = mtcnn_ops.pack_pixels(torch.from_numpy(images))
-    crops = mtcnn_ops.crop(packed, torch.tensor(index), torch.from_numpy(boxes).float(), size)
+    crops = mtcnn_ops.crop_and_resize(
+        packed, torch.tensor(index), torch.from_numpy(boxes).float(), size
+    )
     for crop, i, (x1, y1, x2, y2) in zip(crops.numpy(), index, boxes, strict=True):
         for row in range(0, size, 5):
             for column in range(0, size, 5):
@@ -274,16 +276,16 @@ def test_crop_samples_the_box_bilinearly(size):
 
 
 def test_default_smallest_face_is_a_step_of_the_pyramid_from_20_pixels():
-    assert face_detect.default_min_face(250, 250) == pytest.approx(20 / 0.709**2)
-    assert face_detect.default_min_face(100, 300) == 20
-    assert face_detect.default_min_face(1, 1) == 20
-    full = face_detect.pyramid_scales(250, 250, 20)
-    fewer = face_detect.pyramid_scales(250, 250, face_detect.default_min_face(250, 250))
+    assert face_detector.default_min_face(250, 250) == pytest.approx(20 / 0.709**2)
+    assert face_detector.default_min_face(100, 300) == 20
+    assert face_detector.default_min_face(1, 1) == 20
+    full = face_detector.pyramid_scales(250, 250, 20)
+    fewer = face_detector.pyramid_scales(250, 250, face_detector.default_min_face(250, 250))
     assert fewer == pytest.approx(full[2:])
     assert len(full) == 8  # 150, 106, 75, 53, 37, 26, 19, 13 pixels; 9 would be under 12
 
 
-def test_drawn_faces_are_found_where_they_are(detector):
+def test_synthetic_faces_are_found_where_they_are(detector):
     centres = [(125, 125), (110, 130), (140, 120)]
     images = np.stack([draw_face(centre=c, radius=50, seed=i) for i, c in enumerate(centres)])
     for (x, y), faces in zip(centres, detector.detect(images), strict=True):
@@ -322,7 +324,7 @@ def test_same_batch_gives_the_same_bits(detector):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_threads_of_others_are_left_alone(detector):
+def test_threads_of_the_caller_are_left_alone(detector):
     before = torch.get_num_threads()
     detector.detect(draw_face()[None])
     assert torch.get_num_threads() == before
@@ -351,7 +353,7 @@ def test_no_images_no_faces(detector):
 def test_large_images_are_shrunk_and_coordinates_are_not(detector, monkeypatch):
     image = draw_face(400, 320, (150, 190), 80)[None]
     (expected,) = detector.detect(image)
-    monkeypatch.setattr(face_detect, "MAX_SIDE", 170)
+    monkeypatch.setattr(face_detector, "MAX_DETECTOR_SIDE", 170)
     (faces,) = detector.detect(image)
     assert len(faces.boxes) == len(expected.boxes) == 1
     assert np.abs(faces.points - expected.points).max() < 4
@@ -363,7 +365,9 @@ def test_large_images_are_shrunk_and_coordinates_are_not(detector, monkeypatch):
 
 def faces_at(*boxes):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
-    return Faces(boxes, np.ones(len(boxes), np.float32), np.zeros((len(boxes), 5, 2), np.float32))
+    return Detections(
+        boxes, np.ones(len(boxes), np.float32), np.zeros((len(boxes), 5, 2), np.float32)
+    )
 
 
 @pytest.mark.parametrize(
@@ -402,7 +406,7 @@ def test_small_faces_are_found_in_the_retry(detector):
 def test_retry_gives_the_given_images_coordinates(detector):
     image = draw_face(radius=40)[None]
     (expected,) = detector.detect(image)
-    (faces,) = face_detect.retry(detector, image)
+    (faces,) = face_detector.retry_detection(detector, image)
     best = choose_face(faces, 250, 250)
     assert np.abs(faces.points[best] - expected.points[0]).max() < 4
 
@@ -410,9 +414,9 @@ def test_retry_gives_the_given_images_coordinates(detector):
 @pytest.mark.parametrize("size", [(250, 250), (200, 300), (1, 1)])
 def test_central_crop_points_align_the_central_square(size):
     height, width = size
-    points = face_detect.central_crop_points(height, width)
+    points = face_detector.central_crop_points(height, width)
     matrix = similarity_transform(points)
-    side = face_detect.CENTRAL_CROP * min(size)
+    side = face_detector.CENTRAL_CROP * min(size)
     corners = np.array([[width - side, height - side, 2], [width + side, height + side, 2]]) / 2
     np.testing.assert_allclose(corners @ matrix.T, [[0, 0], [112, 112]], atol=1e-6)
     assert warp_face(np.zeros((height, width, 3), np.uint8), matrix).shape == (112, 112, 3)

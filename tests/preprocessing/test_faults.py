@@ -1,4 +1,4 @@
-"""A disk that fails, and kills: what was there stays, a sentence says why, a second run mends it.
+"""A disk that fails: earlier files stay, a sentence says why, a second run completes the work.
 
 Every call that writes, syncs, renames or makes a folder fails once; then the kernel's own limits.
 """
@@ -22,8 +22,8 @@ from fileio.bin_sets import write_bin
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.safe_files import atomic_write
-from preprocessing import index_pack, prepare
-from preprocessing import pipeline as align
+from preprocessing import detector as face_detector
+from preprocessing import index_pack, pipeline, prepare
 from preprocessing.detector import Detection
 from tests.helpers.faults import FailingDisk
 from tests.helpers.synthetic_faces import write_zip
@@ -142,7 +142,7 @@ def stub(detector, images):
 
 
 def tiny_images():
-    """11 images of 3 people, one of them dark: three blocks of four."""
+    """11 images of 3 identities, one of them dark: three blocks of four."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(30, 256, (11, 5, 5, 3), np.uint8)
     coarse[6] = 0
@@ -153,8 +153,8 @@ def tiny_images():
 @pytest.fixture
 def prepare_in(tmp_path, capsys, monkeypatch):
     """Prepare tiny images with a stub for a detector, in a folder; returns what it complains."""
-    monkeypatch.setattr(align, "find_face", stub)
-    monkeypatch.setattr(pre_process, "FaceDetector", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "find_face", stub)
+    monkeypatch.setattr(face_detector, "FaceDetector", lambda *_, **__: None)
     monkeypatch.setattr(prepare, "BLOCK_IMAGES", 4)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and no power is cut here
     source = write_zip(tmp_path / "source" / "tiny.zip", tiny_images())
@@ -182,10 +182,10 @@ def everything(folder):
 
 @pytest.mark.parametrize("stays", [False, True], ids=["once", "for-good"])
 def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkeypatch):
-    """The output is absent or whole after each; run again, it has the unbroken run's bytes."""
-    assert prepare_in(tmp_path / "whole") == ""
-    whole = everything(tmp_path / "whole")
-    assert {f"faces/{name}" for name in SET} | {"images/9_img.jpg"} <= set(whole)
+    """The output is absent or complete after each; run again, it has the unbroken run's bytes."""
+    assert prepare_in(tmp_path / "complete") == ""
+    complete = everything(tmp_path / "complete")
+    assert {f"faces/{name}" for name in SET} | {"images/9_img.jpg"} <= set(complete)
     names = set()
     for fail_at in range(1, 500, 2 if stays else 1):
         folder = tmp_path / str(fail_at)
@@ -199,7 +199,7 @@ def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkey
         if not finished:
             assert not (folder / "faces").exists()
         found = {name: data for name, data in everything(folder).items() if "part/" not in name}
-        assert found.items() <= whole.items() | {("faces/.lock", found.get("faces/.lock"))}
+        assert found.items() <= complete.items() | {("faces/.lock", found.get("faces/.lock"))}
         assert not [name for name in everything(folder) if name.endswith(".tmp")]
         assert re.fullmatch(
             r"\S+: (\S+) cannot be written \(.+\): .+ and start again; what was there before is "
@@ -209,7 +209,7 @@ def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkey
         names.add(sentence.split()[1].removeprefix(str(folder)))
         if not finished:
             assert prepare_in(folder) == ""
-            assert everything(folder) == whole
+            assert everything(folder) == complete
     print(f"{fail_at - 1} calls of pre_process.py failed in turn")
     assert fail_at > 80
     assert {"/faces.part/train.rec", "/faces.part/index.tsv", "/faces.part/property"} <= names
@@ -220,7 +220,7 @@ def test_setting_aside_can_be_cut_short_anywhere(prepare_in, tmp_path, monkeypat
     """What was begun with other settings ends up in one piece in one folder."""
     folder = tmp_path / "x"
     with monkeypatch.context() as patch:
-        FailingDisk(patch, 1, calls=((prepare, "complete"),))
+        FailingDisk(patch, 1, calls=((prepare, "publish_output"),))
         prepare_in(folder)
     begun = contents(folder / "faces.part", (*SET, "report.json"))
     for fail_at in range(1, 20):
@@ -246,7 +246,7 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
     for name, data in tiny_images().items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(data)
-    assert prepare_in(tmp_path / "whole", source) == ""
+    assert prepare_in(tmp_path / "complete", source) == ""
     real = prepare.plan_blocks
 
     def unmount(*args):
@@ -256,10 +256,10 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "plan_blocks", unmount)
-        assert "has gone while it was being read" in prepare_in(tmp_path / "x", source)
+        assert "disappeared while it was being read" in prepare_in(tmp_path / "x", source)
     (tmp_path / "elsewhere").rename(source)
     assert prepare_in(tmp_path / "x", source) == ""
-    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
+    assert everything(tmp_path / "x") == everything(tmp_path / "complete")
 
 
 @pytest.mark.parametrize(
@@ -268,15 +268,17 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
         (MemoryError(), "out of memory (MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory"),
         (cv2.error("Failed to allocate 9 bytes"), "out of memory (error: Failed to allocate"),
-        (SystemError("broken"), "thread that aligns images died (SystemError: broken); the imag"),
+        (SystemError("broken"), "thread that aligns images failed (SystemError: broken); the imag"),
     ],
 )
-@pytest.mark.parametrize(("where", "calls"), [("load_image", 9), ("find_face", 1), ("cut_face", 5)])
-def test_a_thread_that_dies_ends_it_with_a_sentence_and_what_is_done_stays(
-    error, sentence, where, calls, prepare_in, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("stage", "calls"), [("decode_entry", 9), ("find_face", 1), ("align_and_encode", 5)]
+)
+def test_a_failing_thread_ends_the_run_with_a_sentence_and_what_is_done_stays(
+    error, sentence, stage, calls, prepare_in, tmp_path, monkeypatch
 ):
-    assert prepare_in(tmp_path / "whole") == ""
-    function, left = getattr(align, where), [calls]
+    assert prepare_in(tmp_path / "complete") == ""
+    function, left = getattr(pipeline, stage), [calls]
 
     def dying(*args):
         left[0] -= 1
@@ -285,12 +287,14 @@ def test_a_thread_that_dies_ends_it_with_a_sentence_and_what_is_done_stays(
         return function(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(align, where, dying)
+        patch.setattr(pipeline, stage, dying)
         assert sentence in prepare_in(tmp_path / "x")
     rows = (tmp_path / "x" / "faces.part" / "index.tsv").read_text().splitlines()[1:]
-    assert len(rows) in ((4,) if where == "cut_face" else (0, 4))  # the others are far ahead
+    assert len(rows) in (
+        (4,) if stage == "align_and_encode" else (0, 4)
+    )  # the others are far ahead
     assert prepare_in(tmp_path / "x") == ""
-    assert everything(tmp_path / "x") == everything(tmp_path / "whole")
+    assert everything(tmp_path / "x") == everything(tmp_path / "complete")
     report = json.loads((tmp_path / "x" / "faces" / "report.json").read_text())
     assert report["resumed_at"] == len(rows)
 
@@ -301,40 +305,40 @@ def live_threads(prefix):
 
 def test_a_failing_writer_leaves_no_thread_behind(prepare_in, tmp_path, monkeypatch):
     """The pipeline is closed by its consumer; the garbage collector could do so in any thread."""
-    real, ended, errors = align.align_blocks, [], []
+    real, ended, errors = pipeline.align_blocks, [], []
 
-    def watched(*args):
+    def watched(*args, **kwargs):
         try:
-            yield from real(*args)
+            yield from real(*args, **kwargs)
         finally:
             ended.append(threading.current_thread())
 
     def failing(self, block):
-        assert live_threads(align.THREADS)
+        assert live_threads(pipeline.ALIGN_THREADS)
         errors.append(UserError("the writer has failed"))
         raise errors[0]  # kept, and with it its traceback and the frames: nothing is collected
 
     monkeypatch.setattr(prepare, "align_blocks", watched)
-    monkeypatch.setattr(prepare.Journal, "append", failing)
+    monkeypatch.setattr(prepare.DatasetWriter, "append", failing)
     assert "the writer has failed" in prepare_in(tmp_path / "x")
     assert ended == [threading.current_thread()]
-    assert live_threads(align.THREADS) == []
+    assert live_threads(pipeline.ALIGN_THREADS) == []
 
 
 def test_a_failing_index_leaves_no_thread_behind(tmp_path, monkeypatch):
     write_dataset(tmp_path, [encode_jpeg(np.zeros((112, 112, 3), np.uint8))] * 9, [0] * 9)
-    monkeypatch.setattr(index_pack, "STEP", 2)
+    monkeypatch.setattr(index_pack, "CHECK_CHUNK", 2)
     errors = []
 
     def failing(row):
-        assert live_threads("check")
+        assert live_threads(index_pack.CHECK_THREADS)
         errors.append(UserError("the index has failed"))
         raise errors[0]
 
     monkeypatch.setattr(index_pack, "format_index_row", failing)
     with pytest.raises(UserError, match="index has failed"):
         index_pack.index_pack(tmp_path / "train.rec", tmp_path)
-    assert live_threads("check") == []
+    assert live_threads(index_pack.CHECK_THREADS) == []
 
 
 @pytest.fixture
@@ -359,22 +363,22 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("kilobytes", [4, 8, 16, 24, 32, 48, 64, 96, 128])
 def test_a_full_disk(kilobytes, small_disk, prepare_in, tmp_path):
-    assert prepare_in(tmp_path / "whole") == ""
+    assert prepare_in(tmp_path / "complete") == ""
     disk = small_disk(f"size={kilobytes}k")
     sentence = prepare_in(disk)
     assert "cannot be written (No space left on device): make room" in sentence
     assert not list(disk.rglob("*.tmp"))
     small_disk("remount,size=10m")
     assert prepare_in(disk) == ""
-    assert everything(disk) == everything(tmp_path / "whole")
+    assert everything(disk) == everything(tmp_path / "complete")
 
 
 def test_a_disk_that_turns_read_only_and_one_that_goes(
     small_disk, prepare_in, tmp_path, monkeypatch
 ):
-    assert prepare_in(tmp_path / "whole") == ""
+    assert prepare_in(tmp_path / "complete") == ""
     disk = small_disk("size=10m")
-    real, left = prepare.Journal.append, [1]
+    real, left = prepare.DatasetWriter.append, [1]
 
     def append(self, block):
         left[0] -= 1
@@ -383,12 +387,12 @@ def test_a_disk_that_turns_read_only_and_one_that_goes(
         real(self, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.Journal, "append", append)
-        patch.setattr(prepare.Journal, "command", ["umount", "-l", disk], raising=False)
+        patch.setattr(prepare.DatasetWriter, "append", append)
+        patch.setattr(prepare.DatasetWriter, "command", ["umount", "-l", disk], raising=False)
         assert "property cannot be written (No such file" in prepare_in(disk)
     assert list(disk.iterdir()) == []
     small_disk("size=10m,ro")
     assert "faces.part cannot be written (Read-only file system): mount" in prepare_in(disk)
     small_disk("remount,rw,size=10m")
     assert prepare_in(disk) == ""
-    assert everything(disk) == everything(tmp_path / "whole")
+    assert everything(disk) == everything(tmp_path / "complete")

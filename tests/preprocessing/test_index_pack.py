@@ -1,4 +1,4 @@
-"""ready_pack.py and pre_process.py on train.rec files of others."""
+"""Ready packs: train.rec files that other tools made."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_a_ready_pack_goes_before_an_archive(tmp_path, capsys):
     pack(tmp_path / "faces_webface_112x112", [crop(i) for i in range(6)])
     (tmp_path / "CASIA-WebFace.zip").touch()
     main(Config(data_dir=str(tmp_path)))
-    assert "CASIA-WebFace.zip is left aside" in capsys.readouterr().out
+    assert "CASIA-WebFace.zip is ignored" in capsys.readouterr().out
 
 
 def test_a_class_without_an_image_is_counted(tmp_path):

@@ -1,4 +1,4 @@
-"""lfw_download.py with scikit-learn's folder filled, against a server here, and against nothing."""
+"""The download of LFW: from a local server, from none, and with scikit-learn's folder filled."""
 
 import hashlib
 import http.server
@@ -7,11 +7,11 @@ import tarfile
 import threading
 
 import pytest
-from sklearn.datasets import _base, _lfw
 
 from config import Config
 from pre_process import main
-from preprocessing.lfw_download import download_lfw
+from preprocessing import lfw_download
+from preprocessing.lfw_download import LFW_FILES, RETRY_DELAYS, RemoteFile, download_lfw
 from preprocessing.sources import find_jobs
 from tests.helpers.synthetic_faces import face
 from utils import UserError
@@ -20,7 +20,7 @@ PAIRS = b"10\t300\n"
 
 
 def lfw_archive():
-    """LFW in small: two people, and a list as the real archive has."""
+    """A small LFW: two identities, and a list as the real archive has."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, data in {
@@ -41,36 +41,41 @@ def files():
 
 @pytest.fixture
 def server(files, monkeypatch, tmp_path):
-    """A host that has the files, under scikit-learn's names and with their true sums."""
+    """A host that has the files, whose addresses and checksums replace the real ones."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requests.append(self.path)
+            data = files[self.path]
+            if callable(data):
+                data = data(self)
             self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(files[self.path])
+            self.wfile.write(data)
 
         def log_message(self, *_):
             pass
 
-    asked = []
+    requests = []
     host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=host.serve_forever, daemon=True).start()
-    remotes = [
-        _base.RemoteFileMetadata(
-            path[1:],
-            f"http://127.0.0.1:{host.server_address[1]}{path}",
-            hashlib.sha256(data).hexdigest(),
-        )
-        for path, data in files.items()
-    ]
-    monkeypatch.setattr(_lfw, "FUNNELED_ARCHIVE", remotes[0])
-    monkeypatch.setattr(_lfw, "TARGETS", (remotes[1],))
+    for path, data in files.items():
+        url = f"http://127.0.0.1:{host.server_address[1]}{path}"
+        monkeypatch.setitem(LFW_FILES, path[1:], RemoteFile(url, hashlib.sha256(data).hexdigest()))
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "sklearn"))
-    monkeypatch.setattr(_base.time, "sleep", lambda _: None)
-    yield asked
+    monkeypatch.setattr(lfw_download.time, "sleep", lambda _: None)
+    yield requests
     host.shutdown()
     host.server_close()
+
+
+def test_addresses_and_checksums_are_those_of_scikit_learn():
+    """Its public part is the download itself; these tables are private, hence a test alone."""
+    _lfw = pytest.importorskip("sklearn.datasets._lfw")
+    published = {remote.filename: remote for remote in (_lfw.FUNNELED_ARCHIVE, *_lfw.TARGETS)}
+    for name, remote in LFW_FILES.items():
+        assert remote == (published[name].url, published[name].checksum)
 
 
 def test_from_a_server_to_records(server, tmp_path, capsys):
@@ -88,16 +93,40 @@ def test_from_a_server_to_records(server, tmp_path, capsys):
 
 def test_wrong_bytes_are_refused(server, files, tmp_path):
     files["/pairs.txt"] += b"tampered"
-    with pytest.raises(UserError, match=r"pairs\.txt could not be fetched .*SHA256"):
+    with pytest.raises(UserError, match=r"pairs\.txt could not be downloaded .*SHA-256"):
         download_lfw(tmp_path)
+    assert len(server) == len(RETRY_DELAYS) + 1
     assert not (tmp_path / "pairs.txt").exists()
-    assert not list(tmp_path.rglob("*.part_*"))
+    assert list((tmp_path / "lfw_home").iterdir()) == []
+
+
+def test_a_host_that_fails_at_first_is_tried_again(server, files, tmp_path, capsys):
+    good = files["/pairs.txt"]
+
+    def failing(handler):
+        """Refuse, then break off in the middle, then answer."""
+        if len(server) == 1:
+            handler.send_error(503)
+            raise ConnectionAbortedError
+        if len(server) == 2:
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(good)))
+            handler.end_headers()
+            handler.wfile.write(good[:-2])
+            raise ConnectionAbortedError
+        return good
+
+    files["/pairs.txt"] = failing
+    download_lfw(tmp_path)
+    assert (tmp_path / "pairs.txt").read_bytes() == good
+    assert server == ["/pairs.txt"] * 3 + ["/lfw-funneled.tgz"]
+    assert capsys.readouterr().out.count("trying again") == 2
 
 
 def test_no_network_is_a_sentence(server, tmp_path, monkeypatch):
-    remote = _lfw.TARGETS[0]._replace(url="http://127.0.0.1:9/pairs.txt")
-    monkeypatch.setattr(_lfw, "TARGETS", (remote,))
-    with pytest.raises(UserError, match="could not be fetched"):
+    remote = LFW_FILES["pairs.txt"]._replace(url="http://127.0.0.1:9/pairs.txt")
+    monkeypatch.setitem(LFW_FILES, "pairs.txt", remote)
+    with pytest.raises(UserError, match="could not be downloaded"):
         download_lfw(tmp_path)
 
 
@@ -117,7 +146,7 @@ def test_what_scikit_learn_fetched_before_is_used(where, packed, server, tmp_pat
     assert not server
     assert found.parent == home
     assert (tmp_path / "data" / "pairs.txt").read_bytes() == PAIRS
-    (job,) = find_jobs(Config(data_dir=str(tmp_path / "data")), found)
+    (job,) = find_jobs(tmp_path / "data", lfw=found)
     assert job.source == found
     assert job.crop_missed
 

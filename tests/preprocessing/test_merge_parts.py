@@ -1,4 +1,4 @@
-"""Data sets prepared in parts, and the parts put together."""
+"""Data sets prepared in parts, and the parts merged."""
 
 import json
 import shutil
@@ -7,18 +7,19 @@ import pytest
 
 import pre_process
 from config import Config
-from preprocessing import pipeline as align
-from preprocessing import prepare
-from preprocessing.merge_parts import find_shards, shard_folder
-from tests.helpers.synthetic_faces import nobody, people, write_zip
+from preprocessing import pipeline, prepare
+from preprocessing.merge_parts import find_parts, part_folder
+from tests.helpers.synthetic_faces import casia_files, image_without_face, write_zip
 
 FILES = ("train.rec", "train.idx", "property", "index.tsv")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """26 images of 6 people, two without a face, in a zip of 7 blocks of 4."""
-    files = people(6, 4) | {f"CASIA-WebFace/000100{n}/900.jpg": nobody() for n in (1, 3)}
+    """26 images of 6 identities, two without a face, in a zip of 7 blocks of 4."""
+    files = casia_files(6, 4) | {
+        f"CASIA-WebFace/000100{n}/900.jpg": image_without_face() for n in (1, 3)
+    }
     return write_zip(tmp_path_factory.mktemp("source") / "CASIA-WebFace.zip", files)
 
 
@@ -38,50 +39,50 @@ def run_main(source, output, **settings):
 
 
 @pytest.fixture(scope="module")
-def whole(source, tmp_path_factory):
+def complete(source, tmp_path_factory):
     """The set as one process makes it."""
-    output = tmp_path_factory.mktemp("whole") / "set"
+    output = tmp_path_factory.mktemp("complete") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "BLOCK_IMAGES", 4)
         assert run_main(source, output) == 0
     return output
 
 
-def assert_same(output, whole):
+def assert_same(output, complete):
     compared = 0
     for name in FILES:
-        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
-        compared += (whole / name).stat().st_size
-    found, expected = (json.loads((p / "report.json").read_text()) for p in (output, whole))
+        assert (output / name).read_bytes() == (complete / name).read_bytes(), name
+        compared += (complete / name).stat().st_size
+    found, expected = (json.loads((p / "report.json").read_text()) for p in (output, complete))
     for key in ("images", "kept", "status", "missed", "identities"):
         assert found[key] == expected[key]
     return compared
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-def test_parts_merged_are_the_single_run(source, whole, tmp_path, count):
+def test_parts_merged_are_the_single_run(source, complete, tmp_path, count):
     output = tmp_path / "set"
     for number in range(count, 0, -1):  # in whatever order
         assert run_main(source, output, shard=f"{number}/{count}") == 0
-    assert len(find_shards(output)) == count
+    assert len(find_parts(output)) == count
     assert run_main(source, output, merge=True) == 0
-    print(count, "parts:", assert_same(output, whole), "bytes equal")
+    print(count, "parts:", assert_same(output, complete), "bytes equal")
     assert run_main(source, output, merge=True) == 0  # finished: nothing to do
     assert run_main(source, output, shard="1/2") == 0
     assert not list(tmp_path.glob("*.shard-*"))
 
 
-def test_processes_of_one_group_make_the_same_set(groups, source, whole, tmp_path):
+def test_processes_of_one_group_make_the_same_set(groups, source, complete, tmp_path):
     settings = ["--source", str(source), "--output", str(tmp_path / "set"), "--detect-batch", "4"]
     printed = groups.run(tmp_path, 3, "run_pre_process", settings, 4)
-    assert_same(tmp_path / "set", whole)
+    assert_same(tmp_path / "set", complete)
     assert "kept 24 of 6 identities" in printed[0]
     assert not list(tmp_path.glob("*.shard-*"))
 
 
-def test_a_part_that_was_killed_goes_on(source, whole, tmp_path, monkeypatch):
+def test_a_part_that_was_killed_is_resumed(source, complete, tmp_path, monkeypatch):
     output = tmp_path / "set"
-    append, calls = prepare.Journal.append, []
+    append, calls = prepare.DatasetWriter.append, []
 
     def failing(self, block):
         calls.append(1)
@@ -89,16 +90,16 @@ def test_a_part_that_was_killed_goes_on(source, whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         append(self, block)
 
-    monkeypatch.setattr(prepare.Journal, "append", failing)
+    monkeypatch.setattr(prepare.DatasetWriter, "append", failing)
     assert run_main(source, output, shard="1/2") == 130
     aligned = []
-    load = align.load_image
-    monkeypatch.setattr(align, "load_image", lambda *a: (aligned.append(1), load(*a))[1])
+    decode = pipeline.decode_entry
+    monkeypatch.setattr(pipeline, "decode_entry", lambda *a: (aligned.append(1), decode(*a))[1])
     assert run_main(source, output, shard="1/2") == 0
     assert len(aligned) == 4  # of the 12 of its three blocks, two blocks were done
     assert run_main(source, output, shard="2/2") == 0
     assert run_main(source, output, merge=True) == 0
-    assert_same(output, whole)
+    assert_same(output, complete)
 
 
 def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
@@ -113,14 +114,14 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
         assert run_main(source, output, shard=f"{number}/3") == 0
     (tmp_path / "set.shard-00002-of-00003.part").mkdir()
     assert "Parts 2 of 3 of" in (text := merge())
-    assert "(2 begun); run pre_process.py --shard 2/3" in text
+    assert "(2 unfinished); run pre_process.py --shard 2/3" in text
     assert run_main(source, output, shard="2/3") == 0
-    other = shard_folder(output, 1, 2)
-    shutil.copytree(shard_folder(output, 1, 3), other)
-    assert "has parts by 2 and by 3" in merge()
+    other = part_folder(output, 1, 2)
+    shutil.copytree(part_folder(output, 1, 3), other)
+    assert "has parts out of 2 and parts out of 3" in merge()
     shutil.rmtree(other)
 
-    first, second = (shard_folder(output, number, 3) for number in (1, 2))
+    first, second = (part_folder(output, number, 3) for number in (1, 2))
     shutil.rmtree(second)
     shutil.copytree(first, second)  # the first part twice, the second missing
     assert "does not hold each of its images once" in merge()
@@ -128,8 +129,8 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
     assert run_main(source, output, shard="2/3") == 0
 
     index = (first / "index.tsv").read_text().splitlines(keepends=True)
-    for damaged in (index[:-1], [*index, index[-1]], [index[0], *index[2:], index[1]]):
-        (first / "index.tsv").write_text("".join(damaged))
+    for corrupt in (index[:-1], [*index, index[-1]], [index[0], *index[2:], index[1]]):
+        (first / "index.tsv").write_text("".join(corrupt))
         assert "does not hold each of its images once" in merge()
     (first / "index.tsv").write_text("".join(index))
     records = (first / "train.rec").read_bytes()
@@ -137,7 +138,7 @@ def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
     assert "does not hold each of its images once" in merge()
     (first / "train.rec").write_bytes(records)
     assert run_main(source, output, merge=True, min_face=30) == 2
-    assert "was made with other settings" in capsys.readouterr().err
+    assert "differs from this run in settings" in capsys.readouterr().err
     assert run_main(source, output, merge=True) == 0
 
 

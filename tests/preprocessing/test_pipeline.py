@@ -1,4 +1,4 @@
-"""align.py: blocks and batches, coordinates in whole images, order, and the crops themselves."""
+"""The pipeline: blocks and batches, coordinates in the originals, order, and the crops."""
 
 import cv2
 import numpy as np
@@ -7,20 +7,26 @@ import pytest
 from fileio.archive_source import ArchiveError, Entry
 from fileio.archives import open_source
 from fileio.images import decode_image
-from preprocessing import pipeline as align
+from preprocessing import pipeline
 from preprocessing.detector import CENTRAL_CROP, Detection, FaceDetector, find_face
 from preprocessing.pipeline import (
-    LoadedImage,
+    DecodedImage,
+    align_and_encode,
     align_blocks,
     align_face,
-    cut_face,
-    load_image,
+    decode_entry,
+    find_faces,
     plan_batches,
     plan_blocks,
-    run_ahead,
-    search_batch,
+    prefetch,
 )
-from tests.helpers.synthetic_faces import face, nobody, people, same_pixels, write_zip
+from tests.helpers.synthetic_faces import (
+    casia_files,
+    face,
+    image_without_face,
+    same_pixels,
+    write_zip,
+)
 from utils import TEMPLATE, similarity_transform, warp_face
 
 ENTRY = Entry("s/a/1.jpg", "a", 1, None)
@@ -36,7 +42,7 @@ def entries_of(*sizes):
 
 
 def test_blocks_are_bounded_in_number_and_bytes(monkeypatch):
-    monkeypatch.setattr(align, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 100)
     assert plan_blocks([]) == []
     assert plan_blocks(entries_of(1, 1, 1, 1, 1), 2) == [(0, 2), (2, 4), (4, 5)]
     assert plan_blocks(entries_of(60, 40, 1, 500, 2, 3), 9) == [(0, 2), (2, 3), (3, 4), (4, 6)]
@@ -44,16 +50,16 @@ def test_blocks_are_bounded_in_number_and_bytes(monkeypatch):
 
 def test_batches_hold_one_size_each():
     shapes = [(40, 40), (30, 40), (40, 40), (10, 40), (40, 40), (30, 40)]
-    images = [LoadedImage(ENTRY, "", np.zeros((*shape, 3), np.uint8)) for shape in shapes]
-    images.append(LoadedImage(ENTRY, "unreadable"))
+    images = [DecodedImage(ENTRY, "", np.zeros((*shape, 3), np.uint8)) for shape in shapes]
+    images.append(DecodedImage(ENTRY, "unreadable"))
     assert plan_batches(images, 2) == [[0, 2], [4], [1, 5]]  # the fourth is too small
-    large = [LoadedImage(ENTRY, "", np.zeros((1000, 1000, 3), np.uint8))] * 5
+    large = [DecodedImage(ENTRY, "", np.zeros((1000, 1000, 3), np.uint8))] * 5
     assert [len(batch) for batch in plan_batches(large, 32)] == [2, 2, 1]
 
 
-def test_run_ahead_keeps_order_and_asks_early():
+def test_prefetch_keeps_order_and_asks_early():
     asked = []
-    items = run_ahead((asked.append(i) or i for i in range(5)), 2)
+    items = prefetch((asked.append(i) or i for i in range(5)), 2)
     assert next(items) == 0
     assert asked == [0, 1, 2]
     assert list(items) == [1, 2, 3, 4]
@@ -61,9 +67,9 @@ def test_run_ahead_keeps_order_and_asks_early():
 
 def test_usual_images_are_aligned_by_one_warp(detector):
     """The oracle is the three steps written out: detect, transform, warp."""
-    image = load_image(ENTRY, face(1))
+    image = decode_entry(ENTRY, face(1))
     (detection,) = find_face(detector, image.image[None])
-    result = cut_face(image, detection, crop_missed=False)
+    result = align_and_encode(image, detection, crop_missed=False)
     matrix = similarity_transform(detection.points.astype(np.float64))
     wanted = warp_face(decode_image(face(1)), matrix)
     assert result.status == "ok"
@@ -71,23 +77,25 @@ def test_usual_images_are_aligned_by_one_warp(detector):
     np.testing.assert_allclose(result.points, detection.points, atol=1e-4)
 
 
-def test_large_images_are_searched_small_and_cut_from_the_whole(detector):
-    """A drawing enlarged eight times, its points told in the copy: they and the crop come back."""
-    usual = load_image(ENTRY, face(2))
-    wanted = cut_face(usual, find_face(detector, usual.image[None])[0], False)
+def test_large_images_are_searched_small_and_cut_from_the_original(detector):
+    """A face enlarged eight times, its points given in the copy: they and the crop come back."""
+    usual = decode_entry(ENTRY, face(2))
+    wanted = align_and_encode(usual, find_face(detector, usual.image[None])[0], False)
     large = cv2.resize(usual.image, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
-    image = load_image(ENTRY, cv2.imencode(".png", large[..., ::-1])[1].tobytes())
+    image = decode_entry(ENTRY, cv2.imencode(".png", large[..., ::-1])[1].tobytes())
     assert image.image.shape == (1024, 1024, 3)
-    # whole numbers are centres of pixels, so x in the usual image is 8 (x + 0.5) - 0.5 here
+    # Whole numbers are centres of pixels, so x in the usual image is 8 (x + 0.5) - 0.5 here
     zoom = 1024 / 250
-    told = Detection("ok", 1.0, (wanted.box + 0.5) * zoom - 0.5, (wanted.points + 0.5) * zoom - 0.5)
-    got = cut_face(image, told, False)
+    given = Detection(
+        "ok", 1.0, (wanted.box + 0.5) * zoom - 0.5, (wanted.points + 0.5) * zoom - 0.5
+    )
+    got = align_and_encode(image, given, False)
     np.testing.assert_allclose(got.points, (wanted.points + 0.5) * 8 - 0.5)
     np.testing.assert_allclose(got.box, (wanted.box + 0.5) * 8 - 0.5)
     assert same_pixels(decode_image(got.jpeg), decode_image(wanted.jpeg), 3)
     # and the detector does find it there
     (found,) = find_face(detector, image.image[None])
-    assert np.abs(found.points - told.points).max() < 5 * zoom
+    assert np.abs(found.points - given.points).max() < 5 * zoom
 
 
 def test_halving_first_is_the_same_crop_without_aliasing():
@@ -101,11 +109,11 @@ def test_halving_first_is_the_same_crop_without_aliasing():
     assert same_pixels(align_face(ramp, points), plain, 1)
 
 
-def test_missed_faces_are_passed_over_or_cropped(detector):
-    image = load_image(ENTRY, nobody())
+def test_missed_faces_are_skipped_or_cropped(detector):
+    image = decode_entry(ENTRY, image_without_face())
     missed = Detection("no_face")
-    assert cut_face(image, missed, False) == (ENTRY, "no_face", None, None, None, None)
-    cropped = cut_face(image, missed, True)
+    assert align_and_encode(image, missed, False) == (ENTRY, "no_face", None, None, None, None)
+    cropped = align_and_encode(image, missed, True)
     assert cropped.status == "central_crop"
     assert cropped.points is None
     side = CENTRAL_CROP * 250
@@ -118,30 +126,32 @@ def test_missed_faces_are_passed_over_or_cropped(detector):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (19, 200)])
 def test_tiny_images(shape):
     data = cv2.imencode(".png", np.full((*shape, 3), 90, np.uint8))[1].tobytes()
-    image = load_image(ENTRY, data)
+    image = decode_entry(ENTRY, data)
     assert plan_batches([image], 4) == []
-    assert cut_face(image, Detection("no_face"), False).status == "too_small"
-    cropped = cut_face(image, Detection("no_face"), True)
+    assert align_and_encode(image, Detection("no_face"), False).status == "too_small"
+    cropped = align_and_encode(image, Detection("no_face"), True)
     assert decode_image(cropped.jpeg).shape == (112, 112, 3)
 
 
 def test_a_very_long_image(detector):
     data = cv2.imencode(".png", np.full((30, 20_000, 3), 90, np.uint8))[1].tobytes()
-    image = load_image(ENTRY, data)
-    assert min(image.image.shape[:2]) == align.MIN_SIDE
-    assert search_batch(detector, [image], [0])[0].status == "no_face"
+    image = decode_entry(ENTRY, data)
+    assert min(image.image.shape[:2]) == pipeline.MIN_IMAGE_SIDE
+    assert find_faces(detector, [image], [0])[0].status == "no_face"
 
 
 def test_reasons_come_through():
-    assert load_image(ENTRY, ArchiveError("no", "too_large")).status == "too_large"
-    assert load_image(ENTRY, b"").status == "empty_file"
-    assert load_image(ENTRY, face(1)[:3000]).status == "truncated"
-    assert cut_face(LoadedImage(ENTRY, "truncated"), Detection("no_face"), True).jpeg is None
+    assert decode_entry(ENTRY, ArchiveError("no", "too_large")).status == "too_large"
+    assert decode_entry(ENTRY, b"").status == "empty_file"
+    assert decode_entry(ENTRY, face(1)[:3000]).status == "truncated"
+    assert (
+        align_and_encode(DecodedImage(ENTRY, "truncated"), Detection("no_face"), True).jpeg is None
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_blocks_come_in_order_whatever_the_threads(workers, detector, tmp_path):
-    files = people(2, 4) | {"CASIA-WebFace/0001000/900.jpg": nobody()}
+    files = casia_files(2, 4) | {"CASIA-WebFace/0001000/900.jpg": image_without_face()}
     with open_source(write_zip(tmp_path / "x.zip", files)) as source:
         entries = source.entries()
         blocks = plan_blocks(entries, 2)
