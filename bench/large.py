@@ -28,7 +28,7 @@ from torch import nn
 from bench.common import alone, describe_machine, peak_memory
 from bench.synthetic_inputs import drawn_records
 from fileio.recordio import RecordReader
-from fileio.shards import ENTRY, ShardReader, write_shards
+from fileio.shards import INDEX_DTYPE, ShardReader, write_shards
 from heads.partial_fc import CHUNK, PartialFC
 from models import ArcMarginModel
 from training.sharded_dataset import ShardOrder, ShardStore
@@ -168,7 +168,7 @@ def data_set(args: argparse.Namespace) -> None:
     images = found["images"]
     print(
         f"{images:,} images of {args.people:,} people in {-(-images // PER_FILE)} files, made in "
-        f"{made:.1f} s; index {ENTRY.itemsize} bytes an image, {index / 1e6:,.0f} MB on disk\n"
+        f"{made:.1f} s; index {INDEX_DTYPE.itemsize} bytes per image, {index / 1e6:,.0f} MB\n"
         f"start: {found['start']:.2f} s, {found['held']:,} held out"
     )
     for when in ("memory", "memory after"):

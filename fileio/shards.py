@@ -1,15 +1,18 @@
-"""Data sets spread over many record files, for those that no memory holds.
+"""Sharded training sets: many record files, for sets that no memory holds.
 
-    python -m tools.make_shards --source data/faces_webface_112x112 --output data/webface_shards
+    reader = ShardReader("data/faces_webface_shards")
+    reader.image(0), reader.labels_of(np.array([0, 1, 2])), reader.num_classes
 
-deals the images of a set out at random to train-00000.rec, train-00001.rec ... (each with its
-.idx; each can be read by itself like any .rec), so that a file is a sample of the whole and reading
-a few at a time is as good as a shuffle. `python train.py --train-set data/webface_shards`
-reads such a folder file by file, each process its own part of it.
+`python -m tools.make_shards` deals the images of a set out at random to train-00000.rec,
+train-00001.rec ... So each file is a random sample of the whole set, and reading a few of them at a
+time is as good as a shuffle. `python train.py --train-set data/faces_webface_shards` reads such a
+folder file by file, each process its own part of it.
 
-Beside each .rec lies a .npy with the byte offset and label of every image, 12 bytes each. It is
-mapped, not read: what a process does not use costs it no memory, and processes of a machine share
-what they use. Where it is missing it is made.
+Each .rec is a record file (fileio/recordio.py) of images alone, with ids from 0 and its .idx
+beside it, so any tool reads it by itself. A .npy beside it has, for each image, its record's byte
+offset and its label: 12 bytes (`INDEX_DTYPE`). It is memory-mapped: what a process does not use
+takes no memory, and the processes of a machine share what they use. A missing .npy is written anew.
+One property file is for all shards.
 """
 
 from __future__ import annotations
@@ -36,177 +39,201 @@ from fileio.recordio import (
 from fileio.safe_files import atomic_write, make_folder, open_to_write, sync, write_errors
 from utils import FACE_SIZE
 
-SHARD = "train-*.rec"
-ENTRY = np.dtype([("offset", "<i8"), ("label", "<i4")])  # 12 bytes an image
-OPEN_SHARDS = 256  # mapped at a time, at two file descriptors each
+SHARD_PATTERN = "train-*.rec"
+INDEX_DTYPE = np.dtype([("offset", "<i8"), ("label", "<i4")])
+MAX_OPEN_SHARDS = 256  # mapped at a time: each takes two of 1024 file descriptors
 
 
 def is_sharded(folder: Path | str) -> bool:
-    """Whether a folder holds record files by number and no train.rec."""
+    """Whether a folder holds numbered record files and no train.rec."""
     folder = Path(folder)
-    return not (folder / "train.rec").exists() and next(folder.glob(SHARD), None) is not None
+    if (folder / "train.rec").exists():
+        return False
+    return next(folder.glob(SHARD_PATTERN), None) is not None
 
 
-class Shard(NamedTuple):
-    """One file, mapped: its bytes, and ENTRY of each image."""
+class _Shard(NamedTuple):
+    """One file, mapped."""
 
     path: Path
-    data: Any
-    entries: np.ndarray
+    data: Any  # its bytes
+    index: np.ndarray  # INDEX_DTYPE of each image
 
 
 class ShardReader:
-    """Images of a folder of shards by number, in the order of the files; no list of them.
+    """Images of a folder of shards, numbered through in the order of the files.
 
-    `num_classes` and `size` come from property. Threads may share a reader. Raises RecordError
-    where a file is missing or is not what it should be.
+    `starts` (number of files + 1,) int64: the number of each shard's first image; with shards of 3
+    and 2 images, [0, 3, 5]. `num_classes` and `size` come from property. Memory does not grow with
+    the number of images. Threads may share a reader. Raises RecordError if a file is missing,
+    corrupt or inconsistent.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder)
-        self.files = sorted(self.path.glob(SHARD))
+        self.files = sorted(self.path.glob(SHARD_PATTERN))
         if not self.files:
             raise RecordError(f"There is no {self.path / 'train-00000.rec'}; correct the path.")
-        declared = self.path / "property"
-        numbers = declared.read_text("latin-1").split(",") if declared.is_file() else []
-        numbers = [number.strip() for number in numbers]
-        if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
-            raise RecordError(
-                f"{declared} should be 'classes,height,width'; write the shards again."
-            )
-        self.num_classes, height, width = map(int, numbers)
-        self.size = (height, width)
-        if self.size != (FACE_SIZE, FACE_SIZE):
-            raise RecordError(
-                f"{self.path} holds faces of {width}x{height} pixels, not {FACE_SIZE}x{FACE_SIZE}; "
-                "align them with pre_process.py."
-            )
-        counts = [len(_checked_entries(file)) for file in self.files]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])  # of each shard's first image
-        self._open = functools.lru_cache(OPEN_SHARDS)(self._map)
+        self.num_classes, self.size = self._read_property()
+        counts = [len(_checked_index(file)) for file in self.files]
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        # The least recently used shards are unmapped.
+        self._open = functools.lru_cache(MAX_OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _map(self, number: int) -> Shard:
-        path = self.files[number]
-        entries = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        return Shard(path, map_file(path), entries)
+    def _read_property(self) -> tuple[int, tuple[int, int]]:
+        path = self.path / "property"
+        numbers = path.read_text("latin-1").split(",") if path.is_file() else []
+        numbers = [number.strip() for number in numbers]
+        if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
+            raise RecordError(
+                f"{path} should be 'classes,height,width'; write the shards again "
+                "(python -m tools.make_shards)."
+            )
+        num_classes, height, width = map(int, numbers)
+        if (height, width) != (FACE_SIZE, FACE_SIZE):
+            raise RecordError(
+                f"{self.path} holds faces of {width}x{height} pixels, not {FACE_SIZE}x{FACE_SIZE}; "
+                "align them with pre_process.py."
+            )
+        return num_classes, (height, width)
 
-    def _find(self, i: int) -> tuple[Shard, int]:
+    def _map(self, number: int) -> _Shard:
+        path = self.files[number]
+        index = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        return _Shard(path, map_file(path), index)
+
+    def _locate(self, i: int) -> tuple[_Shard, int]:
+        """The shard of image i and its number there; with starts [0, 3, 5], image 4 is 1 of it."""
         number = int(np.searchsorted(self.starts, i, "right")) - 1
         return self._open(number), i - int(self.starts[number])
 
-    def labels_of(self, numbers: np.ndarray) -> np.ndarray:
+    def labels_of(self, positions: np.ndarray) -> np.ndarray:
         """The classes (n,) int64 of images (n,)."""
-        found = [int(shard.entries["label"][i]) for shard, i in map(self._find, numbers.tolist())]
-        labels = np.array(found, np.int64)
-        wrong = (labels < 0) | (labels >= self.num_classes)
-        if np.any(wrong):
-            shard, place = self._find(int(numbers[np.argmax(wrong)]))
+        labels = np.empty(len(positions), np.int64)
+        for i, position in enumerate(positions.tolist()):
+            shard, record = self._locate(position)
+            labels[i] = shard.index["label"][record]
+        is_wrong = (labels < 0) | (labels >= self.num_classes)
+        if np.any(is_wrong):
+            first = int(np.argmax(is_wrong))
+            shard, record = self._locate(int(positions[first]))
             raise RecordError(
-                f"Record {place} of {shard.path} has label {labels[np.argmax(wrong)]}, not one "
+                f"Record {record} of {shard.path} has label {labels[first]}, not one "
                 f"below {self.num_classes}; correct property or write the shards again."
             )
         return labels
 
     def encoded(self, i: int) -> bytes:
         """The encoded bytes of image i, 0 <= i < len(self)."""
-        shard, place = self._find(i)
-        payload = payload_at(shard.data, int(shard.entries["offset"][place]))
+        shard, record = self._locate(i)
+        payload = payload_at(shard.data, int(shard.index["offset"][record]))
+        # An index of another file is noticed here: offsets or labels do not fit.
         label = np.frombuffer(payload[4:8], "<f4")
-        if len(payload) < HEADER.size or label[0] != shard.entries["label"][place]:
+        if len(payload) < HEADER.size or label[0] != shard.index["label"][record]:
             raise RecordError(
-                f"{shard.path} and its .npy do not belong together; delete the latter to have it "
-                "made."
+                f"{shard.path} and its .npy do not belong together; delete the .npy and it will be "
+                "written anew."
             )
         return payload[HEADER.size :]
 
     def image(self, i: int) -> np.ndarray:
-        """Image i as (height, width, 3) uint8 RGB; RecordError names it where it cannot."""
+        """Image i as (height, width, 3) uint8 RGB; RecordError names the record if it cannot."""
         try:
             image = decode_image(self.encoded(i))
         except ImageError as error:
-            shard, place = self._find(i)
-            raise RecordError(f"Record {place} of {shard.path}: {error}") from None
+            shard, record = self._locate(i)
+            raise RecordError(f"Record {record} of {shard.path}: {error}") from None
         if image.shape[:2] != self.size:
-            shard, place = self._find(i)
+            shard, record = self._locate(i)
             raise RecordError(
-                f"Record {place} of {shard.path} is {image.shape[1]}x{image.shape[0]} pixels; "
+                f"Record {record} of {shard.path} is {image.shape[1]}x{image.shape[0]} pixels; "
                 "write the shards again."
             )
         return image
 
     def fingerprint(self) -> str:
-        """What tells this set from another: names, sizes and counts of the files, a few labels.
+        """A hash that tells this set from another, in time that does not grow with the images.
 
-        Hexadecimal SHA-256, in time that does not grow with the images.
+        Hexadecimal SHA-256 of the files' names, sizes and counts, and of 1000 labels.
         """
         digest = hashlib.sha256(str(self.num_classes).encode())
         for file, start in zip(self.files, self.starts.tolist(), strict=False):
             digest.update(f"{file.name} {file.stat().st_size} {start}\n".encode())
-        some = np.linspace(0, len(self) - 1, 1000).astype(np.int64)
-        digest.update(self.labels_of(some).tobytes())
+        sample = np.linspace(0, len(self) - 1, 1000).astype(np.int64)
+        digest.update(self.labels_of(sample).tobytes())
         return digest.hexdigest()
 
 
-def _checked_entries(path: Path) -> np.ndarray:
-    """ENTRY of each image of a record file, mapped; made first where it is missing."""
-    index = path.with_suffix(".npy")
-    if not index.is_file():
-        reader = RecordReader(path)
-        entries = np.empty(len(reader), ENTRY)
-        entries["offset"], entries["label"] = reader.offsets, reader.labels
-        _write_entries(index, entries)
+def _checked_index(rec_path: Path) -> np.ndarray:
+    """INDEX_DTYPE of each image of a record file, mapped; written first if it is missing."""
+    path = rec_path.with_suffix(".npy")
+    if not path.is_file():
+        reader = RecordReader(rec_path)
+        index = np.empty(len(reader), INDEX_DTYPE)
+        index["offset"], index["label"] = reader.offsets, reader.labels
+        _write_index(path, index)
     try:
-        entries = np.load(index, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # NumPy raises half a dozen kinds for damaged headers
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy raises half a dozen types for corrupt headers
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise RecordError(
-            f"{index} cannot be read ({reason}); delete it to have it made."
+            f"{path} cannot be read ({reason}); delete it and it will be written anew."
         ) from None
-    if entries.dtype != ENTRY or entries.ndim != 1 or not len(entries):
-        raise RecordError(f"{index} is no index of a record file; delete it to have it made.")
-    if record_end(map_file(path), int(entries["offset"][-1])) != path.stat().st_size:
+    if index.dtype != INDEX_DTYPE or index.ndim != 1 or not len(index):
         raise RecordError(
-            f"{index} does not belong to {path.name}, or that is cut short: its last record is not "
-            "where the file ends. Copy the set again, or delete the index to have it made."
+            f"{path} is no index of a record file; delete it and it will be written anew."
         )
-    return entries
+    # Checking every record would read the whole set; the last one is enough to notice a file that
+    # is cut short, and an index of another number of records.
+    if record_end(map_file(rec_path), int(index["offset"][-1])) != rec_path.stat().st_size:
+        raise RecordError(
+            f"{path} does not belong to {rec_path.name}, or that is cut short: its last record is "
+            "not where the file ends. Copy the set again, or delete the index and it will be "
+            "written anew."
+        )
+    return index
 
 
-def _write_entries(path: Path, entries: np.ndarray) -> None:
+def _write_index(path: Path, index: np.ndarray) -> None:
     with atomic_write(path) as file:
-        np.save(file, entries, allow_pickle=False)
+        np.save(file, index, allow_pickle=False)
 
 
 # ------------------------------------------------------------------------------ writing
 
 
 def write_shards(
-    folder: Path | str, jpegs: Iterable[bytes], labels: np.ndarray, count: int, seed: int = 0
+    folder: Path | str, encoded: Iterable[bytes], labels: np.ndarray, count: int, seed: int = 0
 ) -> None:
-    """Deal images out at random to `count` files of equal length, in the order they come."""
+    """Deal images out at random to `count` files of equal length, in one pass over them.
+
+    With 7 images and 3 files, the files get 3, 2 and 2 images, each in the order in which they
+    came. The property file is written last: without it, the folder is no data set.
+    """
     folder = Path(folder)
     make_folder(folder)
-    numbers = np.arange(len(labels)) % count
-    numbers = np.random.default_rng([seed, 7]).permutation(numbers)
-    entries = [np.empty(int((numbers == n).sum()), ENTRY) for n in range(count)]
-    filled, ends = [0] * count, [0] * count
-    names = [folder / f"train-{n:05d}.rec" for n in range(count)]
-    files = [open_to_write(name.with_suffix(".rec.tmp"), "wb", name) for name in names]
-    for jpeg, label, n in zip(jpegs, labels.tolist(), numbers.tolist(), strict=True):
-        record = pack_record(HEADER.pack(0, label, filled[n], 0) + jpeg)
+    shard_of = np.arange(len(labels)) % count
+    shard_of = np.random.default_rng([seed, 7]).permutation(shard_of)
+    indexes = [np.empty(int((shard_of == n).sum()), INDEX_DTYPE) for n in range(count)]
+    num_written, ends = [0] * count, [0] * count  # images and bytes in each file so far
+    paths = [folder / f"train-{n:05d}.rec" for n in range(count)]
+    files = [open_to_write(path.with_suffix(".rec.tmp"), "wb", path) for path in paths]
+    for image, label, n in zip(encoded, labels.tolist(), shard_of.tolist(), strict=True):
+        record = pack_record(HEADER.pack(0, label, num_written[n], 0) + image)
         files[n].write(record)
-        entries[n][filled[n]] = (ends[n], label)
-        filled[n], ends[n] = filled[n] + 1, ends[n] + len(record)
-    for name, file, found in zip(names, files, entries, strict=True):
-        sync(file, name)
+        indexes[n][num_written[n]] = (ends[n], label)
+        num_written[n] += 1
+        ends[n] += len(record)
+    for path, file, index in zip(paths, files, indexes, strict=True):
+        sync(file, path)
         file.close()
-        with write_errors(name):
-            name.with_suffix(".rec.tmp").replace(name)
-        with atomic_write(name.with_suffix(".idx")) as index:
-            index.writelines(b"%d\t%d\n" % pair for pair in enumerate(found["offset"].tolist()))
-        _write_entries(name.with_suffix(".npy"), found)
+        with write_errors(path):
+            path.with_suffix(".rec.tmp").replace(path)
+        with atomic_write(path.with_suffix(".idx")) as idx:
+            idx.writelines(b"%d\t%d\n" % pair for pair in enumerate(index["offset"].tolist()))
+        _write_index(path.with_suffix(".npy"), index)
     with atomic_write(folder / "property") as file:
         file.write(b"%d,112,112" % (int(labels.max()) + 1))

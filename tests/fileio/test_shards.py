@@ -66,7 +66,7 @@ def test_indexes_are_made_where_they_are_missing(folder, tmp_path):
         name = file.with_suffix(".npy").name
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert again.labels_of(np.arange(48)).tolist() == before.labels_of(np.arange(48)).tolist()
-    assert shards.ENTRY.itemsize <= 16
+    assert shards.INDEX_DTYPE.itemsize <= 16
 
 
 def test_what_is_wrong_is_a_sentence(folder, tmp_path):
@@ -86,7 +86,7 @@ def test_what_is_wrong_is_a_sentence(folder, tmp_path):
         ShardReader(tmp_path).labels_of(np.arange(48))
     copy()
     (tmp_path / "train-00001.npy").write_bytes(b"nothing")
-    with pytest.raises(RecordError, match="delete it to have it made"):
+    with pytest.raises(RecordError, match="delete it and it will be written anew"):
         ShardReader(tmp_path)
     np.save(tmp_path / "train-00001.npy", np.zeros(3))
     with pytest.raises(RecordError, match="no index of a record file"):
