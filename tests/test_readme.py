@@ -145,6 +145,12 @@ def test_flags_that_stand_alone_belong_to_some_script(page):
     assert used <= known, f"{page}: {sorted(used - known)}"
 
 
+def test_every_tool_is_documented():
+    paths = [path for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text("utf-8")]
+    table = read("docs/code.md")
+    assert [path.stem for path in paths if f"tools.{path.stem}`" not in table] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_file_that_is_named_is_missing(page):
     """`evaluation/verification.py` in a code span is a file of ours; so is `tests/helpers/`."""
