@@ -50,8 +50,8 @@ from evaluation.figures import plot_curves
 from evaluation.pair_sets import PairSet, find_pairs, find_set, load_set
 from evaluation.tensorboard_log import log_evaluation, log_projector
 from fileio.checkpoint_file import load_checkpoint
-from fileio.locks import locked
-from fileio.safe_files import write_errors
+from fileio.locks import lock_folder
+from fileio.safe_files import describe_write_errors
 from training import data_checks as checks
 from training.dataset import open_training_set
 from training.epochs import log_average, save_best_average
@@ -303,7 +303,7 @@ def open_for_all(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
 
 def begin_run(run_dir: Path, own: Callable[[Path], None]) -> None:
     """Make the folder of a new run this process's own."""
-    with write_errors(run_dir):
+    with describe_write_errors(run_dir):
         run_dir.mkdir(parents=True)
     own(run_dir)
 
@@ -313,7 +313,7 @@ def run(cfg: Config) -> None:
     with contextlib.ExitStack() as stack:
 
         def own(run_dir: Path) -> None:
-            stack.enter_context(locked(run_dir, "train.py"))
+            stack.enter_context(lock_folder(run_dir, "train.py"))
 
         run_dir = run_on_main(lambda: run_folder(cfg))
         if cfg.resume:

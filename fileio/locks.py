@@ -14,23 +14,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from fileio.safe_files import write_errors
+from fileio.safe_files import describe_write_errors
 from utils import UserError
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 _held: set[IO[bytes]] = set()
 
 
 @contextlib.contextmanager
-def locked(folder: Path | str, what: str) -> Iterator[None]:
+def lock_folder(folder: Path | str, what: str) -> Iterator[None]:
     """Hold `folder` (which exists) for this process; `what` says in a word who holds it.
 
     Raises UserError naming the process that has it, or where the folder cannot be written. The
     kernel drops the lock when its owner ends, by SIGKILL too, so there is nothing to clean up: the
     file stays, and says who came last.
     """
-    path = Path(folder) / LOCK
-    with write_errors(folder):
+    path = Path(folder) / LOCK_FILE
+    with describe_write_errors(folder):
         file = path.open("ab+", buffering=0)
     with file:
         try:
@@ -51,7 +51,7 @@ def locked(folder: Path | str, what: str) -> Iterator[None]:
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         host = socket.gethostname()
         owner = f"{what}, process {os.getpid()} on {host} since {began} ({command[:300]})\n"
-        with write_errors(folder):
+        with describe_write_errors(folder):
             file.truncate(0)
             file.write(owner.encode("utf-8", "replace"))
         _held.add(file)

@@ -24,7 +24,7 @@ from fileio.recordio import (
     range_record,
     record_offsets,
 )
-from fileio.safe_files import atomic_write, open_to_write, sync, write_errors
+from fileio.safe_files import atomic_write, describe_write_errors, fsync_file, open_for_writing
 from utils import FACE_SIZE
 
 
@@ -49,14 +49,14 @@ class RecordWriter:
                 )
         # Offsets of the records so far; `array` takes 8 bytes each where a list takes 40.
         self._offsets, self._end = array("q", offsets[:-1].tolist()), int(offsets[-1])
-        with write_errors(self.path):
+        with describe_write_errors(self.path):
             # Left over from an earlier set, they would make an unfinished file look finished.
             for name in (self.path.with_suffix(".idx"), self.path.parent / "property"):
                 name.unlink(missing_ok=True)
-        self._file = open_to_write(self.path, "r+b" if resume_at else "wb")
+        self._file = open_for_writing(self.path, "r+b" if resume_at else "wb")
         # Also when resuming: a run killed while finishing may have written the final record 0.
         self._file.write(unfinished)
-        with write_errors(self.path):
+        with describe_write_errors(self.path):
             self._file.truncate(self._end)
         self._file.seek(self._end)
 
@@ -85,7 +85,7 @@ class RecordWriter:
 
     def flush(self) -> None:
         """Sync what was appended to the disk."""
-        sync(self._file, self.path)
+        fsync_file(self._file, self.path)
 
     def finish(
         self, num_images_per_identity: Sequence[int], size: tuple[int, int] = (FACE_SIZE, FACE_SIZE)

@@ -21,7 +21,7 @@ from utils import ADVICE, UserError
 
 
 @contextlib.contextmanager
-def write_errors(path: Path | str) -> Iterator[None]:
+def describe_write_errors(path: Path | str) -> Iterator[None]:
     """Turn an OSError of the block into a UserError: `path` cannot be written, why, what to do."""
     try:
         yield
@@ -35,7 +35,7 @@ def write_errors(path: Path | str) -> Iterator[None]:
 
 def make_folder(folder: Path | str) -> None:
     """Make a folder, and those above it, where they are missing; UserError if that fails."""
-    with write_errors(folder):
+    with describe_write_errors(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
 
 
@@ -45,20 +45,20 @@ class _RawFile(io.FileIO):
     def __init__(self, file: Path | int, mode: str, shown: Path):
         self.shown = shown
         self.failure: UserError | None = None
-        with write_errors(shown):
+        with describe_write_errors(shown):
             super().__init__(file, mode)
 
     def write(self, data: Any) -> int:
         """Write; the first failure is kept, for callers that make something else of it."""
         try:
-            with write_errors(self.shown):
+            with describe_write_errors(self.shown):
                 return os.write(self.fileno(), data)
         except UserError as error:
             self.failure = self.failure or error
             raise
 
 
-def open_to_write(path: Path | str | int, mode: str, shown: Path | None = None) -> Any:
+def open_for_writing(path: Path | str | int, mode: str, shown: Path | None = None) -> Any:
     """Open a file, "wb", "w+b" or "r+b", each failed write to which is a UserError that names it.
 
     `path` may be a descriptor; `shown` is the name then.
@@ -67,16 +67,16 @@ def open_to_write(path: Path | str | int, mode: str, shown: Path | None = None) 
     return buffered(_RawFile(path, mode, shown or Path(path)))
 
 
-def sync(file: IO[Any], path: Path | str) -> None:
+def fsync_file(file: IO[Any], path: Path | str) -> None:
     """Bring all that was written to a file to the disk; UserError names `path` if that fails."""
     file.flush()
-    with write_errors(path):
+    with describe_write_errors(path):
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path | str) -> None:
+def fsync_folder(folder: Path | str) -> None:
     """Bring a folder's list of names to the disk: else a power cut may undo a rename."""
-    with write_errors(folder):
+    with describe_write_errors(folder):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -100,22 +100,22 @@ def atomic_write(
     remove_leftovers(path)
     temporary, file = None, None
     try:
-        with write_errors(path):
+        with describe_write_errors(path):
             descriptor, temporary = _own_temporary(path)
-        file = raw = open_to_write(descriptor, "w+b" if "+" in mode else "wb", path)
+        file = raw = open_for_writing(descriptor, "w+b" if "+" in mode else "wb", path)
         if "b" not in mode:
             file = io.TextIOWrapper(raw, encoding="utf-8")
         yield file
-        sync(file, path)
+        fsync_file(file, path)
         file.close()
-        with write_errors(path):
+        with describe_write_errors(path):
             # mkstemp's files are private; give this one the permissions any new file would have.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             before_rename()
             temporary.replace(path)
-        sync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException as error:
         _discard(file, temporary)
         failure = None if file is None else raw.raw.failure

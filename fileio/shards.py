@@ -36,7 +36,13 @@ from fileio.recordio import (
     payload_at,
     record_end,
 )
-from fileio.safe_files import atomic_write, make_folder, open_to_write, sync, write_errors
+from fileio.safe_files import (
+    atomic_write,
+    describe_write_errors,
+    fsync_file,
+    make_folder,
+    open_for_writing,
+)
 from utils import FACE_SIZE
 
 SHARD_PATTERN = "train-*.rec"
@@ -220,7 +226,7 @@ def write_shards(
     indexes = [np.empty(int((shard_of == n).sum()), INDEX_DTYPE) for n in range(count)]
     num_written, ends = [0] * count, [0] * count  # images and bytes in each file so far
     paths = [folder / f"train-{n:05d}.rec" for n in range(count)]
-    files = [open_to_write(path.with_suffix(".rec.tmp"), "wb", path) for path in paths]
+    files = [open_for_writing(path.with_suffix(".rec.tmp"), "wb", path) for path in paths]
     for image, label, n in zip(encoded, labels.tolist(), shard_of.tolist(), strict=True):
         record = pack_record(HEADER.pack(0, label, num_written[n], 0) + image)
         files[n].write(record)
@@ -228,9 +234,9 @@ def write_shards(
         num_written[n] += 1
         ends[n] += len(record)
     for path, file, index in zip(paths, files, indexes, strict=True):
-        sync(file, path)
+        fsync_file(file, path)
         file.close()
-        with write_errors(path):
+        with describe_write_errors(path):
             path.with_suffix(".rec.tmp").replace(path)
         with atomic_write(path.with_suffix(".idx")) as idx:
             idx.writelines(b"%d\t%d\n" % pair for pair in enumerate(index["offset"].tolist()))

@@ -28,10 +28,10 @@ import numpy as np
 
 from fileio.archive_source import Entry, Tally
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
-from fileio.locks import LOCK
+from fileio.locks import LOCK_FILE
 from fileio.record_writer import RecordWriter
 from fileio.recordio import record_offsets
-from fileio.safe_files import open_to_write, sync, sync_folder, write_errors
+from fileio.safe_files import describe_write_errors, fsync_file, fsync_folder, open_for_writing
 from preprocessing.pipeline import AlignResult
 from preprocessing.summary import read_summary, write_summary
 
@@ -72,10 +72,10 @@ def set_aside(folder: Path) -> Path:
     number = 1
     while (aside := folder.with_name(f"{folder.stem}.{number}.part")).exists():
         number += 1
-    with write_errors(aside):
+    with describe_write_errors(aside):
         (folder / ASIDE).mkdir(exist_ok=True)
         for file in folder.iterdir():
-            if file.name not in (ASIDE, LOCK):
+            if file.name not in (ASIDE, LOCK_FILE):
                 file.rename(folder / ASIDE / file.name)
         (folder / ASIDE).rename(aside)
     return aside
@@ -83,13 +83,13 @@ def set_aside(folder: Path) -> Path:
 
 def publish_output(folder: Path, output: Path) -> None:
     """Give a complete folder its final name."""
-    sync_folder(folder)
-    with write_errors(output):
+    fsync_folder(folder)
+    with describe_write_errors(output):
         folder.rename(output)
         # Not before the rename: without the lock another process could start writing here.
-        (output / LOCK).unlink(missing_ok=True)
-    sync_folder(output)
-    sync_folder(output.parent)
+        (output / LOCK_FILE).unlink(missing_ok=True)
+    fsync_folder(output)
+    fsync_folder(output.parent)
 
 
 # ------------------------------------------------------------------------------ its files
@@ -120,14 +120,14 @@ class DatasetWriter:
         if self.blocks_done:
             resume_at = int(offsets[sum(self.images_per_label) + 1])
         self.records = RecordWriter(records_path, resume_at)
-        self.index = open_to_write(self.path, "r+b" if self.blocks_done else "wb")
+        self.index = open_for_writing(self.path, "r+b" if self.blocks_done else "wb")
         if self.blocks_done:
-            with write_errors(self.path):
+            with describe_write_errors(self.path):
                 self.index.truncate(index_end)
             self.index.seek(index_end)
         else:
             self.index.write(INDEX_HEADER.encode())
-        sync_folder(folder)
+        fsync_folder(folder)
 
     def _read_back(
         self, entries: Sequence[Entry], blocks: Sequence[tuple[int, int]], images_on_disk: int
@@ -202,11 +202,11 @@ class DatasetWriter:
         # row without a record would name what does not exist.
         self.records.flush()
         self.index.write("".join(lines).encode())
-        sync(self.index, self.path)
+        fsync_file(self.index, self.path)
 
     def finish(self) -> None:
         """Complete the data set: identity records, train.idx, property."""
-        sync(self.index, self.path)
+        fsync_file(self.index, self.path)
         self.records.finish(self.images_per_label)
 
     def close(self) -> None:

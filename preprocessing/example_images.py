@@ -13,7 +13,7 @@ import numpy as np
 from fileio.archive_source import Source
 from fileio.images import decode_image, encode_jpeg
 from fileio.recordio import RecordReader
-from fileio.safe_files import atomic_write, make_folder, write_errors
+from fileio.safe_files import atomic_write, describe_write_errors, make_folder
 from preprocessing.dataset_writer import FACE
 
 EXAMPLES = 10
@@ -36,7 +36,7 @@ def save_examples(
     rows = candidates[np.unique(spread)]
     entries = [source.entries()[row] for row in rows]
     originals = dict(source.read(entries))
-    with write_errors(images_dir), _exclusive(images_dir):
+    with describe_write_errors(images_dir), _exclusive(images_dir):
         for i in range(EXAMPLES):
             raw_path, aligned_path = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
             if i >= len(rows):  # there may be more images from an earlier run

@@ -31,9 +31,9 @@ from distributed.process_group import is_main, world_size
 from fileio.archive_source import ArchiveError, Limits, Source
 from fileio.archives import open_source
 from fileio.index_tsv import check_index
-from fileio.locks import LOCK, locked
+from fileio.locks import LOCK_FILE, lock_folder
 from fileio.recordio import RecordReader
-from fileio.safe_files import make_folder, sync_folder
+from fileio.safe_files import fsync_folder, make_folder
 from preprocessing.dataset_writer import DatasetWriter, begin_output, publish_output
 from preprocessing.detector import FaceDetector
 from preprocessing.example_images import save_examples
@@ -119,10 +119,10 @@ def prepare_dataset(
     with open_source(job.source, unfinished.parent, options.limits) as source:
         _check_has_images(job.source, source)
         make_folder(unfinished)
-        with locked(unfinished, LOCK_OWNER):
-            sync_folder(unfinished.parent)
+        with lock_folder(unfinished, LOCK_OWNER):
+            fsync_folder(unfinished.parent)
             if is_taken(job.output):  # another process has finished it in the meantime
-                (unfinished / LOCK).unlink()
+                (unfinished / LOCK_FILE).unlink()
                 unfinished.rmdir()
                 check_finished(job, options.min_face)
                 return None
@@ -152,7 +152,7 @@ def prepare_part(
     unfinished = output.with_name(output.name + ".part")
     make_folder(unfinished)
     with (
-        locked(unfinished, LOCK_OWNER),
+        lock_folder(unfinished, LOCK_OWNER),
         open_source(job.source, unfinished.parent, options.limits) as source,
     ):
         inputs = describe_inputs(job, source, options) | {"shard": f"{number}/{count}"}

@@ -18,7 +18,7 @@ from PIL import Image
 from config import Config
 from fileio.images import decode_image
 from fileio.index_tsv import read_index
-from fileio.locks import locked
+from fileio.locks import lock_folder
 from fileio.recordio import RecordReader
 from pre_process import main
 from preprocessing.prepare import PrepareOptions, prepare_dataset
@@ -351,7 +351,7 @@ def test_two_at_once_on_one_output(run, tmp_path):
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(1, 1))
     part = tmp_path / "data" / "faces_webface_112x112.part"
     part.mkdir()
-    with locked(part, "pre_process.py"):
+    with lock_folder(part, "pre_process.py"):
         status, _, complaints = run()
     assert status == 2
     assert f"{part} is in use by pre_process.py, process {os.getpid()} on " in complaints

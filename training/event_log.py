@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
-from fileio.safe_files import atomic_write, write_errors
+from fileio.safe_files import atomic_write, describe_write_errors
 from utils import UserError
 
 
@@ -28,7 +28,7 @@ class EventLog(SummaryWriter):
         self.shown = run_dir / "events.out.tfevents"
         self._excepthook = threading.excepthook
         threading.excepthook = self._hide_os_errors
-        with write_errors(self.shown):
+        with describe_write_errors(self.shown):
             super().__init__(run_dir, purge_step=purge_step)
 
     def _hide_os_errors(self, thread: Any) -> None:
@@ -37,13 +37,13 @@ class EventLog(SummaryWriter):
 
     def flush(self) -> None:
         """Hand all points to the system."""
-        with write_errors(self.shown):
+        with describe_write_errors(self.shown):
             super().flush()
 
     def close(self) -> None:
         """Flush, and end the thread."""
         threading.excepthook = self._excepthook
-        with write_errors(self.shown):
+        with describe_write_errors(self.shown):
             super().close()
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -109,5 +109,5 @@ def fsync_events(run_dir: Path) -> None:
     """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
     files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
     for path in files[-1:]:
-        with write_errors(path), path.open("rb") as file:
+        with describe_write_errors(path), path.open("rb") as file:
             os.fsync(file.fileno())

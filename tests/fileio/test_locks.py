@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from fileio.locks import LOCK, locked
+from fileio.locks import LOCK_FILE, lock_folder
 from utils import UserError
 
 
@@ -14,7 +14,7 @@ def in_another_process(folder, grandchild=False):
     reading, writing = os.pipe()
     holder = os.fork()
     if holder == 0:
-        with locked(folder, "holder.py"):
+        with lock_folder(folder, "holder.py"):
             child = os.fork() if grandchild else 0
             if child or not grandchild:
                 os.write(writing, f"{child}\n".encode())
@@ -35,16 +35,16 @@ def in_another_process(folder, grandchild=False):
 
 
 def test_the_second_is_refused_and_told_who_is_first(tmp_path):
-    with locked(tmp_path, "pre_process.py"):
-        with pytest.raises(UserError) as refused, locked(tmp_path, "train.py"):
+    with lock_folder(tmp_path, "pre_process.py"):
+        with pytest.raises(UserError) as refused, lock_folder(tmp_path, "train.py"):
             pass
         assert f"in use by pre_process.py, process {os.getpid()} on " in str(refused.value)
         assert " since 2" in str(refused.value)
-    with locked(tmp_path, "train.py"):  # given back
-        assert (tmp_path / LOCK).read_text().startswith("train.py, process ")
-    with pytest.raises(ZeroDivisionError), locked(tmp_path, "train.py"):
+    with lock_folder(tmp_path, "train.py"):  # given back
+        assert (tmp_path / LOCK_FILE).read_text().startswith("train.py, process ")
+    with pytest.raises(ZeroDivisionError), lock_folder(tmp_path, "train.py"):
         raise ZeroDivisionError
-    with locked(tmp_path, "train.py"):
+    with lock_folder(tmp_path, "train.py"):
         pass
 
 
@@ -52,19 +52,19 @@ def test_the_lock_dies_with_its_owner(tmp_path):
     with in_another_process(tmp_path) as (holder, _):
         for _ in range(2):
             with pytest.raises(UserError, match=f"holder.py, process {holder} on"):
-                locked(tmp_path, "train.py").__enter__()
+                lock_folder(tmp_path, "train.py").__enter__()
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        with locked(tmp_path, "train.py"):
+        with lock_folder(tmp_path, "train.py"):
             pass
 
 
 def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
     with in_another_process(tmp_path, grandchild=True) as (holder, child):
         with pytest.raises(UserError, match=f"process {holder} on"):
-            locked(tmp_path, "train.py").__enter__()  # the child's letting go freed nothing
+            lock_folder(tmp_path, "train.py").__enter__()  # the child's letting go freed nothing
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         os.kill(child, 0)  # still there
-        with locked(tmp_path, "train.py"):
+        with lock_folder(tmp_path, "train.py"):
             pass

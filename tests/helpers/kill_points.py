@@ -43,7 +43,7 @@ def kill_at_call(owner, name, calls):
 
 
 def half_a_row(file, path):
-    """In place of `sync`: as if the process died while a row was being written."""
+    """In place of `fsync_file`: as if the process died while a row was being written."""
     file.flush()
     if str(path).endswith("index.tsv"):
         file.truncate(file.tell() - 30)
@@ -53,7 +53,7 @@ def half_a_row(file, path):
 POINTS = {
     "second-block": (dataset_writer.DatasetWriter, "append", 1),
     "records-not-synced": (record_writer.RecordWriter, "flush", 1),
-    "records-without-rows": (dataset_writer, "sync", 1),
+    "records-without-rows": (dataset_writer, "fsync_file", 1),
     "half-a-row": half_a_row,
     "in-finish": (record_writer, "atomic_write", 0),
     "property-without-idx": (record_writer, "atomic_write", 1),
@@ -69,7 +69,7 @@ def run(source, folder, name, point=None):
     if pid == 0:
         prepare.BLOCK_IMAGES = BLOCK_IMAGES
         if point == half_a_row:
-            dataset_writer.sync = half_a_row
+            dataset_writer.fsync_file = half_a_row
         elif point:
             kill_at_call(*point)
         output = str(folder / name)

@@ -21,7 +21,7 @@ from config import Config, fixed_on_resume, parse_args, settings_of
 from data_gen import ImageStore, split
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
-from fileio.locks import locked
+from fileio.locks import lock_folder
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from tests.helpers.paths import ROOT
@@ -342,7 +342,7 @@ def test_the_fingerprint_covers_ids_labels_and_split(folder):
 def test_a_second_train_on_one_run_is_refused(start, tmp_path):
     start(resumed=False)
     (run,) = tmp_path.glob("runs/*")
-    with locked(run, "train.py"):
+    with lock_folder(run, "train.py"):
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         code, printed = start("--resume", "--epochs", "2")
     assert code == 2
