@@ -246,9 +246,7 @@ def open_trainer(cfg: Config) -> Trainer:
 def train(trainer: Trainer, run_dir: Path, resumed: bool) -> None:
     """Train to the end in a run folder that is this process's own."""
     cfg = trainer.cfg
-    opened: list[PairSet | None] = []
-    run_on_main(lambda: opened.append(open_lfw(cfg)))  # who writes evaluates
-    lfw = opened[0] if opened else None
+    lfw = run_on_main(lambda: open_lfw(cfg), broadcast=False)  # rank 0 evaluates for all
     parameters = sum(p.numel() for p in trainer.learner.model.parameters())
     print(
         f"Run: {run_dir}\n"
@@ -290,15 +288,9 @@ def main(cfg: Config) -> None:
 
 def open_for_all(cfg: Config, run_dir: Path) -> tuple[dict[str, Any], Path]:
     """The checkpoint to go on from and its path: rank 0 chooses, every process reads it."""
-    opened: list[dict[str, Any]] = []
-
-    def choose() -> Path:
-        checkpoint, path = open_checkpoint(cfg, run_dir)
-        opened.append(checkpoint)
-        return path
-
-    path = run_on_main(choose)
-    return (opened or [load_checkpoint(path)])[0], path
+    opened = run_on_main(lambda: open_checkpoint(cfg, run_dir), broadcast=False)
+    path = run_on_main(lambda: opened[1])
+    return opened[0] if is_main() else load_checkpoint(path), path
 
 
 def begin_run(run_dir: Path, own: Callable[[Path], None]) -> None:

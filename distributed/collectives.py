@@ -1,4 +1,12 @@
-"""What the processes of a group tell each other."""
+"""Collectives: what the processes of a group tell each other, each function called by all of them.
+
+In a single process each returns what it was given. Python objects are exchanged by pickle, which
+is safe here: every process of the group runs this program.
+
+A collective waits until every process has called it. Where an error ends one process, the others
+would wait for it until the timeout, so work that can fail is run by `run_on_all` or `run_on_main`:
+after it, all processes know whether it failed, and all of them end.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +24,17 @@ from utils import UserError
 T = TypeVar("T")
 
 
-def run_on_all(work: Callable[[], T]) -> T:
-    """The result of `work`, which every process runs by itself.
+# ------------------------------------------------------------------------------ work and errors
 
-    Where it is a UserError or OSError for some, the first of them raises it and the others end
-    without a word.
+
+def run_on_all(work: Callable[[], T]) -> T:
+    """The result of `work`, which every process runs; if it fails in any of them, all end.
+
+    A UserError or OSError is raised by the lowest rank that has one, so that it is printed once;
+    the other processes raise SystemExit(2).
     """
     result, error = _attempt(work)
-    failed: list[bool] = [error is not None] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(failed, error is not None)
+    failed = all_gather_objects(error is not None)  # by rank
     if any(failed):
         if error is not None and rank() == failed.index(True):
             raise error
@@ -33,32 +42,44 @@ def run_on_all(work: Callable[[], T]) -> T:
     return result
 
 
-def run_on_main(work: Callable[[], T]) -> T:
-    """The result of `work`, which rank 0 runs for all; where it fails there, all of them end."""
+def run_on_main(work: Callable[[], T], *, broadcast: bool = True) -> T | None:
+    """The result of `work`, which rank 0 alone runs; if it fails there, all end.
+
+    The other processes get the same result, or None without `broadcast`: for results that are large
+    or cannot be pickled. An error is raised by rank 0; the others raise SystemExit(2).
+    """
     if world_size() == 1:
         return work()
     result, error = _attempt(work) if is_main() else (None, None)
-    box = [(result, error is not None)]
-    dist.broadcast_object_list(box)  # of our own making: there is no stranger in the group
+    message = [(result if broadcast else None, error is not None)]
+    dist.broadcast_object_list(message)  # from rank 0; overwrites the list of the others
     if error is not None:
         raise error
-    result, failed = box[0]
+    shared, failed = message[0]
     if failed:
         raise SystemExit(2)
-    return result
+    return result if is_main() else shared
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result and None, or None and the error that a user can fix; others are raised."""
     try:
         return work(), None
     except (UserError, OSError) as error:
         if world_size() == 1:
-            raise
+            raise  # with its traceback
         return None, error
 
 
+# ------------------------------------------------------------------------------ flags and objects
+
+
 def any_rank(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag, whether any process has it set; all come to the same answer."""
+    """For each flag, whether any process has it set; the same answer everywhere.
+
+    Only with an answer that all agree on may a process leave the training loop: a signal reaches
+    the processes in different steps.
+    """
     if world_size() == 1:
         return flags
     numbers = torch.tensor(flags, dtype=torch.int32)
@@ -67,18 +88,18 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Everyone's value, by rank."""
+    """The values of all processes, by rank."""
     values: list[Any] = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-# ------------------------------------------------------------------------------ tensors
+# ------------------------------------------------------------------------------ slices
 
 
 def even_slice(count: int, index: int, parts: int) -> slice:
-    """Part `index` (from 0) of `count` items cut into `parts` slices, whose sizes differ by one.
+    """Slice `index`, counted from 0, of `count` items cut into `parts`, whose sizes differ by one.
 
     10 items in 3 parts: 0 to 3, 3 to 6, 6 to 10.
     """
@@ -86,62 +107,66 @@ def even_slice(count: int, index: int, parts: int) -> slice:
 
 
 def rank_slice(count: int) -> slice:
-    """The slice of `count` items that this process works on; all of them in one process."""
+    """The slice of `count` items that this process works on; all of them in a single process."""
     return even_slice(count, rank(), world_size())
 
 
+# ------------------------------------------------------------------------------ tensors
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place; any shape, the same everywhere."""
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.SUM)
     return tensor
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """Take the elementwise maximum of a tensor over all processes, in place."""
+    """The elementwise maximum over all processes, in place; any shape, the same everywhere."""
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
-class _GatherRows(torch.autograd.Function):
-    """(n, ...) of every process to (world size * n, ...), in the order of the ranks.
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """(n, ...), n the same everywhere, to (world size * n, ...) by rank, with gradients."""
+    return _AllGatherRows.apply(rows) if world_size() > 1 else rows
 
-    What follows is computed by every process, each adding its share of the gradient, so the
-    backward pass sums the shares and each process keeps its rows (a reduce-scatter).
+
+class _AllGatherRows(torch.autograd.Function):
+    """All-gather, whose backward pass is a reduce-scatter.
+
+    Every process gets all rows and computes its own share of the loss from them, so that each ends
+    with a partial gradient of every row. A row's gradient is their sum, and goes to its owner.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         out = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
         dist.all_gather(list(out.chunk(world_size())), rows.contiguous())
-        return out
+        return out  # (world size * n, ...)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        mine = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
-        dist.reduce_scatter(mine, list(grad.contiguous().chunk(world_size())))
-        return mine
+        own = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
+        dist.reduce_scatter(own, list(grad.contiguous().chunk(world_size())))
+        return own  # (n, ...)
 
 
-def all_gather_rows(rows: Tensor) -> Tensor:
-    """(n, ...), n the same everywhere, to (world size * n, ...) with gradients."""
-    return _GatherRows.apply(rows) if world_size() > 1 else rows
+def gather_to_main(rows: Tensor, count: int) -> Tensor | None:
+    """The (count, ...) tensor of which each process has its `rank_slice`; None but in rank 0.
 
-
-def gather_to_main(shard: Tensor, count: int) -> Tensor | None:
-    """A (count, ...) tensor of which each process has its `part`, whole, in rank 0's main memory.
-
-    None on the others. One shard at a time is on its way.
+    It is in CPU memory, received slice by slice, so that no GPU has to hold all rows. A single
+    process gets its tensor back.
     """
     if world_size() == 1:
-        return shard
+        return rows
     if not is_main():
-        dist.send(shard.detach().cpu().contiguous(), 0)
+        dist.send(rows.detach().cpu().contiguous(), 0)
         return None
-    whole = torch.empty(count, *shard.shape[1:], dtype=shard.dtype)
-    whole[rank_slice(count)] = shard.detach().cpu()
-    for other in range(1, world_size()):
-        dist.recv(whole[even_slice(count, other, world_size())], other)
-    return whole
+    gathered = torch.empty(count, *rows.shape[1:], dtype=rows.dtype)
+    gathered[rank_slice(count)] = rows.detach().cpu()
+    for sender in range(1, world_size()):
+        dist.recv(gathered[even_slice(count, sender, world_size())], sender)
+    return gathered

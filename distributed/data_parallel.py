@@ -1,4 +1,4 @@
-"""A network that every process runs on its slice of the batch."""
+"""Data parallelism: one network in every process, each with its slice of the batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import all_reduce_sum
@@ -17,57 +18,65 @@ from distributed.process_group import world_size
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """The network as every process runs it on its slice of the batch; itself in one process.
+    """The network in DistributedDataParallel; itself in a single process.
 
-    Gradients are summed over the processes bucket by bucket while backward still runs. They are
-    summed, not averaged as DistributedDataParallel does by itself: each process has its slice's
-    part of the loss, which is the mean over the whole batch, whatever the slices' sizes.
+    Gradients are all-reduced in buckets while the backward pass still runs. They are summed, where
+    DistributedDataParallel by itself averages: the loss of a slice is already its share of the mean
+    over the whole batch, so that slices of 10 and 11 images count as 21 images do in one process.
     """
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    # Otherwise the buckets change after the first step, and with them the order of summing: a run
-    # that is gone on with would not come to the same bits.
-    options = {"find_unused_parameters": True}
+    device_ids = [device] if device.type == "cuda" else None
+    # Every parameter is used. But without this flag DDP reorders its buckets after the first step,
+    # and with them the order in which gradients are summed: a resumed run, whose first step is a
+    # later one, would differ from the uninterrupted run in the last bits.
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    replica = DistributedDataParallel(model, [device] if device.type == "cuda" else None, **options)
-    replica.register_comm_hook(None, _sum)
+    replica = DistributedDataParallel(model, device_ids, find_unused_parameters=True)
+    replica.register_comm_hook(None, _sum_gradients)
     return replica
 
 
-def _sum(state, bucket):  # PyTorch checks annotations, and takes no postponed ones
-    reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return reduced.then(lambda done: done.value()[0])
+def _sum_gradients(state, bucket):  # DDP checks the annotations, and cannot read postponed ones
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
 
 
-def no_gradient_sync(replica: nn.Module, kept: bool) -> contextlib.AbstractContextManager[None]:
-    """For a block with forward and backward: if `kept`, its gradients are not summed yet."""
-    if kept and isinstance(replica, DistributedDataParallel):
+def no_gradient_sync(replica: nn.Module, skip: bool) -> contextlib.AbstractContextManager[None]:
+    """For a block with forward and backward: if `skip`, its gradients only accumulate locally.
+
+    With gradient accumulation only the last backward pass of a step has to all-reduce.
+    """
+    if skip and isinstance(replica, DistributedDataParallel):
         return replica.no_sync()
     return contextlib.nullcontext()
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's running statistics."""
+    """Give every process rank 0's running statistics of batch normalisation.
+
+    Without SyncBatchNorm each process averages those of its own slices; rank 0's are the ones that
+    are evaluated and saved.
+    """
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Have batch normalisation use the statistics of the whole batch, not of a process's slice."""
+    """Have batch normalisation use the statistics of the whole batch, not of a process's slice.
+
+    Returns the network with its layers replaced; parameters and buffers are the same tensors.
+    """
     if world_size() == 1:
         return model
-    if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = _SyncBatchNormOnCPU
-    return model
+    if device.type == "cpu":
+        return _replace_batch_norm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over all processes, each of which goes on with it in its own way."""
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over all processes, each of which computes its own share of the loss from it."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -76,11 +85,15 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Each process has the gradient of its share of the loss only.
         return all_reduce_sum(grad.clone())
 
 
-class _SyncBatchNormOnCPU(nn.modules.batchnorm._BatchNorm):
-    """PyTorch's has no CPU kernel; this one is slow, and lets CPUs compute what GPUs would."""
+class _SyncBatchNormOnCPU(_BatchNorm):
+    """PyTorch's SyncBatchNorm has no CPU kernel; this one is slow, and gives CPUs its result.
+
+    In float64, so that the result does not depend on how the batch is cut into slices.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, channels, ...) to the same shape."""
@@ -88,19 +101,40 @@ class _SyncBatchNormOnCPU(nn.modules.batchnorm._BatchNorm):
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        over = [0, *range(2, x.dim())]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        wide = x.double()
-        count = wide.new_full((1,), x.numel() / x.shape[1])
-        total = _Sum.apply(torch.cat([wide.sum(over), count]))
+        dims = [0, *range(2, x.dim())]  # all but the channels
+        shape = [1, -1, *[1] * (x.dim() - 2)]  # broadcasts (channels,) over x
+        x64 = x.double()
+        count = x64.new_full((1,), x.numel() / x.shape[1])
+        total = _AllReduceSum.apply(torch.cat([x64.sum(dims), count]))  # (channels + 1,)
         count = total[-1].detach()
-        mean = total[:-1] / count
-        centred = wide - mean.view(shape)
-        variance = _Sum.apply(centred.square().sum(over)) / count
+        mean = total[:-1] / count  # (channels,)
+        centred = x64 - mean.view(shape)
+        variance = _AllReduceSum.apply(centred.square().sum(dims)) / count  # (channels,)
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             with torch.no_grad():
+                unbiased = variance * count / (count - 1)
                 self.running_mean.lerp_(mean.float(), self.momentum)
-                self.running_var.lerp_((variance * count / (count - 1)).float(), self.momentum)
+                self.running_var.lerp_(unbiased.float(), self.momentum)
         scale = self.weight / (variance + self.eps).sqrt()
         return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def _replace_batch_norm(module: nn.Module) -> nn.Module:
+    """What SyncBatchNorm.convert_sync_batchnorm does, with _SyncBatchNormOnCPU."""
+    if isinstance(module, _BatchNorm):
+        layer = _SyncBatchNormOnCPU(
+            module.num_features,
+            module.eps,
+            module.momentum,
+            module.affine,
+            module.track_running_stats,
+        )
+        layer.weight, layer.bias = module.weight, module.bias
+        layer.running_mean, layer.running_var = module.running_mean, module.running_var
+        layer.num_batches_tracked = module.num_batches_tracked
+        layer.training = module.training
+        return layer
+    for name, child in module.named_children():
+        module.add_module(name, _replace_batch_norm(child))
+    return module

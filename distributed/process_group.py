@@ -1,10 +1,15 @@
-"""Processes that train as one: the group that torchrun starts, and who does what in it.
+"""The life of a process group: joining it, rank and world size, devices, seeds, lost peers.
 
     torchrun --nproc-per-node=4 train.py
 
-Each process has a rank and a device of its own: NCCL joins GPUs, gloo CPUs. Rank 0 prints, logs
-and writes files. Without torchrun there is no group, and every function here does nothing more
-than its name says of one process.
+    with process_group("auto"):
+        device = local_device("auto")
+        if is_main():
+            print(world_size())
+
+Each process has a rank and a device of its own: NCCL connects GPUs, gloo CPUs. Rank 0 is the main
+process: it prints, logs and writes files. Without torchrun there is no group, and every function
+answers for a single process.
 """
 
 from __future__ import annotations
@@ -26,29 +31,29 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def rank() -> int:
-    """This process's number in the group."""
+    """This process's number in the group, 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes in the group, 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints, logs and writes."""
+    """Whether this is rank 0, the process that prints, logs and writes files."""
     return rank() == 0
 
 
 def local_world_size() -> int:
-    """How many processes of the group share this machine and its memory."""
+    """The number of the group's processes on this machine, which share its memory and cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.is_initialized() else 1
 
 
 def local_device(name: str) -> torch.device:
     """This process's device for --device `name`: each process of a machine has a GPU of its own.
 
-    Raises UserError where the machine has fewer GPUs than processes.
+    Raises UserError if the machine has fewer GPUs than processes.
     """
     device = get_device(name)
     if world_size() == 1 or device.type != "cuda":
@@ -56,11 +61,11 @@ def local_device(name: str) -> torch.device:
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if device.index is not None:
         raise UserError(
-            f"--device {name} is one GPU for {world_size()} processes; give --device cuda."
+            f"--device {name} is one GPU for {world_size()} processes; use --device cuda."
         )
     if local >= gpus:
         raise UserError(
-            f"torchrun started {local_world_size()} processes on a machine with {gpus} GPUs; give "
+            f"torchrun started {local_world_size()} processes on a machine with {gpus} GPUs; use "
             f"--nproc-per-node={gpus}."
         )
     return torch.device("cuda", local)
@@ -70,27 +75,30 @@ def local_device(name: str) -> torch.device:
 def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
     """Join torchrun's group for the block, if it started this process; only rank 0 prints in it.
 
-    `device` is the setting's value: CPU tensors go by gloo, those of GPUs by NCCL. A process that
-    dies is noticed at once, one that does nothing after `timeout`.
+    `device` is the value of --device. A peer that dies is noticed at once, one that hangs after
+    `timeout`. Raises UserError if the group cannot be joined or loses a process.
     """
+    # torchrun's interface: it tells each process its place in the group by these variables.
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
     on_gpu = get_device(device).type == "cuda"
+    # Flags and Python objects travel as CPU tensors by gloo even where gradients use NCCL.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"The processes did not find each other ({reason}); start them with torchrun, which "
+            f"The processes cannot connect to each other ({reason}); start them with torchrun, as "
             "docs/scaling.md shows for one machine and for several."
         ) from None
     if on_gpu:
         torch.cuda.set_device(local_device(device))
     with contextlib.ExitStack() as stack:
         if not is_main():
-            nowhere = stack.enter_context(Path(os.devnull).open("w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            devnull = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         try:
             yield
         except RuntimeError as error:
@@ -98,26 +106,46 @@ def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterato
                 raise
             raise UserError(
                 f"Another of the {world_size()} processes has ended or cannot be reached, so this "
-                f"one (rank {rank()}) ends, too; if it was not killed, what it printed says why. "
-                "What is done is kept: start again and go on."
+                f"one (rank {rank()}) ends too; unless it was killed, it has printed why. Finished "
+                "work is saved: run the same command again to continue."
             ) from None
-    dist.destroy_process_group()  # after an error, NCCL could wait here for who has gone
+    # Not in a `finally`: after an error NCCL could wait here for a process that has ended.
+    dist.destroy_process_group()
 
 
-# What gloo, NCCL and their sockets say when the other side has gone.
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "imed out", "timeout")
-_LOST += ("NCCL", "Gloo", "gloo", "refused", "ProcessGroup")
+# PyTorch raises a plain RuntimeError for most of these, so the text has to tell: what gloo, NCCL
+# and their sockets say when the other side is gone.
+_LOST_PEER_MESSAGES = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "imed out",
+    "timeout",
+    "NCCL",
+    "Gloo",
+    "gloo",
+    "refused",
+    "ProcessGroup",
+)
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error says that another process of the group has ended or cannot be reached."""
     if world_size() == 1 or not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
+    if isinstance(error, dist.DistError):
+        return True
+    return any(message in str(error) for message in _LOST_PEER_MESSAGES)
 
 
 def seed_per_rank(seed: int, step: int) -> None:
-    """Seed PyTorch anew, differently in each process but rank 0: else all drop the same units."""
+    """Seed PyTorch's generators differently in each process, as a function of the seed and step.
+
+    All processes start with the same seed, so that their initial weights are the same. From then
+    on they need different random numbers, or dropout would drop the same units in every slice of
+    the batch. Rank 0 keeps its state: one process computes the same with and without a group.
+    """
     if not is_main():
-        numbers = np.random.default_rng([seed, 4, step, rank()])
-        torch.manual_seed(int(numbers.integers(2**63)))
+        rng = np.random.default_rng([seed, 4, step, rank()])  # 4: this use of the seed
+        torch.manual_seed(int(rng.integers(2**63)))

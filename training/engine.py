@@ -153,7 +153,7 @@ class Learner:
         losses, rights, parts = [], [], self.cfg.accumulate
         for number in range(parts):
             some = even_slice(len(labels), number, parts)
-            with no_gradient_sync(self.replica, number < parts - 1):
+            with no_gradient_sync(self.replica, skip=number < parts - 1):
                 found = self.loss(images[some], labels[some], -(-width // parts))
                 loss = found.loss if parts == 1 else found.loss * (found.count / total)
                 loss.backward()

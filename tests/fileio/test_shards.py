@@ -182,7 +182,7 @@ def test_a_damaged_image_is_passed_over(folder, tmp_path, groups):
     assert data  # the original is another set
     flags = [*FLAGS.split(), "--train-set", str(tmp_path / "s"), "--epochs", "1"]
     printed = groups.run(tmp_path, 2, "run_train", flags)
-    assert "48" not in printed[1]
+    assert "Training set" not in printed[1]  # PyTorch may warn there, with a time in the line
     assert "epoch 1/1" in printed[0]
 
 
