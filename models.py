@@ -229,7 +229,7 @@ class MobileFaceNet(nn.Module):
 
 def _mobilefacenet(emb_size: int, dropout: float, use_se: bool) -> MobileFaceNet:
     if use_se:
-        raise ValueError("mobilefacenet has no squeeze-and-excitation variant; omit --use-se.")
+        raise ValueError("mobilefacenet has no squeeze-and-excitation variant; leave --use-se out.")
     return MobileFaceNet(emb_size, dropout)
 
 
