@@ -80,7 +80,7 @@ def open_model(cfg: Config, checkpoint: Path) -> Model:
         batch=cfg.eval_batch,
         spec=spec,
         progress="embedding",
-        raw=True,
+        unnormalised=True,
     )
     ours = about["kind"] == "ours"
     folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem

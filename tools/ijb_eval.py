@@ -67,7 +67,7 @@ def main(cfg: Settings) -> None:
         flip=cfg.flip,
         batch=cfg.eval_batch,
         spec=spec,
-        raw=True,
+        unnormalised=True,
     )
     print(f"Model: {checkpoint} ({about['network']})")
     ours = about["kind"] == "ours"

@@ -1,5 +1,7 @@
 """embedders.py: each kind of checkpoint against the same sums done by hand."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_the_fast_way_scores_as_the_plain_one(name, options, faces):
     folded = emb.fold_batch_norm(model)
     kept = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert kept < sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    x = emb.prepare(faces, emb.OURS).contiguous()
+    x = emb.preprocess_faces(faces, emb.TRAIN_INPUT).contiguous()
     with torch.no_grad():
         plain = F.normalize(model(x) + model(x.flip(3)))
     fast = emb.torch_embedder(model, CPU)(faces)
@@ -276,7 +278,7 @@ def test_onnx_model_of_another_size_gets_a_sentence(tmp_path, backend):
 def test_without_onnxruntime_opencv_takes_over(monkeypatch, tmp_path, faces):
     write_onnx(tmp_path / "m.onnx", "n")
     expected = emb.load_embedder(tmp_path / "m.onnx", device=CPU)[0](faces)
-    monkeypatch.setattr(emb.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     embed, about = emb.load_embedder(tmp_path / "m.onnx", device=CPU)
     assert "opencv" in about["network"]
     torch.testing.assert_close(embed(faces), expected, rtol=0, atol=1e-4)
