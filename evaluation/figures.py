@@ -56,10 +56,10 @@ def plot_angles(path: Path, scores: np.ndarray, same: np.ndarray, metrics: Metri
         (same, GENUINE_COLOUR, "genuine"),
         (~same, IMPOSTOR_COLOUR, "impostor"),
     ):
-        label = f"{mask.sum():,} {name} pairs, mean {angles[mask].mean():.1f}°"
+        label = f"{mask.sum():,} {name}, mean {angles[mask].mean():.1f}°"
         axes.hist(angles[mask], bins, color=colour, alpha=0.65, label=label)
     threshold = metrics["best_threshold_degrees"]
-    label = f"best threshold {threshold:.2f}°, accuracy {metrics['best_accuracy']:.2%}"
+    label = f"best threshold {threshold:.2f}°: {metrics['best_accuracy']:.2%}"
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=label)
     axes.set(xlabel="angle θ in degrees", ylabel="pairs per degree", xlim=(bins[0], bins[-1]))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -73,10 +73,11 @@ def _operating_points(metrics: Metrics) -> list[str]:
     rows += metrics["operating_points_refused"]
     if "calibration" in metrics:
         calibration = metrics["calibration"]
+        genuine = f"{100 * calibration['share_matched']:.0f} %"
         rows.append(
             f"P(same identity) = 1 / (1 + exp({-calibration['intercept']:.3f} - "
-            f"{calibration['slope']:.3f} * cosine)) where {calibration['share_matched']:.0%} of "
-            f"pairs are genuine; ECE {100 * calibration['ece']:.2f} % on held-out folds"
+            f"{calibration['slope']:.3f} * cosine)) where {genuine} of pairs "
+            f"are genuine; ECE {100 * calibration['ece']:.2f} % on held-out folds"
         )
     return rows
 

@@ -150,9 +150,10 @@ class SetSections:
             caption = "Reliability diagram: fraction of genuine pairs by predicted probability"
             yield plot_grid([(plots.reliability_svg(calibration["bins"]), caption)])
             slope, intercept = calibration["slope"], calibration["intercept"]
+            genuine = percent(calibration["share_matched"], 0)
             yield html_paragraph(
                 f"P(same identity) = 1 / (1 + exp({-intercept:.3f} - {slope:.3f} × cosine)), by "
-                f"Platt scaling, where {calibration['share_matched']:.0%} of pairs are genuine. "
+                f"Platt scaling, where {genuine} of pairs are genuine. "
                 f"Expected calibration error (ECE) {percent(calibration['ece'], 2)}, Brier score "
                 f"{calibration['brier']:.5f}, both on held-out folds."
             )
