@@ -70,7 +70,7 @@ def test_weights_in_the_same_folder_are_read(folder, place):
             np.random.default_rng(1).integers(0, 256, (2, 112, 112, 3), np.uint8)
         )
         embed = embedders.onnx_embedder(path, CPU, flip=False, backend="onnxruntime")
-        flat = embedders.prepare(faces, embedders.OURS).flatten(1)
+        flat = embedders.preprocess_faces(faces, embedders.TRAIN_INPUT).flatten(1)
         wanted = torch.nn.functional.normalize(flat @ torch.from_numpy(WEIGHTS))
         torch.testing.assert_close(embed(faces), wanted, rtol=0, atol=1e-4)
 
