@@ -1,1 +1,1 @@
-"""From archives to aligned records; imports nothing above fileio and distributed."""
+"""From archives to aligned records; begin with prepare.py. Imports fileio and distributed only."""

@@ -190,7 +190,7 @@ def describe_inputs(job: Job, source: Source, options: PrepareOptions) -> dict[s
 
 
 def _check_has_images(path: Path, source: Source) -> None:
-    """Warn of a damaged archive; ArchiveError if it holds no images at all."""
+    """Warn of a corrupt archive; ArchiveError if it holds no images at all."""
     entries = source.entries()
     if source.corruption:
         print(f"WARNING: {source.corruption} What can be read of it is used.", file=sys.stderr)

@@ -36,7 +36,7 @@ from utils import TEMPLATE, UserError, similarity_transform
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Run main on data/ in tmp_path with some settings; returns (status, printed, complaints)."""
+    """Run main on data/ in tmp_path with some settings; returns (status, stdout, stderr)."""
 
     def run(**settings):
         try:
@@ -53,7 +53,7 @@ def run(tmp_path, capsys):
     return run
 
 
-def outcome(folder):
+def read_results(folder):
     """{source name: (status, label or None)} and the summary."""
     table = read_index(folder, RecordReader(folder))
     rows = zip(table.source, table.status, table.label.tolist(), strict=True)
@@ -81,19 +81,19 @@ def test_both_sets_with_no_flag_at_all(run, tmp_path):
     data = tmp_path / "data"
     write_zip(data / "CASIA-WebFace.zip", casia_files(3, 3))
     tgz(data / "lfw-funneled.tgz", lfw() | {"lfw/P_0/P_0_0003.jpg": image_without_face()})
-    status, printed, complaints = run()
-    assert status == 0, complaints
-    statuses, report = outcome(data / "faces_webface_112x112")
+    status, stdout, stderr = run()
+    assert status == 0, stderr
+    statuses, report = read_results(data / "faces_webface_112x112")
     assert statuses == {name: ("ok", i // 3) for i, name in enumerate(casia_files(3, 3))}
     assert (report["kept"], report["identities"], report["images"]) == (9, 3, 9)
     assert report["source"] == str(data / "CASIA-WebFace.zip")
-    statuses, report = outcome(data / "faces_lfw_112x112")
+    statuses, report = read_results(data / "faces_lfw_112x112")
     assert statuses["lfw/P_0/P_0_0003.jpg"] == ("central_crop", 0)
     assert report["missed"] == {"central_crop": {"count": 1, "names": ["lfw/P_0/P_0_0003.jpg"]}}
     assert report["kept"] == 5
-    assert "CASIA-WebFace.zip: 9 images" in printed
-    assert "kept 9 of 3 identities" in printed
-    assert "(central_crop 1, ok 4)" in printed
+    assert "CASIA-WebFace.zip: 9 images" in stdout
+    assert "kept 9 of 3 identities" in stdout
+    assert "(central_crop 1, ok 4)" in stdout
     names = {p.name for p in (data / "faces_lfw_112x112").iterdir()}
     assert names == {"train.rec", "train.idx", "property", "index.tsv", "report.json"}
     assert len(list((tmp_path / "im").iterdir())) == 18  # of the nine training images alone
@@ -116,20 +116,20 @@ def test_finished_outputs_are_left_alone(run, tmp_path):
     folder = tmp_path / "data" / "faces_webface_112x112"
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     (folder / ".lock").touch()  # of a process killed right after it renamed the folder
-    status, printed, _ = run()
+    status, stdout, _ = run()
     assert status == 0
-    assert "is finished: 4 images of 2 identities" in printed
-    status, _, complaints = run(min_face=40)
+    assert "is finished: 4 images of 2 identities" in stdout
+    status, _, stderr = run(min_face=40)
     assert status == 2
-    assert "another --missed or --min-face" in complaints
+    assert "another --missed or --min-face" in stderr
     write_zip(source, casia_files(2, 3))
-    status, _, complaints = run()
+    status, _, stderr = run()
     assert status == 2
-    assert "prepared from another CASIA-WebFace.zip" in complaints
+    assert "prepared from another CASIA-WebFace.zip" in stderr
     source.unlink()
-    status, printed, _ = run()
+    status, stdout, _ = run()
     assert status == 0
-    assert "is finished" in printed
+    assert "is finished" in stdout
     assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
@@ -140,14 +140,14 @@ def test_folders_and_other_names(run, tmp_path):
     (tmp_path / "data" / "CASIA-WebFace" / "0009999").mkdir()
     source = tgz(tmp_path / "LFW-mine.tar.gz", lfw(1) | {"lfw/P_0/x.jpg": image_without_face()})
     assert run()[0] == 0
-    statuses, report = outcome(tmp_path / "data" / "faces_webface_112x112")
+    statuses, report = read_results(tmp_path / "data" / "faces_webface_112x112")
     assert [label for _, label in statuses.values()] == [0, 0, 1, 1]
     assert report["not_pictures"] == {"empty_folder": {"count": 1, "names": ["0009999"]}}
     assert run(source=source)[0] == 0
-    statuses, _ = outcome(tmp_path / "data" / "faces_lfw_112x112")
+    statuses, _ = read_results(tmp_path / "data" / "faces_lfw_112x112")
     assert statuses["lfw/P_0/x.jpg"] == ("central_crop", 0)
     assert run(source=source, output=tmp_path / "skipped", missed="skip")[0] == 0
-    assert outcome(tmp_path / "skipped")[0]["lfw/P_0/x.jpg"] == ("no_face", None)
+    assert read_results(tmp_path / "skipped")[0]["lfw/P_0/x.jpg"] == ("no_face", None)
 
 
 def test_images_before_and_after(run, tmp_path):
@@ -155,10 +155,10 @@ def test_images_before_and_after(run, tmp_path):
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files)
     run()
     reader = RecordReader(tmp_path / "data" / "faces_webface_112x112")
-    places = np.linspace(0, 14, 10).round().astype(int)
-    for i, place in enumerate(places):
-        assert (tmp_path / "im" / f"{i}_raw.jpg").read_bytes() == list(files.values())[place]
-        assert (tmp_path / "im" / f"{i}_img.jpg").read_bytes() == reader.encoded(place)
+    positions = np.linspace(0, 14, 10).round().astype(int)
+    for i, position in enumerate(positions):
+        assert (tmp_path / "im" / f"{i}_raw.jpg").read_bytes() == list(files.values())[position]
+        assert (tmp_path / "im" / f"{i}_img.jpg").read_bytes() == reader.encoded(position)
     few = write_zip(tmp_path / "few.zip", casia_files(1, 3))
     assert run(source=few, output=tmp_path / "few")[0] == 0
     assert len(list((tmp_path / "im").iterdir())) == 6  # no stale ones
@@ -170,7 +170,7 @@ def test_identities_without_a_face_take_no_label(run, tmp_path):
     files[names[2]] = files[names[3]] = image_without_face()
     write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files)
     run()
-    statuses, report = outcome(tmp_path / "data" / "faces_webface_112x112")
+    statuses, report = read_results(tmp_path / "data" / "faces_webface_112x112")
     assert [label for _, label in statuses.values()] == [0, 0, None, None, 1, 1]
     assert (report["identities"], report["identities_in_source"]) == (2, 3)
 
@@ -218,7 +218,7 @@ def bad_files():
         "s/a/09pixel.png": (png(np.zeros((1, 1, 3), np.uint8)), "too_small"),
         "s/a/10huge.jpg": (huge(face(0, 1)), "too_large"),
         "s/a/11wide.png": (png(np.zeros((40, 20_000, 3), np.uint8)), "no_face"),
-        "s/a/12damaged.png": (png(pixels)[:-9999], "truncated"),  # cut short, too
+        "s/a/12corrupt.png": (png(pixels)[:-9999], "truncated"),  # cut short, too
         "s/a/deep/13folder.jpg": (face(1), "ok"),
         "s/张三/14照片.jpg": (face(2), "ok"),
     }
@@ -226,8 +226,8 @@ def bad_files():
 
 @pytest.mark.parametrize("kind", ["zip", "tgz", "folder"])
 def test_bad_input_is_right_or_counted(kind, run, tmp_path):
-    wanted = bad_files()
-    files = {name: data for name, (data, _) in wanted.items()}
+    expected = bad_files()
+    files = {name: data for name, (data, _) in expected.items()}
     source = tmp_path / f"set.{kind}"
     if kind == "folder":
         for name, data in files.items():
@@ -235,18 +235,18 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
             (source / name).write_bytes(data)
     else:
         (write_zip if kind == "zip" else tgz)(source, files)
-    status, printed, complaints = run(source=source, output=tmp_path / "out")
-    assert status == 0, complaints
-    statuses, report = outcome(tmp_path / "out")
+    status, stdout, stderr = run(source=source, output=tmp_path / "out")
+    assert status == 0, stderr
+    statuses, report = read_results(tmp_path / "out")
     assert {name: status for name, (status, _) in statuses.items()} == {
-        name: status for name, (_, status) in wanted.items()
+        name: status for name, (_, status) in expected.items()
     }
     # a, deep, 张三: sorted by code point
     assert [statuses[n][1] for n in ("s/a/00good.jpg", "s/a/deep/13folder.jpg")] == [0, 1]
     assert statuses["s/张三/14照片.jpg"] == ("ok", 2)
-    cut = ["s/a/06truncated.jpg", "s/a/12damaged.png"]
+    cut = ["s/a/06truncated.jpg", "s/a/12corrupt.png"]
     assert report["missed"]["truncated"]["names"] == cut
-    assert "skipped 7" in printed
+    assert "skipped 7" in stdout
     reader = RecordReader(tmp_path / "out")
     crops = {i: reader.image(i) for i in range(6)}
     for i in (3, 4, 5):  # colour, CMYK and the one on its side are one image
@@ -256,16 +256,16 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
 
 
 def test_lfw_keeps_every_readable_image(run, tmp_path):
-    wanted = bad_files()
-    source = write_zip(tmp_path / "lfw-bad.zip", {n: data for n, (data, _) in wanted.items()})
+    expected = bad_files()
+    source = write_zip(tmp_path / "lfw-bad.zip", {n: data for n, (data, _) in expected.items()})
     assert run(source=source, output=tmp_path / "out")[0] == 0
-    statuses, _ = outcome(tmp_path / "out")
-    for name, (_, status) in wanted.items():
+    statuses, _ = read_results(tmp_path / "out")
+    for name, (_, status) in expected.items():
         cropped = "central_crop" if status in ("no_face", "too_small") else status
         assert statuses[name][0] == cropped
 
 
-def test_hostile_and_damaged_archives_write_nothing_outside(run, tmp_path):
+def test_hostile_and_corrupt_archives_write_nothing_outside(run, tmp_path):
     files = casia_files(1, 2)
     evil = {"../../evil/1.jpg": face(3), "/abs/evil/1.jpg": face(3)}
     path = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", files | evil)
@@ -273,7 +273,7 @@ def test_hostile_and_damaged_archives_write_nothing_outside(run, tmp_path):
     content[content.find(face(0, 1)) + 4000] ^= 255  # stored, so found; its CRC is wrong now
     path.write_bytes(content)
     assert run()[0] == 0
-    statuses, report = outcome(tmp_path / "data" / "faces_webface_112x112")
+    statuses, report = read_results(tmp_path / "data" / "faces_webface_112x112")
     assert sorted(statuses.values(), key=str) == [("ok", 0), ("unreadable", None)]
     assert report["not_pictures"]["unsafe_name"]["count"] == 2
     assert {p.name for p in tmp_path.iterdir()} == {"data", "im"}
@@ -283,11 +283,11 @@ def test_hostile_and_damaged_archives_write_nothing_outside(run, tmp_path):
 def test_truncated_tgz_is_used_as_far_as_it_goes(run, tmp_path):
     path = tgz(tmp_path / "data" / "CASIA-WebFace.tgz", casia_files(2, 4))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    status, printed, complaints = run()
+    status, stdout, stderr = run()
     assert status == 0
-    assert "WARNING" in printed
-    assert "cut short" in complaints
-    _, report = outcome(tmp_path / "data" / "faces_webface_112x112")
+    assert "WARNING" in stdout
+    assert "cut short" in stderr
+    _, report = read_results(tmp_path / "data" / "faces_webface_112x112")
     assert 3 <= report["kept"] <= 4
     assert report["damage"]
 
@@ -296,15 +296,15 @@ def test_one_broken_archive_does_not_stop_the_other(run, tmp_path):
     path = write_zip(tmp_path / "data" / "CASIA-WebFace.zip", casia_files(1, 1))
     path.write_bytes(path.read_bytes()[:-50])
     tgz(tmp_path / "data" / "lfw.tgz", lfw(1))
-    status, printed, complaints = run()
+    status, stdout, stderr = run()
     assert status == 2
-    assert "CASIA-WebFace.zip is cut short" in complaints
-    assert "lfw.tgz: 2 images" in printed
+    assert "CASIA-WebFace.zip is cut short" in stderr
+    assert "lfw.tgz: 2 images" in stdout
     assert (tmp_path / "data" / "faces_lfw_112x112" / "train.rec").is_file()
 
 
 def test_nothing_there(tmp_path):
-    """As a user sees it: one sentence, status 2, no traceback."""
+    """The real script: one message, status 2, no traceback."""
     done = subprocess.run(
         [sys.executable, ROOT / "pre_process.py", "--data-dir", tmp_path],
         capture_output=True,
@@ -318,7 +318,7 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "message"),
     [
         ({"source": "missing.zip"}, "missing.zip cannot be opened"),
         ({"source": "empty"}, "holds no images"),
@@ -328,16 +328,16 @@ def test_nothing_there(tmp_path):
         ({"source": "good.zip", "device": "cuda:77"}, "cannot be used"),
     ],
 )
-def test_what_cannot_be_done_is_a_sentence(settings, sentence, run, tmp_path, monkeypatch):
+def test_user_errors(settings, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty" / "a").mkdir(parents=True)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("keep me")
     write_zip(tmp_path / "nobody.zip", {"s/a/1.jpg": image_without_face(), "s/a/2.jpg": b""})
     write_zip(tmp_path / "good.zip", casia_files(1, 1))
-    status, _, complaints = run(**({"output": "out"} | settings))
+    status, _, stderr = run(**({"output": "out"} | settings))
     assert status == 2
-    assert re.search(sentence, complaints)
+    assert re.search(message, stderr)
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "keep me"
 
 
@@ -352,13 +352,13 @@ def test_two_at_once_on_one_output(run, tmp_path):
     part = tmp_path / "data" / "faces_webface_112x112.part"
     part.mkdir()
     with lock_folder(part, "pre_process.py"):
-        status, _, complaints = run()
+        status, _, stderr = run()
     assert status == 2
-    assert f"{part} is in use by pre_process.py, process {os.getpid()} on " in complaints
+    assert f"{part} is in use by pre_process.py, process {os.getpid()} on " in stderr
     assert run()[0] == 0
 
 
-def test_which_sources_are_taken(tmp_path, capsys):
+def test_which_sources_are_used(tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
     for name in ("CASIA-Webface.tar", "lfw.tgz", "lfw-deepfunneled.tgz", "lfw-Funneled.tgz"):
@@ -367,8 +367,8 @@ def test_which_sources_are_taken(tmp_path, capsys):
         (data / name).mkdir()
     (data / "lfw_home" / "lfw_funneled").mkdir()
     sources = [path.name for path in find_sources(data, True)]
-    wanted = ["lfw-Funneled.tgz", "lfw-deepfunneled.tgz", "lfw.tgz", "LFW-a.zip", "lfw_funneled"]
-    assert sources == wanted
+    expected = ["lfw-Funneled.tgz", "lfw-deepfunneled.tgz", "lfw.tgz", "LFW-a.zip", "lfw_funneled"]
+    assert sources == expected
     jobs = find_jobs(data)
     assert [job.source.name for job in jobs] == ["CASIA-Webface.tar", "lfw-Funneled.tgz"]
     assert [job.crop_missed for job in jobs] == [False, True]
@@ -388,7 +388,7 @@ def test_real_faces(real_faces, run, tmp_path):
         files = {name: archive.read(name) for name in names[: 4 * 20 : 2]}
     source = write_zip(tmp_path / "real.zip", files)
     assert run(source=source, output=tmp_path / "out")[0] == 0
-    _, report = outcome(tmp_path / "out")
+    _, report = read_results(tmp_path / "out")
     assert report["kept"] >= len(files) - 1
     table = read_index(tmp_path / "out")
     points = table.points[table.record >= 0]

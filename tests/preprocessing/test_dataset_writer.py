@@ -168,7 +168,7 @@ def test_summaries(tmp_path):
         b'{"source": "a", "source_bytes": 3, "kept": 1, "identities": 1, "settings": []}',
     ],
 )
-def test_a_corrupt_summary_is_a_sentence(tmp_path, text):
+def test_a_corrupt_summary_is_a_user_error(tmp_path, text):
     (tmp_path / "report.json").write_bytes(text)
     with pytest.raises(UserError, match=r"report\.json is corrupt; move"):
         read_summary(tmp_path)
@@ -195,10 +195,10 @@ def test_killed_at_every_point_and_resumed(tmp_path):
     assert done.returncode == 0, done.stderr
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
     assert outcomes.pop("complete") == 0, done.stderr
-    wanted = contents(tmp_path / "complete")
+    expected = contents(tmp_path / "complete")
     for name, outcome in outcomes.items():
         assert (name, outcome) == (name, [signal.SIGKILL.value, False, 0]), done.stderr
-        assert contents(tmp_path / name) == wanted, name
+        assert contents(tmp_path / name) == expected, name
         for i in range(9):
             for kind in ("raw", "img"):
                 pair = [tmp_path / f"{n}-images" / f"{i}_{kind}.jpg" for n in ("complete", name)]

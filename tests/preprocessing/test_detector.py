@@ -46,7 +46,7 @@ def draw_face(height=250, width=250, centre=(125, 125), radius=50, seed=0):
 # -- the weights ---------------------------------------------------------------------------------
 
 
-def test_missing_package_is_a_sentence(monkeypatch):
+def test_missing_package_is_a_user_error(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="not installed; run pip install"):
         mtcnn_networks.load_weights("pnet")
@@ -434,10 +434,10 @@ def test_real_faces_are_found_and_lie_where_lfw_puts_them(detector, real_faces):
                 images.append(cv2.imdecode(data, cv2.IMREAD_COLOR_RGB))
             if len(images) == 48:
                 break
-    found = find_face(detector, np.stack(images))
-    assert [d.status for d in found] == ["ok"] * 48
-    aligned = similarity_transform(np.stack([d.points for d in found]))
-    points = np.einsum("nij,nkj->nki", aligned[..., :2], np.stack([d.points for d in found]))
+    detections = find_face(detector, np.stack(images))
+    assert [d.status for d in detections] == ["ok"] * 48
+    aligned = similarity_transform(np.stack([d.points for d in detections]))
+    points = np.einsum("nij,nkj->nki", aligned[..., :2], np.stack([d.points for d in detections]))
     residual = np.linalg.norm(points + aligned[:, None, :, 2] - TEMPLATE, axis=2)
     assert np.median(residual) < 4  # the five points have a face's shape
-    assert np.median([d.score for d in found]) > 0.99
+    assert np.median([d.score for d in detections]) > 0.99

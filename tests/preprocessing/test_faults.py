@@ -1,4 +1,4 @@
-"""A disk that fails: earlier files stay, a sentence says why, a second run completes the work.
+"""A disk that fails: earlier files stay, a message says why, a second run completes the work.
 
 Every call that writes, syncs, renames or makes a folder fails once; then the kernel's own limits.
 """
@@ -152,7 +152,7 @@ def tiny_images():
 
 @pytest.fixture
 def prepare_in(tmp_path, capsys, monkeypatch):
-    """Prepare tiny images with a stub for a detector, in a folder; returns what it complains."""
+    """Prepare tiny images with a stub for a detector, in a folder; returns the error message."""
     monkeypatch.setattr(pipeline, "find_face", stub)
     monkeypatch.setattr(face_detector, "FaceDetector", lambda *_, **__: None)
     monkeypatch.setattr(prepare, "BLOCK_IMAGES", 4)
@@ -166,8 +166,8 @@ def prepare_in(tmp_path, capsys, monkeypatch):
         except SystemExit as ended:
             assert ended.code == 2
             lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
-            (sentence,) = [line for line in lines if line and "%|" not in line]
-            return sentence
+            (message,) = [line for line in lines if line and "%|" not in line]
+            return message
         capsys.readouterr()
         return ""
 
@@ -192,21 +192,23 @@ def test_pre_process_after_each_failing_call(stays, prepare_in, tmp_path, monkey
         folder.mkdir()
         with monkeypatch.context() as patch:
             disk = FailingDisk(patch, fail_at, stays)
-            sentence = prepare_in(folder)
+            message = prepare_in(folder)
         if not disk.failed:
             break
         finished = (folder / "faces" / "report.json").is_file()
         if not finished:
             assert not (folder / "faces").exists()
-        found = {name: data for name, data in everything(folder).items() if "part/" not in name}
-        assert found.items() <= complete.items() | {("faces/.lock", found.get("faces/.lock"))}
+        published = {name: data for name, data in everything(folder).items() if "part/" not in name}
+        assert published.items() <= complete.items() | {
+            ("faces/.lock", published.get("faces/.lock"))
+        }
         assert not [name for name in everything(folder) if name.endswith(".tmp")]
         assert re.fullmatch(
             r"\S+: (\S+) cannot be written \(.+\): .+ and start again; what was there before is "
             r"kept\.",
-            sentence,
-        ), sentence
-        names.add(sentence.split()[1].removeprefix(str(folder)))
+            message,
+        ), message
+        names.add(message.split()[1].removeprefix(str(folder)))
         if not finished:
             assert prepare_in(folder) == ""
             assert everything(folder) == complete
@@ -263,7 +265,7 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("error", "sentence"),
+    ("error", "message"),
     [
         (MemoryError(), "out of memory (MemoryError"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory"),
@@ -274,8 +276,8 @@ def test_a_source_that_goes_away_is_no_set_of_bad_images(prepare_in, tmp_path, m
 @pytest.mark.parametrize(
     ("stage", "calls"), [("decode_entry", 9), ("find_face", 1), ("align_and_encode", 5)]
 )
-def test_a_failing_thread_ends_the_run_with_a_sentence_and_what_is_done_stays(
-    error, sentence, stage, calls, prepare_in, tmp_path, monkeypatch
+def test_a_failing_thread_ends_the_run_with_a_message_and_what_is_done_stays(
+    error, message, stage, calls, prepare_in, tmp_path, monkeypatch
 ):
     assert prepare_in(tmp_path / "complete") == ""
     function, left = getattr(pipeline, stage), [calls]
@@ -288,7 +290,7 @@ def test_a_failing_thread_ends_the_run_with_a_sentence_and_what_is_done_stays(
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, stage, dying)
-        assert sentence in prepare_in(tmp_path / "x")
+        assert message in prepare_in(tmp_path / "x")
     rows = (tmp_path / "x" / "faces.part" / "index.tsv").read_text().splitlines()[1:]
     assert len(rows) in (
         (4,) if stage == "align_and_encode" else (0, 4)
@@ -365,8 +367,8 @@ def small_disk(tmp_path):
 def test_a_full_disk(kilobytes, small_disk, prepare_in, tmp_path):
     assert prepare_in(tmp_path / "complete") == ""
     disk = small_disk(f"size={kilobytes}k")
-    sentence = prepare_in(disk)
-    assert "cannot be written (No space left on device): make room" in sentence
+    message = prepare_in(disk)
+    assert "cannot be written (No space left on device): make room" in message
     assert not list(disk.rglob("*.tmp"))
     small_disk("remount,size=10m")
     assert prepare_in(disk) == ""

@@ -83,7 +83,7 @@ def test_a_class_without_an_image_is_counted(tmp_path):
     assert report_of(folder)["classes_without_image"] == 2
 
 
-def test_packs_that_cannot_be_used_are_a_sentence(tmp_path, capsys):
+def test_packs_that_cannot_be_used_are_user_errors(tmp_path, capsys):
     folder = pack(tmp_path / "x", [crop(i) for i in range(6)])
     (folder / "property").write_text("3,96,112")
     with pytest.raises(SystemExit) as error:

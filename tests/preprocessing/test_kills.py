@@ -39,7 +39,7 @@ def contents(folder):
 def check(source, folder, kills, block):
     outcomes = run(source, folder, kills, block)
     assert outcomes.pop("complete") == 0
-    wanted = contents(folder / "complete")
+    expected = contents(folder / "complete")
     killed = outcomes.pop("killed")
     assert len(killed) == kills
     second, message, first, third = outcomes.pop("twice")
@@ -53,21 +53,21 @@ def check(source, folder, kills, block):
         assert (status, again) == (2, 0), printed
         assert "cannot be written (File too large): lift the limit" in printed
         assert "Traceback" not in printed
-        assert contents(folder / name) == wanted
+        assert contents(folder / name) == expected
     assert set(outcomes.values()) <= {0}
     finished = {path for path in folder.glob("killed-*") if not path.suffix and path.is_dir()}
     finished -= set(folder.glob("*-images"))
     for path in [folder / "twice", *finished]:
-        assert contents(path) == wanted, path
+        assert contents(path) == expected, path
         assert sorted(p.name for p in path.iterdir()) == sorted([*SET, "report.json"])
         images = [folder / f"{name}-images" for name in (path.name, "complete")]
         assert len({tuple(p.read_bytes() for p in sorted(f.iterdir())) for f in images}) == 1
     assert finished
     assert not list(folder.glob("*.part"))
     assert not list(folder.rglob("*.tmp"))
-    compared = len(finished) * sum(map(len, wanted.values()))
+    compared = len(finished) * sum(map(len, expected.values()))
     print(
-        f"{kills} kills, {len(finished)} sets of {sum(map(len, wanted.values())):,} bytes equal "
+        f"{kills} kills, {len(finished)} sets of {sum(map(len, expected.values())):,} bytes equal "
         f"({compared:,} bytes); rows of index.tsv at each kill: {[rows for _, rows in killed]}"
     )
 

@@ -123,7 +123,7 @@ def test_a_host_that_fails_at_first_is_tried_again(server, files, tmp_path, caps
     assert capsys.readouterr().out.count("trying again") == 2
 
 
-def test_no_network_is_a_sentence(server, tmp_path, monkeypatch):
+def test_no_network_is_a_user_error(server, tmp_path, monkeypatch):
     remote = LFW_FILES["pairs.txt"]._replace(url="http://127.0.0.1:9/pairs.txt")
     monkeypatch.setitem(LFW_FILES, "pairs.txt", remote)
     with pytest.raises(UserError, match="could not be downloaded"):
@@ -142,12 +142,12 @@ def test_what_scikit_learn_fetched_before_is_used(where, packed, server, tmp_pat
     else:
         with tarfile.open(fileobj=io.BytesIO(lfw_archive())) as archive:
             archive.extractall(home, filter="data")
-    found = download_lfw(tmp_path / "data")
+    images = download_lfw(tmp_path / "data")
     assert not server
-    assert found.parent == home
+    assert images.parent == home
     assert (tmp_path / "data" / "pairs.txt").read_bytes() == PAIRS
-    (job,) = find_jobs(tmp_path / "data", lfw=found)
-    assert job.source == found
+    (job,) = find_jobs(tmp_path / "data", lfw=images)
+    assert job.source == images
     assert job.crop_missed
 
 

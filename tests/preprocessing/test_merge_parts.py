@@ -53,9 +53,9 @@ def assert_same(output, complete):
     for name in FILES:
         assert (output / name).read_bytes() == (complete / name).read_bytes(), name
         compared += (complete / name).stat().st_size
-    found, expected = (json.loads((p / "report.json").read_text()) for p in (output, complete))
+    actual, expected = (json.loads((p / "report.json").read_text()) for p in (output, complete))
     for key in ("images", "kept", "status", "missed", "identities"):
-        assert found[key] == expected[key]
+        assert actual[key] == expected[key]
     return compared
 
 
@@ -102,7 +102,7 @@ def test_a_part_that_was_killed_is_resumed(source, complete, tmp_path, monkeypat
     assert_same(output, complete)
 
 
-def test_what_cannot_be_merged_is_a_sentence(source, tmp_path, capsys):
+def test_what_cannot_be_merged_is_a_user_error(source, tmp_path, capsys):
     output = tmp_path / "set"
 
     def merge():

@@ -71,28 +71,28 @@ def test_usual_images_are_aligned_by_one_warp(detector):
     (detection,) = find_face(detector, image.image[None])
     result = align_and_encode(image, detection, crop_missed=False)
     matrix = similarity_transform(detection.points.astype(np.float64))
-    wanted = warp_face(decode_image(face(1)), matrix)
+    expected = warp_face(decode_image(face(1)), matrix)
     assert result.status == "ok"
-    assert same_pixels(decode_image(result.jpeg), wanted, 3)
+    assert same_pixels(decode_image(result.jpeg), expected, 3)
     np.testing.assert_allclose(result.points, detection.points, atol=1e-4)
 
 
 def test_large_images_are_searched_small_and_cut_from_the_original(detector):
     """A face enlarged eight times, its points given in the copy: they and the crop come back."""
     usual = decode_entry(ENTRY, face(2))
-    wanted = align_and_encode(usual, find_face(detector, usual.image[None])[0], False)
+    expected = align_and_encode(usual, find_face(detector, usual.image[None])[0], False)
     large = cv2.resize(usual.image, None, fx=8, fy=8, interpolation=cv2.INTER_CUBIC)
     image = decode_entry(ENTRY, cv2.imencode(".png", large[..., ::-1])[1].tobytes())
     assert image.image.shape == (1024, 1024, 3)
     # Whole numbers are centres of pixels, so x in the usual image is 8 (x + 0.5) - 0.5 here
     zoom = 1024 / 250
     given = Detection(
-        "ok", 1.0, (wanted.box + 0.5) * zoom - 0.5, (wanted.points + 0.5) * zoom - 0.5
+        "ok", 1.0, (expected.box + 0.5) * zoom - 0.5, (expected.points + 0.5) * zoom - 0.5
     )
     got = align_and_encode(image, given, False)
-    np.testing.assert_allclose(got.points, (wanted.points + 0.5) * 8 - 0.5)
-    np.testing.assert_allclose(got.box, (wanted.box + 0.5) * 8 - 0.5)
-    assert same_pixels(decode_image(got.jpeg), decode_image(wanted.jpeg), 3)
+    np.testing.assert_allclose(got.points, (expected.points + 0.5) * 8 - 0.5)
+    np.testing.assert_allclose(got.box, (expected.box + 0.5) * 8 - 0.5)
+    assert same_pixels(decode_image(got.jpeg), decode_image(expected.jpeg), 3)
     # and the detector does find it there
     (found,) = find_face(detector, image.image[None])
     assert np.abs(found.points - given.points).max() < 5 * zoom
