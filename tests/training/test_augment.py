@@ -45,8 +45,8 @@ def test_low_resolution_is_opencvs(faces, down, up):
     # pixel before the one that k * 112 / size says.
     small = np.array([22, 23, 28, 37, 45, 56, 60, 75, 90, 99, 111, 112])
     ways = torch.full((12,), DOWNSAMPLING.index(down)), torch.full((12,), UPSAMPLING.index(up))
-    found = augment.lower_resolution(faces, torch.from_numpy(small), *ways)
-    for image, result, size in zip(as_images(faces), as_images(found), small, strict=True):
+    results = augment.lower_resolution(faces, torch.from_numpy(small), *ways)
+    for image, result, size in zip(as_images(faces), as_images(results), small, strict=True):
         expected = cv2.resize(image, (size, size), interpolation=INTERPOLATIONS[down])
         expected = cv2.resize(expected, (112, 112), interpolation=INTERPOLATIONS[up])
         np.testing.assert_allclose(result, expected.clip(0, 255), atol=0.02)
@@ -54,8 +54,8 @@ def test_low_resolution_is_opencvs(faces, down, up):
 
 def test_blur_is_opencvs_within_the_image(faces):
     sigmas = np.linspace(0.3, 3, 12, dtype=np.float32)
-    found = augment.gaussian_blur(faces, torch.from_numpy(sigmas))
-    for image, result, sigma in zip(as_images(faces), as_images(found), sigmas, strict=True):
+    results = augment.gaussian_blur(faces, torch.from_numpy(sigmas))
+    for image, result, sigma in zip(as_images(faces), as_images(results), sigmas, strict=True):
 
         def gauss(image, sigma=float(sigma)):
             return cv2.GaussianBlur(image, (61, 61), sigma, borderType=cv2.BORDER_CONSTANT)
@@ -68,13 +68,13 @@ def test_jitter_is_torchvisions_in_any_order(faces):
     rng = np.random.default_rng(0)
     factors = rng.uniform(0.5, 1.5, (12, 3)).astype(np.float32)
     orders = JITTER_ORDERS[np.arange(12) % 6]
-    found = augment.colour_jitter(faces, torch.from_numpy(factors), torch.from_numpy(orders))
+    results = augment.colour_jitter(faces, torch.from_numpy(factors), torch.from_numpy(orders))
     steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
     for i in range(12):
         expected = faces[i] / 255
-        for which in orders[i]:
-            expected = steps[which](expected, float(factors[i, which]))
-        torch.testing.assert_close(found[i] / 255, expected, rtol=0, atol=2e-5)
+        for step in orders[i]:
+            expected = steps[step](expected, float(factors[i, step]))
+        torch.testing.assert_close(results[i] / 255, expected, rtol=0, atol=2e-5)
 
 
 def test_grey_is_torchvisions(faces):
@@ -82,17 +82,17 @@ def test_grey_is_torchvisions(faces):
     torch.testing.assert_close(augment.to_grey(faces) / 255, expected, rtol=0, atol=1e-5)
 
 
-def test_crop_keeps_the_rectangle_where_it_is(faces):
+def test_zero_outside_keeps_the_rectangle_where_it_is(faces):
     boxes = augment.random_crop_boxes(np.random.default_rng(0).random((12, 4)), 0.2)
-    found = augment.zero_outside(faces, torch.from_numpy(boxes))
-    for image, result, (top, left, height, width) in zip(faces, found, boxes, strict=True):
+    results = augment.zero_outside(faces, torch.from_numpy(boxes))
+    for image, result, (top, left, height, width) in zip(faces, results, boxes, strict=True):
         expected = torch.zeros_like(image)
         inside = slice(None), slice(top, top + height), slice(left, left + width)
         expected[inside] = image[inside]
         assert torch.equal(result, expected)
 
 
-def test_crops_are_as_large_and_as_wide_as_they_say():
+def test_random_crop_boxes_have_the_areas_and_aspects_asked_for():
     boxes = augment.random_crop_boxes(np.random.default_rng(0).random((20000, 4)), 0.2)
     assert boxes[:, :2].min() == 0
     assert (boxes[:, :2] + boxes[:, 2:]).max() == 112
@@ -108,55 +108,57 @@ def test_crops_are_as_large_and_as_wide_as_they_say():
 # ------------------------------------------------------------------------------ a batch
 
 
-def test_random_numbers_are_even_and_apart():
-    drawn = hashed_uniform(np.arange(20000), seed=0, epoch=0, count=5)
-    assert drawn.min() >= 0
-    assert drawn.max() < 1
-    histogram = np.stack([np.histogram(column, 10, (0, 1))[0] for column in drawn.T])
+def test_hashed_uniform_is_uniform_and_uncorrelated():
+    numbers = hashed_uniform(np.arange(20000), seed=0, epoch=0, count=5)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    histogram = np.stack([np.histogram(column, 10, (0, 1))[0] for column in numbers.T])
     assert np.all(abs(histogram - 2000) < 200)
-    assert np.all(abs(np.corrcoef(drawn.T) - np.eye(5)) < 0.03)
+    assert np.all(abs(np.corrcoef(numbers.T) - np.eye(5)) < 0.03)
     for seed, epoch in ((1, 0), (0, 1)):
         other = hashed_uniform(np.arange(20000), seed, epoch, 5)
-        assert abs(np.corrcoef(drawn[:, 0], other[:, 0])[0, 1]) < 0.03
+        assert abs(np.corrcoef(numbers[:, 0], other[:, 0])[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("name", ["mild", "adaface"])
-def test_a_batch_is_its_images_one_by_one(name):
+def test_a_batch_gives_what_its_images_give_one_by_one(name):
     faces, positions = synthetic_crops(4).repeat(16, 1, 1, 1), np.arange(100, 164)
     before = faces.clone()
-    change = build_augmentation(name, seed=3, epoch=2)
-    together = change(faces, positions)
-    assert together.dtype == torch.uint8
-    assert together.shape == faces.shape
+    augmentation = build_augmentation(name, seed=3, epoch=2)
+    expected = augmentation(faces, positions)
+    assert expected.dtype == torch.uint8
+    assert expected.shape == faces.shape
     assert torch.equal(faces, before)
     shuffled = np.random.default_rng(0).permutation(64)
     for part in np.array_split(shuffled, 5):
-        alone = change(faces[part], positions[part])
+        alone = augmentation(faces[part], positions[part])
         # Sums may come out in another order, and half a level to another side.
-        assert (alone.int() - together[part].int()).abs().max() <= 1
-    assert torch.equal(change(faces, positions), together)
-    assert not torch.equal(build_augmentation(name, seed=3, epoch=3)(faces, positions), together)
+        assert (alone.int() - expected[part].int()).abs().max() <= 1
+    assert torch.equal(augmentation(faces, positions), expected)
+    assert not torch.equal(build_augmentation(name, seed=3, epoch=3)(faces, positions), expected)
 
 
-def test_as_many_images_are_changed_as_the_recipe_says():
+def test_images_change_with_the_probability_of_the_policy():
     faces, positions = synthetic_crops(1).expand(512, -1, -1, -1), np.arange(512)
     for name, policy in AUGMENTATIONS.items():
-        change = build_augmentation(name, seed=0, epoch=0)
+        augmentation = build_augmentation(name, seed=0, epoch=0)
         if name == "none":
-            assert change is None
+            assert augmentation is None
             continue
-        touched = (change(faces, positions) != faces).flatten(1).any(1).float().mean().item()
-        kept = np.prod([1 - getattr(policy, change) for change in TRANSFORMS])
-        assert touched == pytest.approx(1 - kept, abs=0.06)  # 2.7 standard errors
+        changed = (augmentation(faces, positions) != faces).flatten(1).any(1).float().mean().item()
+        unchanged = np.prod([1 - getattr(policy, transform) for transform in TRANSFORMS])
+        assert changed == pytest.approx(1 - unchanged, abs=0.06)  # 2.7 standard errors
 
 
-@pytest.mark.parametrize("change", TRANSFORMS)
-def test_each_change_changes_a_face_and_leaves_it_a_face(change):
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_each_transform_changes_a_face_and_leaves_it_a_face(transform):
     faces = synthetic_crops(8)
-    policy = AugmentPolicy(**{change: 1.0})
+    policy = AugmentPolicy(**{transform: 1.0})
     changed = augment.augment_batch(faces, np.arange(8), policy=policy, seed=0, epoch=0).float()
     assert (changed != faces).flatten(1).any(1).all()
     for face, result in zip(faces.float(), changed, strict=True):
         seen = result.sum(2) > 0  # a crop blackens the rest
-        kept = torch.corrcoef(torch.stack([face[seen].flatten(), result[seen].flatten()]))[0, 1]
-        assert kept > 0.6
+        correlation = torch.corrcoef(torch.stack([face[seen].flatten(), result[seen].flatten()]))[
+            0, 1
+        ]
+        assert correlation > 0.6
