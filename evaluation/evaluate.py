@@ -1,38 +1,39 @@
-"""Evaluate a model on pair sets: metrics, confidence intervals, comparisons.
+"""Evaluate a model on test sets: metrics, their statistics, comparisons with another model.
 
-    from evaluation.evaluate import evaluate_lfw, set_statistics
-    result = evaluate_lfw(torch_embedder(model, device), load_set(folder, pairs))
+    from evaluation.evaluate import evaluate_set, set_statistics
+    result = evaluate_set(model, load_set(folder, pairs), PROTOCOLS["insightface"])
     result.metrics.update(set_statistics(result, seed=0))
+    compare_results(result, other_result, seed=0)["verdict"]
 
-This is where metrics.Metrics, the structure of lfw.json, is filled in.
+Here metrics.Metrics, the structure of lfw.json, is filled in.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config
-from evaluation import robustness, verification
+from evaluation import verification
 from evaluation.calibration import calibrate, operating_points
-from evaluation.embedders import Embed, InputSpec, load_embedder
-from evaluation.embedding_cache import EmbeddingCache, model_checksum
+from evaluation.embedders import Embed
+from evaluation.embedding_cache import EmbeddingCache
+from evaluation.evaluated_model import EvaluatedModel
+from evaluation.metrics import Comparison, RobustnessMetrics, SetMetrics, Statistics
 from evaluation.pair_sets import PairSet, SetResult, identity_groups
 from evaluation.protocols import Protocol, evaluate_views, fuse_views
+from evaluation.robustness import evaluate_corruptions
 from evaluation.significance import (
     bootstrap_intervals,
     bootstrap_weights,
     compare_paired,
     correct_predictions,
 )
-from evaluation.verification import worst_errors
-from utils import UserError, get_device
+from utils import UserError
 
 RESAMPLES = 1000
 
@@ -40,131 +41,133 @@ RESAMPLES = 1000
 # ------------------------------------------------------------------------------ metrics
 
 
-def summarise(scores: np.ndarray, test_set: PairSet) -> dict[str, Any]:
-    """All numbers of lfw.json that the scores of the pairs give; see verification.verify."""
-    return verification.verify(scores, test_set.pairs.same, test_set.pairs.folds) | {
-        "faces": len(test_set.images),
-        "missed_faces": test_set.missed,
-    }
-
-
 def evaluate_lfw(embed: Embed, test_set: PairSet) -> SetResult:
-    """Embed every face once and report on the pairs: accuracy, threshold, tar_at_far, auc, ...
+    """Embed every face once and verify the pairs, by this project's protocol.
 
-    For the loop of train.py: load_set once, then call this each epoch with torch_embedder(model).
+    This is the evaluation of train.py after each epoch: the set is loaded once, and embed is a
+    torch_embedder of the network in training. evaluate_set adds other protocols and a cache.
     """
     embeddings = embed(test_set.images).float().cpu().numpy()
     scores = verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
-    return SetResult(test_set, scores, summarise(scores, test_set), embeddings)
+    return SetResult(test_set, scores, pair_set_metrics(scores, test_set), embeddings)
 
 
-class Model(NamedTuple):
-    """A checkpoint that is being evaluated."""
-
-    checkpoint: Path
-    embed: Embed  # to the length that the network gives, without mirror images
-    about: dict[str, Any]  # kind, network, epoch, seed ...
-    cache: EmbeddingCache
-    folder: Path  # for what is found out about it
-
-
-def open_model(cfg: Config, checkpoint: Path) -> Model:
-    """The model of a checkpoint of any kind, with the embeddings that are kept of it."""
-    spec = InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr)
-    embed, about = load_embedder(
-        checkpoint,
-        device=get_device(cfg.device),
-        network=cfg.network,
-        use_se=cfg.use_se,
-        flip=False,
-        batch=cfg.eval_batch,
-        spec=spec,
-        progress="embedding",
-        unnormalised=True,
-    )
-    ours = about["kind"] == "ours"
-    folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    checksum = model_checksum(checkpoint, spec, about["network"])
-    about |= {"checkpoint": str(checkpoint), "checksum": checksum}
-    cache = EmbeddingCache(folder / "embeddings", checkpoint.stem, checksum)
-    return Model(checkpoint, embed, about, cache, folder)
-
-
-def evaluate_set(model: Model, test_set: PairSet, protocol: Protocol) -> SetResult:
-    """Embed the faces of a set, where that has not been done, and report on its pairs."""
-    start = time.perf_counter()
-    computed = model.cache.computed
-    views = model.cache.views(model.embed, test_set.name, test_set.images, protocol.flip)
-    try:
-        scores, report, pairs = evaluate_views(views, test_set.pairs, protocol)
-    except ValueError as error:
-        raise UserError(f"{test_set.path} with {model.checkpoint}: {error}.") from None
-    positives, negatives = worst_errors(scores, pairs.same, report["best_threshold"])
-    report |= {
+def pair_set_metrics(scores: np.ndarray, test_set: PairSet) -> SetMetrics:
+    """The metrics that the cosines of a set's pairs, (pairs,), give."""
+    return {
+        **verification.verify(scores, test_set.pairs.same, test_set.pairs.folds),
         "faces": len(test_set.images),
         "missed_faces": test_set.missed,
-        "false_positives": len(positives),
-        "false_negatives": len(negatives),
+    }
+
+
+def evaluate_set(model: EvaluatedModel, test_set: PairSet, protocol: Protocol) -> SetResult:
+    """Verify the pairs of a test set by a protocol; embeddings come from the cache if they can.
+
+    The model must give unnormalised embeddings without mirror images: the protocol says how they
+    are combined. Raises UserError where embeddings are not finite.
+    """
+    start = time.perf_counter()
+    cache = EmbeddingCache(model.folder / "embeddings", model.checkpoint.stem, model.checksum)
+    views = cache.views(model.embed, test_set.name, test_set.images, protocol.flip)
+    try:
+        scores, metrics, pairs = evaluate_views(views, test_set.pairs, protocol)
+    except ValueError as error:
+        raise UserError(f"{test_set.path} with {model.checkpoint}: {error}.") from None
+    false_positives, false_negatives = verification.worst_errors(
+        scores, pairs.same, metrics["best_threshold"]
+    )
+    set_metrics: SetMetrics = {
+        **metrics,
+        "faces": len(test_set.images),
+        "missed_faces": test_set.missed,
+        "false_positives": len(false_positives),
+        "false_negatives": len(false_negatives),
         "flip": protocol.flip,
         "test_set": str(test_set.path),
-        "from_cache": model.cache.computed == computed,
+        "from_cache": cache.computed == 0,
         "seconds": round(time.perf_counter() - start, 2),
     }
+    # A protocol may have folds of its own; what follows (statistics, report) must use the same.
     test_set = dataclasses.replace(test_set, pairs=pairs)
-    return SetResult(test_set, scores, report, fuse_views(views, protocol).astype(np.float32))
+    embeddings = fuse_views(views, protocol).astype(np.float32)
+    return SetResult(test_set, scores, set_metrics, embeddings)
 
 
-def measure_robustness(model: Model, result: SetResult, protocol: Protocol) -> dict[str, Any]:
-    """evaluate_corruptions with the protocol's embeddings; always on cosines, without a mean."""
+def measure_robustness(
+    model: EvaluatedModel, result: SetResult, protocol: Protocol
+) -> dict[str, RobustnessMetrics]:
+    """Metrics under each corruption, from the embeddings that the protocol prescribes.
+
+    Scores are always cosines, and no mean is subtracted.
+    """
 
     def embed(faces: Tensor) -> Tensor:
-        views = [model.embed(side) for side in (faces, faces.flip(2))[: 1 + protocol.flip]]
+        views = [model.embed(faces)]
+        if protocol.flip:
+            views.append(model.embed(faces.flip(2)))
         return torch.from_numpy(fuse_views(torch.stack(views).numpy(), protocol))
 
     test_set = result.test_set
-    return robustness.evaluate_corruptions(
-        embed, test_set.images, test_set.pairs, result.embeddings
-    )
+    return evaluate_corruptions(embed, test_set.images, test_set.pairs, result.embeddings)
 
 
 # ------------------------------------------------------------------------------ statistics
 
 
-def set_statistics(result: SetResult, seed: int) -> dict[str, Any]:
-    """95 % intervals by identity, score to probability, and thresholds for given FARs."""
+def set_statistics(result: SetResult, seed: int) -> Statistics:
+    """Confidence intervals over identities, operating points and calibration of a result."""
     pairs = result.test_set.pairs
-    weights, people, how = _weights(result, seed)
+    weights, identities, how = _identity_weights(result, seed)
     points, refused = operating_points(result.scores, pairs.same)
-    report: dict[str, Any] = {
-        "intervals": bootstrap_intervals(result.scores, pairs.same, _right(result), weights),
-        "identities": people,
+    statistics: Statistics = {
+        "intervals": bootstrap_intervals(result.scores, pairs.same, _correct(result), weights),
+        "identities": identities,
         "identities_known": how,
         "resamples": RESAMPLES,
         "operating_points": points,
         "operating_points_refused": refused,
     }
-    others = (pairs.same[pairs.folds != fold] for fold in np.unique(pairs.folds))
-    if all(0 < same.sum() < len(same) for same in others):
-        report["calibration"] = calibrate(result.scores, pairs.same, pairs.folds)
-    return report
+    # The calibration of a fold is fitted on the other folds, which need pairs of both kinds.
+    rest = [pairs.same[pairs.folds != fold] for fold in np.unique(pairs.folds)]
+    if all(same.any() and not same.all() for same in rest):
+        statistics["calibration"] = calibrate(result.scores, pairs.same, pairs.folds)
+    return statistics
 
 
-def compare_results(first: SetResult, second: SetResult, seed: int) -> dict[str, Any]:
-    """Two models on one set, each at its own cross-validated thresholds; see significance.py."""
-    weights, _, _ = _weights(first, seed)
-    same = first.test_set.pairs.same
-    scores, right = (first.scores, second.scores), (_right(first), _right(second))
-    return compare_paired(scores, same, right, weights)
+def compare_models(
+    other: EvaluatedModel, results: Sequence[SetResult], protocol: Protocol, seed: int
+) -> tuple[list[SetResult], list[Comparison]]:
+    """Evaluate another model on the sets of the first one's results, and compare the two."""
+    other_results = [evaluate_set(other, result.test_set, protocol) for result in results]
+    comparisons = [
+        compare_results(first, second, seed)
+        for first, second in zip(results, other_results, strict=True)
+    ]
+    return other_results, comparisons
 
 
-def _weights(result: SetResult, seed: int) -> tuple[np.ndarray, int, str]:
+def compare_results(first: SetResult, second: SetResult, seed: int) -> Comparison:
+    """Two models on one set, each at the thresholds of its own folds."""
+    weights, _, _ = _identity_weights(first, seed)
+    return compare_paired(
+        (first.scores, second.scores),
+        first.test_set.pairs.same,
+        (_correct(first), _correct(second)),
+        weights,
+    )
+
+
+def _identity_weights(result: SetResult, seed: int) -> tuple[np.ndarray, int, str]:
+    """Bootstrap weights (resamples, pairs), the number of identities, and how they are known."""
     groups, how = identity_groups(result.test_set)
     pairs = result.test_set.pairs
     weights = bootstrap_weights(groups, pairs.first, pairs.second, RESAMPLES, seed)
     return weights, int(groups.max()) + 1, how
 
 
-def _right(result: SetResult) -> np.ndarray:
+def _correct(result: SetResult) -> np.ndarray:
+    """Whether each pair is predicted correctly at its fold's threshold, (pairs,) bool."""
     pairs = result.test_set.pairs
     return correct_predictions(
         result.scores, pairs.same, pairs.folds, result.metrics["fold_thresholds"]

@@ -166,18 +166,18 @@ class ComparedModel(ModelInfo):
     sets: dict[str, ComparedMetrics]
 
 
-class Evaluation(ModelInfo):
+class EvaluationInfo(ModelInfo):
     """What lfw.json and eval.json say besides the metrics."""
 
     compared_with: list[ComparedModel]
     versions: dict[str, str]
 
 
-class LfwJson(Metrics, Evaluation):
+class LfwJson(Metrics, EvaluationInfo):
     """lfw.json: one test set."""
 
 
-class EvalJson(Evaluation):
+class EvalJson(EvaluationInfo):
     """eval.json: the sets named by --sets."""
 
     sets: dict[str, Metrics]

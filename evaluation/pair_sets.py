@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,13 @@ class PairSet:
     points: np.ndarray | None = None  # (n, 5, 2) float32, likewise
     identity: list[str] | None = None
 
+    def __str__(self) -> str:
+        """The set in a line, to be printed."""
+        return (
+            f"{self.path}, {len(self.pairs.same):,} pairs of {len(self.images):,} faces, "
+            f"{self.missed} of them missed by the detector and cropped centrally"
+        )
+
 
 class SetResult(NamedTuple):
     """A model on a test set: what the report is made of."""
@@ -72,6 +80,27 @@ def find_set(name: str, data_dir: Path | str, train_set: Path | str = "") -> Pat
     found += [p for p in (train_set / f"{name}.bin", data_dir / f"{name}.bin") if p.is_file()]
     found += [p for p in [Path(name)] if p.exists()]
     return found[0] if found else None
+
+
+def find_sets(names: Sequence[str], data_dir: Path | str, train_set: Path | str = "") -> list[Path]:
+    """find_set of each name; raises UserError where a set is missing."""
+    paths = []
+    for name in names:
+        path = find_set(name, data_dir, train_set)
+        if path is None:
+            folder = f"{Path(data_dir, f'faces_{name}_112x112')} and no {name}.bin"
+            if name == "lfw":
+                raise UserError(
+                    f"There is no prepared LFW at {folder} beside the training set; get LFW and "
+                    "prepare it (python pre_process.py --download-lfw), or try everything on "
+                    "synthetic faces (make demo)."
+                )
+            raise UserError(
+                f"There is no prepared set at {folder} in {data_dir} or beside the training set, "
+                "nor a file or folder of that name; correct --sets."
+            )
+        paths.append(path)
+    return paths
 
 
 def find_pairs(path: Path, data_dir: Path | str, given: str = "") -> Path:

@@ -16,6 +16,14 @@ import lfw_eval
 from config import parse_args
 from evaluation import figures, galleries, verification
 from evaluation.evaluate import evaluate_lfw
+from evaluation.metrics import (
+    Calibration,
+    ComparedModel,
+    Comparison,
+    Intervals,
+    LfwJson,
+    RobustnessMetrics,
+)
 from evaluation.pair_sets import find_set, load_set
 from fileio.bin_sets import write_bin
 from fileio.checkpoint_file import save_checkpoint
@@ -448,6 +456,27 @@ def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeyp
     printed = capsys.readouterr().out
     assert "FAR 1e-1 is not shown: 1.2 of 12 impostor pairs would decide it" in printed
     assert f"bootstrap over {PEOPLE} identities (known by name), 1,000 resamples" in printed
+
+
+def test_lfw_json_has_the_keys_of_its_type_in_their_order(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "20250601-000000-tiny-s4"
+    save_tiny(run / "best.pt")
+    save_other(run / "last.pt", epoch=9, seed=1)
+    keys = [key for key in LfwJson.__annotations__ if key not in ("sets", "comparison")]
+    insightface = {"standard_deviation", "val", "val_far"}
+    main("--robustness")
+    report = json.loads((run / "lfw.json").read_text("utf-8"))
+    assert list(report) == [key for key in keys if key not in insightface]
+    assert list(report["intervals"]) == list(Intervals.__annotations__)
+    assert list(report["calibration"]) == list(Calibration.__annotations__)
+    assert list(report["robustness"]["clean"]) == list(RobustnessMetrics.__annotations__)
+    (other,) = report["compared_with"]
+    assert list(other) == list(ComparedModel.__annotations__)
+    assert list(other["sets"]["lfw"]["comparison"]) == list(Comparison.__annotations__)
+    main("--as", "insightface")
+    report = json.loads((run / "lfw.json").read_text("utf-8"))
+    assert list(report) == [key for key in keys if key != "robustness"]
 
 
 def test_a_network_of_nans_gets_a_sentence(data, tmp_path, monkeypatch, capsys):

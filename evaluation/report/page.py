@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from config import Config, settings_of
-from evaluation.metrics import ComparedModel, Evaluation
+from evaluation.metrics import ComparedModel, EvaluationInfo
 from evaluation.pair_sets import SetResult
 from evaluation.report import plots
 from evaluation.report.markup import (
@@ -240,7 +240,7 @@ def _training_curves(history: Any, steps: Any) -> Iterator[tuple[str, str]]:
 # ------------------------------------------------------------------------------ provenance
 
 
-def provenance(model: Evaluation, results: Sequence[SetResult]) -> dict[str, Any]:
+def provenance(model: EvaluationInfo, results: Sequence[SetResult]) -> dict[str, Any]:
     """What the numbers depend on, by label: files with their SHA-256, seed, protocol, versions.
 
     model is what lfw.json says about it: checkpoint, versions, network, epoch, seed.

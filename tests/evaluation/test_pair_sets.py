@@ -138,7 +138,7 @@ def test_sets_and_their_pairs_are_found_by_name(data, tmp_path):  # noqa: F811
 def test_make_bin_holds_the_same_set_as_the_folder(data, tmp_path, capsys):  # noqa: F811
     flags = ["--data-dir", str(data), "--output", str(tmp_path / "new" / "lfw.bin")]
     make_bin.main(parse_args(flags, "make_bin", make_bin.Settings))
-    assert "24 pairs of 24 faces, 12 of them matched" in capsys.readouterr().out
+    assert "24 pairs of 24 faces, 12 of them genuine" in capsys.readouterr().out
     folder = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     packed = load_set(tmp_path / "new" / "lfw.bin", "")
     assert (packed.images == folder.images).all()

@@ -150,7 +150,7 @@ FAULTS = [
     },  # the old one has moved up
     {"at": "training.run:Trainer.validate", "count": 1},  # the epoch's last step and its end
     # valid/ is logged, lfw/ is not
-    {"at": "evaluation.evaluate:summarise", "count": 1, "after": True},
+    {"at": "evaluation.evaluate:pair_set_metrics", "count": 1, "after": True},
     {"at": "train:log_evaluation", "count": 1, "after": True},  # all of it is logged, not saved
     {
         "at": "training.run:Trainer.save",
