@@ -1,1 +1,1 @@
-"""Measurements, python -m bench.NAME; they may import everything."""
+"""Benchmarks, python -m bench.NAME; they may import everything."""

@@ -1,58 +1,63 @@
-"""Time augment.py on whole batches, and what share of a training step its recipes take.
+"""Time augmentation on whole batches, and the fraction of a training step that it takes.
 
     python -m bench.augment                                 # beside r50's step of 32 images
     python -m bench.augment --network tiny --batch 128
 
-A change by itself is timed on every image of a batch, a recipe as it comes: by chance. A slow
-change counts little that falls on few. The JSON goes to
+A single transform is timed on every image of a batch; a policy applies its transforms at random, as
+in training, so that a slow transform of few images costs little. The JSON goes to
 bench/results/augment-<device>-<network>.json.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from bench.common import Row, alone, arguments, clock, finish
-from bench.train import ours
-from tools.augment_grid import drawn_faces
+from bench.common import Row, in_fresh_process, parse_arguments, print_and_save, time_runs
+from bench.train import project_step
+from tools.augment_grid import synthetic_crops
 from training.augment import AUGMENTATIONS, TRANSFORMS, AugmentPolicy, augment_batch
 from utils import exit_on_user_error, keep_freed_memory
 
 
-def changes(recipe: AugmentPolicy, size: int, device: torch.device, repeats: int) -> list[float]:
-    """Seconds of augmenting a batch, with other numbers each time."""
+def augmentation_seconds(
+    policy: AugmentPolicy, size: int, device: torch.device, repeats: int
+) -> list[float]:
+    """Seconds of augmenting a batch of `size` images, with new random numbers each time."""
     keep_freed_memory()
-    faces = drawn_faces(16).repeat(-(-size // 16), 1, 1, 1)[:size].to(device)
-    epochs = iter(range(10**9))
+    copies = -(-size // 16)
+    faces = synthetic_crops(16).repeat(copies, 1, 1, 1)[:size].to(device)
+    epochs = itertools.count()
 
     def work() -> None:
-        augment_batch(faces, np.arange(size), policy=recipe, seed=0, epoch=next(epochs))
+        augment_batch(faces, np.arange(size), policy=policy, seed=0, epoch=next(epochs))
 
-    return clock(work, device, 10 * repeats, 3)
+    return time_runs(work, device, 10 * repeats, 3)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Time changes, recipes and the step."""
-    args = arguments("augment", __doc__, argv, network="r50", batch=32, steps=3)
-    recipes = {f"{change}, every image": AugmentPolicy(**{change: 1.0}) for change in TRANSFORMS}
-    recipes |= {f"recipe {name}": AUGMENTATIONS[name] for name in AUGMENTATIONS if name != "none"}
-    rows = [
-        Row(name, args.batch, alone(changes, recipe, args.batch, args.device, args.repeats))
-        for name, recipe in recipes.items()
-    ]
-    step = alone(ours, args.network, args.batch, args.device, args.steps, "off")["step"]
+    """Time each transform, each policy and the training step."""
+    args = parse_arguments("augment", __doc__, argv, network="r50", batch=32, steps=3)
+    policies = {f"{name}, every image": AugmentPolicy(**{name: 1.0}) for name in TRANSFORMS}
+    policies |= {f"policy {name}": AUGMENTATIONS[name] for name in AUGMENTATIONS if name != "none"}
+    rows = []
+    for name, policy in policies.items():
+        work = (augmentation_seconds, policy, args.batch, args.device, args.repeats)
+        rows.append(Row(name, args.batch, in_fresh_process(*work)))
+    work = (project_step, args.network, args.batch, args.device, args.steps, "off")
+    step = in_fresh_process(*work)["step"]
     extra = {}
     for row in rows:
-        if row.stage.startswith("recipe"):
-            share = float(np.mean(row.seconds)) / step
-            extra[f"{row.stage}, share of {args.network}'s step"] = f"{share:.2%}"
-    rows.append(Row(f"{args.network}, a step without it", args.batch, [step]))
-    finish(args, rows, extra)
+        if row.stage.startswith("policy"):
+            fraction = float(np.mean(row.seconds)) / step
+            extra[f"{row.stage}, fraction of {args.network}'s step"] = f"{fraction:.2%}"
+    rows.append(Row(f"{args.network}, a step without augmentation", args.batch, [step]))
+    print_and_save(args, rows, extra)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     bash bench/peers.sh                 # once: TensorFlow and mtcnn in .venv-peers
     python -m bench.compare_mtcnn --data data/lfw-deepfunneled.tgz --images 500
 
-takes images of one size spread evenly over an archive (or folder), detects on them with both, in
-turn, and prints a table and a line of JSON: of how many images both take the same face (boxes
-that overlap by half), how far the five points are apart, and images a second. The package runs
-with its own defaults, in a process of its own, once image by image, as it is used, and once
-in batches of 16, the largest that pays there.
+Takes images of one size, evenly spread over an archive or folder, and detects faces in them with
+both. Prints a table and a line of JSON: in how many images both choose the same face (boxes of an
+IoU of at least 0.5), the distance of the five landmarks, and images per second. The package runs
+with its own defaults in its own process, once image by image, as it is usually called, and once in
+batches of 16, beyond which it gets no faster.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ PEERS = Path(__file__).resolve().parent.parent / ".venv-peers" / "bin" / "python
 
 
 def read_images(path: Path, count: int) -> tuple[np.ndarray, list[bytes]]:
-    """(count, H, W, 3) RGB images of the first one's size, evenly from a source, and their files.
+    """Images of the first one's size, evenly spread over a source: (n, H, W, 3) RGB, and files.
 
-    Raises UserError if none can be read.
+    There are at most `count`; unreadable images and those of another size are skipped. Raises
+    UserError if none is left.
     """
     images: list[np.ndarray] = []
     files: list[bytes] = []
@@ -60,10 +61,10 @@ def read_images(path: Path, count: int) -> tuple[np.ndarray, list[bytes]]:
 
 
 def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(k, 16) faces that a peer finds (see peer_detect.py); its seconds and CPU seconds.
+    """The faces that a peer detects, (k, 16) rows of peer_detect.py; its seconds and CPU seconds.
 
-    The latter mean more on a machine that is busy. Raises UserError if its environment is missing
-    or it fails.
+    CPU seconds are the better measure on a busy machine. Raises UserError if the peers'
+    environment is missing or the peer fails.
     """
     if not PEERS.is_file():
         raise UserError(f"The environment that {name} runs in is missing; run bash bench/peers.sh.")
@@ -71,27 +72,27 @@ def run_peer(name: str, images: np.ndarray, batch: int) -> tuple[np.ndarray, np.
         images_file, result = Path(folder) / "images.npy", Path(folder) / "faces.npz"
         np.save(images_file, images)
         command = [str(PEERS), str(PEER_SCRIPT), name, str(images_file), str(result), str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
-        with np.load(result) as found:
-            return found["rows"], found["took"]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode != 0:
+            raise UserError(f"{name} failed: {process.stderr.strip().splitlines()[-1]}")
+        with np.load(result) as arrays:
+            return arrays["rows"], arrays["took"]
 
 
 def run_reference(images: np.ndarray) -> tuple[list[Detections], np.ndarray, np.ndarray]:
-    """The mtcnn package's faces of each image; its clocks one by one and batched."""
+    """The mtcnn package's faces in each image; (seconds, CPU seconds) one by one and batched."""
     rows, one_by_one = run_peer("mtcnn", images, 1)
     _, batched = run_peer("mtcnn", images, 16)
     faces = []
     for i in range(len(images)):
-        mine = rows[rows[:, 0] == i].astype(np.float32)
-        points = mine[:, 6:].reshape(-1, 2, 5).transpose(0, 2, 1)
-        faces.append(Detections(mine[:, 1:5], mine[:, 5], points))
+        detected = rows[rows[:, 0] == i].astype(np.float32)
+        points = detected[:, 6:].reshape(-1, 2, 5).transpose(0, 2, 1)  # five x, five y to pairs
+        faces.append(Detections(detected[:, 1:5], detected[:, 5], points))
     return faces, one_by_one, batched
 
 
-def run_ours(images: np.ndarray, batch: int, device: str) -> tuple[list[Detections], np.ndarray]:
-    """This project's faces of each image; its seconds and CPU seconds."""
+def run_project(images: np.ndarray, batch: int, device: str) -> tuple[list[Detections], np.ndarray]:
+    """This project's faces in each image; its seconds and CPU seconds."""
     detector = FaceDetector(device)
     detector.detect(images[:batch])
     begin = np.array([time.perf_counter(), time.process_time()])
@@ -101,26 +102,27 @@ def run_ours(images: np.ndarray, batch: int, device: str) -> tuple[list[Detectio
     return faces, np.array([time.perf_counter(), time.process_time()]) - begin
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes."""
+def box_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes (x1, y1, x2, y2)."""
     size = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None)
-    both = size.prod()
-    return float(both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both))
+    intersection = size.prod()
+    union = (a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - intersection
+    return float(intersection / union)
 
 
-def compare(
+def compare_detections(
     ours: Sequence[Detections], theirs: Sequence[Detections], size: tuple[int, int]
 ) -> dict[str, Any]:
-    """How far two detectors agree on the face chosen in each image of (height, width) pixels."""
-    same, apart = 0, []
-    for mine, other in zip(ours, theirs, strict=True):
-        i, j = choose_face(mine, *size), choose_face(other, *size)
+    """How well two detectors agree on the face to choose in each image; size is (height, width)."""
+    same, distances = 0, []
+    for project, package in zip(ours, theirs, strict=True):
+        i, j = choose_face(project, *size), choose_face(package, *size)
         if i is None or j is None:
             same += i is None and j is None
-        elif overlap(mine.boxes[i], other.boxes[j]) >= 0.5:
+        elif box_iou(project.boxes[i], package.boxes[j]) >= 0.5:
             same += 1
-            apart.append(np.linalg.norm(mine.points[i] - other.points[j], axis=1))
-    distance = np.array(apart if apart else [[np.nan]])
+            distances.append(np.linalg.norm(project.points[i] - package.points[j], axis=1))
+    distance = np.array(distances if distances else [[np.nan]])
     return {
         "images": len(ours),
         "same_face": same / len(ours),
@@ -135,48 +137,52 @@ def compare(
     }
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """The report as a person reads it."""
-    print(f"{report['images']} images of {report['height']}x{report['width']}")
-    print(f"same face            {report['same_face']:.2%}")
+def print_agreement(results: dict[str, Any]) -> None:
+    """Print the results as a table."""
+    print(f"{results['images']} images of {results['height']}x{results['width']}")
+    print(f"same face            {results['same_face']:.2%}")
     print(
-        f"points apart         median {report['points_median']:.4f}, "
-        f"99 % {report['points_99']:.3f}, most {report['points_max']:.2f} pixels; "
-        f"{report['images_over_half_a_pixel']} images over 0.5"
+        f"landmarks' distance  median {results['points_median']:.4f}, "
+        f"99 % {results['points_99']:.3f}, largest {results['points_max']:.2f} pixels; "
+        f"{results['images_over_half_a_pixel']} images over 0.5"
     )
-    print(f"{'':20} {'ours':>8} {'mtcnn':>8}")
-    print(f"{'faces':20} {report['faces_ours']:8} {report['faces_theirs']:8}")
-    print(f"{'no face':20} {report['without_face_ours']:8} {report['without_face_theirs']:8}")
-    for name, key in (("images/s", "images_per_s"), ("CPU ms an image", "cpu_ms_per_image")):
+    print(f"{'':20} {'project':>8} {'mtcnn':>8}")
+    print(f"{'faces':20} {results['faces_ours']:8} {results['faces_theirs']:8}")
+    print(f"{'no face':20} {results['without_face_ours']:8} {results['without_face_theirs']:8}")
+    for title, key in (("images/s", "images_per_s"), ("CPU ms per image", "cpu_ms_per_image")):
         ours, batched, single = (
-            report[key][who] for who in ("ours", "mtcnn_batched", "mtcnn_one_by_one")
+            results[key][name] for name in ("ours", "mtcnn_batched", "mtcnn_one_by_one")
         )
-        print(f"{name:20} {ours:8.1f} {batched:8.1f} batched, {single:.1f} one by one")
+        print(f"{title:20} {ours:8.1f} {batched:8.1f} batched, {single:.1f} one by one")
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Detect with both and print how far they agree."""
-    parser = argparse.ArgumentParser(prog="compare_mtcnn", description=__doc__.splitlines()[0])
+    """Detect with both and print how well they agree."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compare_mtcnn", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", type=Path, required=True, help="archive or folder of images")
-    parser.add_argument("--images", type=int, default=500, help="how many (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=64, help="our batch (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="our device (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=500, help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=64, help="of this project (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="of this project (default: %(default)s)")
     args = parser.parse_args(argv)
 
     images, _ = read_images(args.data, args.images)
-    ours, seconds = run_ours(images, args.batch, args.device)
+    ours, seconds = run_project(images, args.batch, args.device)
     theirs, one_by_one, batched = run_reference(images)
     height, width = images.shape[1:3]
-    report = compare(ours, theirs, (height, width))
-    report |= {"height": height, "width": width, "batch": args.batch, "device": args.device}
+    results = compare_detections(ours, theirs, (height, width))
+    results |= {"height": height, "width": width, "batch": args.batch, "device": args.device}
     took = {"ours": seconds, "mtcnn_batched": batched, "mtcnn_one_by_one": one_by_one}
     n = len(images)
-    report["images_per_s"] = {who: n / wall for who, (wall, _) in took.items()}
-    report["cpu_ms_per_image"] = {who: cpu / n * 1000 for who, (_, cpu) in took.items()}
-    report |= {"torch": torch.__version__, "python": platform.python_version()}
-    print_table(report)
-    print(json.dumps(report))
+    results["images_per_s"] = {name: n / wall for name, (wall, _) in took.items()}
+    results["cpu_ms_per_image"] = {name: cpu / n * 1000 for name, (_, cpu) in took.items()}
+    results |= {"torch": torch.__version__, "python": platform.python_version()}
+    print_agreement(results)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Time lfw_eval.py's work - decode, embed, protocol - against the straightforward loop.
+"""Time lfw_eval.py's work - decode, embed, score - against a usual loop.
 
     python -m bench.evaluate                                      # synthetic faces, random weights
     python -m bench.evaluate --data data/faces_lfw_112x112        # real faces
-    python -m bench.evaluate --network mobilefacenet --faces 7701 # all that LFW has
+    python -m bench.evaluate --network mobilefacenet --faces 7701 # as many as LFW has
 
-All embed faces and their mirror images in float32.  The straightforward loop takes them in batches
-of 32, contiguous (NCHW) and with no_grad, decoding and normalising image by image; once as each
-face stands there, once as verification scripts have it, both images of every pair (LFW: 12,000 of
-7,701 faces).  It prints a table, how many times faster this project is, and how far the cosines of
-pairs are apart at most; the JSON goes to bench/results/evaluate-<device>-<network>.json.
+All embed faces and their mirror images in float32. The usual loop decodes and normalises one image
+at a time and embeds batches of 32, contiguous (NCHW), under no_grad. It runs once over the faces,
+and once over the images of all pairs as verification scripts do (LFW: 12,000 images of 7,701
+faces). Prints a table, the speedup, and the largest difference of a pair's cosine; the JSON goes to
+bench/results/evaluate-<device>-<network>.json.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 
 from bench.common import (
     Row,
-    arguments,
-    finish,
-    in_turn,
+    alternate,
     network_flops,
+    parse_arguments,
     peak_memory,
-    ratio,
+    print_and_save,
+    speedup,
     synchronise,
 )
-from bench.synthetic_inputs import drawn_records
+from bench.synthetic_inputs import records_or_synthetic
 from data_gen import load_images
 from evaluation.embedders import torch_embedder
 from evaluation.verification import contiguous_folds, pair_scores, verify
@@ -41,11 +41,12 @@ from fileio.recordio import RecordReader
 from models import build_model
 from utils import exit_on_user_error, keep_freed_memory
 
-LFW_FACES, PAIRS = 7701, 6000
+LFW_FACES, LFW_PAIRS = 7701, 6000
+OVER_PAIRS, OVER_FACES, PROJECT = "usual loop over pairs", "usual loop over faces", "this project"
 
 
 def make_model(network: str, device: torch.device) -> torch.nn.Module:
-    """A network whose batch normalisations have seen some input, so that numbers stay sane."""
+    """A network with random weights, and batch statistics from noise so that outputs are finite."""
     torch.manual_seed(0)
     model = build_model(network)
     with torch.no_grad():
@@ -54,23 +55,23 @@ def make_model(network: str, device: torch.device) -> torch.nn.Module:
     return model.eval().to(device)
 
 
-def make_pairs(faces: int) -> tuple[np.ndarray, ...]:
-    """`PAIRS` pairs at random: first (n,), second (n,), same (n,) bool, folds (n,)."""
+def random_pairs(faces: int) -> tuple[np.ndarray, ...]:
+    """`LFW_PAIRS` random pairs: first (n,), second (n,), same (n,) bool, folds (n,)."""
     rng = np.random.default_rng(0)
-    first, second = rng.integers(0, faces, (2, PAIRS))
-    return first, second, np.arange(PAIRS) % 2 == 0, contiguous_folds(PAIRS)
+    first, second = rng.integers(0, faces, (2, LFW_PAIRS))
+    return first, second, np.arange(LFW_PAIRS) % 2 == 0, contiguous_folds(LFW_PAIRS)
 
 
-def straightforward(
-    network: str, folder: Path, faces: int, device: torch.device, in_pairs: bool
+def usual_evaluation(
+    network: str, folder: Path, faces: int, device: torch.device, over_pairs: bool
 ) -> dict[str, Any]:
-    """Decode and normalise image by image, embed 32 at a time, NCHW; seconds by stage.
+    """Decode and normalise image by image, embed 32 at a time, NCHW; see time_stages.
 
-    `in_pairs`: as many images more as LFW's pairs have over its faces.
+    With over_pairs there are more images, in the ratio of LFW's 12,000 to 7,701.
     """
     model, reader = make_model(network, device), RecordReader(folder)
     model(torch.zeros(32, 3, 112, 112, device=device))
-    count = faces * 2 * PAIRS // LFW_FACES if in_pairs else faces
+    count = faces * 2 * LFW_PAIRS // LFW_FACES if over_pairs else faces
     began = time.perf_counter()
     images = []
     for i in range(count):
@@ -85,11 +86,13 @@ def straightforward(
             both = model(batch) + model(torch.flip(batch, [3]))
             embeddings[start : start + 32] = both.cpu().numpy()
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return stages(embeddings, faces, began, decoded, device)
+    return time_stages(embeddings, faces, began, decoded, device)
 
 
-def ours(network: str, folder: Path, faces: int, device: torch.device) -> dict[str, Any]:
-    """The same by the functions that lfw_eval.py uses."""
+def project_evaluation(
+    network: str, folder: Path, faces: int, device: torch.device
+) -> dict[str, Any]:
+    """The same with the functions that lfw_eval.py calls; see time_stages."""
     keep_freed_memory()
     model, reader = make_model(network, device), RecordReader(folder)
     embed = torch_embedder(model.to(memory_format=torch.channels_last), device)
@@ -97,20 +100,20 @@ def ours(network: str, folder: Path, faces: int, device: torch.device) -> dict[s
     began = time.perf_counter()
     images, _ = load_images(reader, np.arange(faces) % len(reader))
     decoded = time.perf_counter()
-    return stages(embed(images).numpy(), faces, began, decoded, device)
+    return time_stages(embed(images).numpy(), faces, began, decoded, device)
 
 
-def stages(
+def time_stages(
     embeddings: np.ndarray, faces: int, began: float, decoded: float, device: torch.device
 ) -> dict[str, Any]:
-    """Score the pairs and report on them; the seconds of each stage so far and of this one."""
+    """Score the pairs and verify; returns the seconds of each stage, scores and peak bytes."""
     synchronise(device)
     embedded = time.perf_counter()
-    first, second, same, folds = make_pairs(faces)
+    first, second, same, folds = random_pairs(faces)
     verify(pair_scores(embeddings, first, second), same, folds)
     done = time.perf_counter()
-    # A network that was never trained takes all faces to nearly one place: what tells them apart
-    # is what is left without their mean.
+    # An untrained network maps all faces to nearly the same embedding. Without their mean, what
+    # remains is what distinguishes them, so that cosines can be compared.
     centred = embeddings[:faces] - embeddings[:faces].mean(0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     return {
@@ -125,19 +128,19 @@ def stages(
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Time all in turn."""
-    args = arguments("evaluate", __doc__, argv, network="r50", faces=512)
-    with drawn_records(args.data, 512) as folder:
+    """Time all three alternately."""
+    args = parse_arguments("evaluate", __doc__, argv, network="r50", faces=512)
+    with records_or_synthetic(args.data, 512) as folder:
         work = (args.network, folder, args.faces, args.device)
         variants = {
-            "the loop over pairs": (straightforward, *work, True),
-            "the loop over faces": (straightforward, *work, False),
-            "ours": (ours, *work),
+            OVER_PAIRS: (usual_evaluation, *work, True),
+            OVER_FACES: (usual_evaluation, *work, False),
+            PROJECT: (project_evaluation, *work),
         }
-        found = in_turn(variants, args.repeats)
+        results = alternate(variants, args.repeats)
     flops = 2 * network_flops(args.network)  # a face and its mirror image
     rows = []
-    for name, runs in found.items():
+    for name, runs in results.items():
         for stage in ("decode", "embed", "protocol", "total"):
             row = Row(f"{name}: {stage}", args.faces, [run[stage] for run in runs])
             if stage in ("embed", "total"):
@@ -145,21 +148,14 @@ def main(argv: Sequence[str]) -> None:
             if stage == "total":
                 row.memory = max(run["memory"] for run in runs)
             rows.append(row)
-    totals = {name: [run["total"] for run in runs] for name, runs in found.items()}
-    apart = np.abs(found["ours"][0]["scores"] - found["the loop over faces"][0]["scores"]).max()
-    finish(
-        args,
-        rows,
-        {
-            "times faster than the loop over pairs": ratio(
-                totals["the loop over pairs"], totals["ours"]
-            ),
-            "times faster than the loop over faces": ratio(
-                totals["the loop over faces"], totals["ours"]
-            ),
-            "cosines (of centred embeddings) apart at most": float(apart),
-        },
-    )
+    totals = {name: [run["total"] for run in runs] for name, runs in results.items()}
+    difference = np.abs(results[PROJECT][0]["scores"] - results[OVER_FACES][0]["scores"]).max()
+    extra = {
+        f"times faster than the {OVER_PAIRS}": speedup(totals[OVER_PAIRS], totals[PROJECT]),
+        f"times faster than the {OVER_FACES}": speedup(totals[OVER_FACES], totals[PROJECT]),
+        "largest difference of cosines (of centred embeddings)": float(difference),
+    }
+    print_and_save(args, rows, extra)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Time data_gen.py - records to device batches - against a straightforward DataLoader.
+"""Time data_gen.py - records to batches on the device - against a usual DataLoader.
 
     python -m bench.feed --data data/faces_webface_112x112
 
-decodes into the cache on one core and on all, then makes batches from it: gathered, mirrored, and
-normalised.  The straightforward loader is a Dataset that decodes, mirrors and normalises an image
-at a time, under a DataLoader with one worker a core.  The JSON goes to
-bench/results/feed-<device>.json.
+Decodes into the cache on one core and on all, then makes batches from the cache: gathered,
+mirrored and normalised. The baseline is a Dataset that decodes, mirrors and normalises one image at
+a time, in a DataLoader with one worker per core. The JSON goes to bench/results/feed-<device>.json.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -23,26 +21,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.common import (
     Row,
-    alone,
-    arguments,
-    clock,
-    finish,
-    in_turn,
+    alternate,
+    in_fresh_process,
+    parse_arguments,
     peak_memory,
-    ratio,
+    print_and_save,
+    speedup,
     synchronise,
+    time_runs,
 )
-from bench.synthetic_inputs import drawn_records
-from data_gen import FACE_BYTES, ImageStore, load_images, normalise, split, train_batches
+from bench.synthetic_inputs import records_or_synthetic
+from data_gen import FACE_BYTES, ImageStore, Split, load_images, normalise, split, train_batches
 from fileio.images import decode_image
 from fileio.recordio import RecordReader
 from utils import core_count, exit_on_user_error, keep_freed_memory
 
-BATCH = 512
+TRAIN_BATCH = 512
+LOADER_BATCH = 128
+MAX_IMAGES = 8192  # decoded in one run
+CACHED = 16384  # images in the cache that batches are gathered from: 600 MB, more than CPUs cache
 
 
-class Straightforward(Dataset):
-    """An image at a time: decode, mirror by chance, normalise, to a (3, 112, 112) tensor."""
+class SingleImages(Dataset):
+    """One image at a time: decode, mirror at random, normalise, to a (3, 112, 112) tensor."""
 
     def __init__(self, folder: Path) -> None:
         self.reader = RecordReader(folder)
@@ -58,112 +59,112 @@ class Straightforward(Dataset):
         return torch.from_numpy(image), int(self.reader.labels[i])
 
 
-def straightforward(folder: Path, device: torch.device) -> float:
-    """Images/s of a DataLoader over at most 8,192 images."""
+def data_loader_rate(folder: Path, device: torch.device) -> float:
+    """Images per second of a DataLoader."""
     count, began = 0, 0.0
-    workers = core_count()
     loader = DataLoader(
-        Straightforward(folder),
-        batch_size=128,
+        SingleImages(folder),
+        batch_size=LOADER_BATCH,
         shuffle=True,
-        num_workers=workers,
+        num_workers=core_count(),
         multiprocessing_context="fork",  # the file stays mapped
     )
     for images, _ in loader:
         images.to(device)
-        if count == 0:  # starting the workers does not count
+        if count == 0:  # starting the workers is not timed
             began = time.perf_counter()
         count += len(images)
-        if count > 8192:
+        if count > MAX_IMAGES:
             break
     synchronise(device)
-    return (count - 128) / (time.perf_counter() - began)
+    return (count - LOADER_BATCH) / (time.perf_counter() - began)
 
 
-def ours(folder: Path, device: torch.device, cache: str) -> tuple[float, int]:
-    """Images/s of two epochs of train_batches after a first, and peak bytes."""
+def train_batches_rate(folder: Path, device: torch.device, cache: str) -> tuple[float, int]:
+    """Images per second of train_batches after a first epoch, and peak bytes."""
     keep_freed_memory()
     reader = RecordReader(folder)
     faces = split(reader.labels, valid_fraction=0)
     store = ImageStore(reader, faces, device, cache=cache)
-    batch = min(BATCH, len(faces.train))
+    batch_size = min(TRAIN_BATCH, len(faces.train))
     began, count = 0.0, 0
     for epoch in range(3 if cache != "none" else 2):
         if epoch == 1:
             synchronise(device)
             began = time.perf_counter()
-        batches = train_batches(store, faces.train, batch_size=batch, seed=0, epoch=epoch)
-        for made in batches:
-            count += len(made.labels) if epoch else 0
+        batches = train_batches(store, faces.train, batch_size=batch_size, seed=0, epoch=epoch)
+        for batch in batches:
+            count += len(batch.labels) if epoch else 0
     synchronise(device)
     return count / (time.perf_counter() - began), peak_memory(device)
 
 
-def decoding(folder: Path, repeats: int) -> tuple[list[float], list[float], list[float], int]:
-    """Seconds of decoding: by OpenCV alone, by load_images on one core, and on all; images."""
+def decoding_seconds(
+    folder: Path, repeats: int
+) -> tuple[list[float], list[float], list[float], int]:
+    """Seconds of decoding by OpenCV alone, by load_images on one core and on all; images."""
     cv2.setNumThreads(1)
     reader, cpu = RecordReader(folder), torch.device("cpu")
-    count = min(len(reader), 8192)
+    count = min(len(reader), MAX_IMAGES)
     index = np.random.default_rng(0).permutation(len(reader))[:count]
     jpegs = [reader.encoded(int(i)) for i in index]
-    plain = clock(lambda: [decode_image(jpeg) for jpeg in jpegs], cpu, repeats)
-    one = clock(lambda: load_images(reader, index, workers=1), cpu, repeats)
-    return plain, one, clock(lambda: load_images(reader, index), cpu, repeats), count
+    plain = time_runs(lambda: [decode_image(jpeg) for jpeg in jpegs], cpu, repeats)
+    one_core = time_runs(lambda: load_images(reader, index, workers=1), cpu, repeats)
+    return plain, one_core, time_runs(lambda: load_images(reader, index), cpu, repeats), count
 
 
-def steps(device: torch.device, repeats: int) -> tuple[list[float], list[float]]:
+def batch_seconds(
+    folder: Path, device: torch.device, repeats: int
+) -> tuple[list[float], list[float]]:
     """Seconds of gathering one batch with mirror images, and of normalising it."""
     keep_freed_memory()
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (16384, 112, 112, 3), dtype=np.uint8)
-    store = object.__new__(ImageStore)
-    store.device, store.images = device, torch.from_numpy(images).to(device)
-    store.workers = core_count()
-    store.pool = ThreadPoolExecutor(store.workers)
-    positions, mirrored = rng.integers(0, 16384, BATCH), rng.random(BATCH) < 0.5
+    reader = RecordReader(folder)
+    indices = np.arange(CACHED) % len(reader)  # a small set fills the cache several times over
+    everything = Split(indices, reader.labels[indices], 1, np.arange(CACHED), np.arange(0))
+    store = ImageStore(reader, everything, device, cache="gpu")  # on a CPU: in main memory
+    positions, mirrored = rng.integers(0, CACHED, TRAIN_BATCH), rng.random(TRAIN_BATCH) < 0.5
     batch = store.fetch(positions, mirrored)
-    gather = clock(lambda: store.fetch(positions, mirrored), device, 20 * repeats, 3)
-    return gather, clock(lambda: normalise(batch), device, 20 * repeats, 3)
+    gather = time_runs(lambda: store.fetch(positions, mirrored), device, 20 * repeats, 3)
+    return gather, time_runs(lambda: normalise(batch), device, 20 * repeats, 3)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Time the stages and the loaders in turn."""
-    args = arguments("feed", __doc__, argv)
-    with drawn_records(args.data, 4096) as folder:
-        plain, one, every, count = alone(decoding, folder, args.repeats)
-        gather, norm = alone(steps, args.device, args.repeats)
-        found = in_turn(
+    """Time the stages, then the loaders alternately."""
+    args = parse_arguments("feed", __doc__, argv)
+    with records_or_synthetic(args.data, 4096) as folder:
+        plain, one_core, all_cores, count = in_fresh_process(decoding_seconds, folder, args.repeats)
+        gather, norm = in_fresh_process(batch_seconds, folder, args.device, args.repeats)
+        results = alternate(
             {
-                "loader": (straightforward, folder, args.device),
-                "none": (ours, folder, args.device, "none"),
-                "auto": (ours, folder, args.device, "auto"),
+                "loader": (data_loader_rate, folder, args.device),
+                "none": (train_batches_rate, folder, args.device, "none"),
+                "auto": (train_batches_rate, folder, args.device, "auto"),
             },
             args.repeats,
         )
-    read, written = FACE_BYTES, 4 * FACE_BYTES
-    loops = {name: [1 / rate for rate in found[name]] for name in ("loader",)}
-    loops |= {name: [1 / rate for rate, _ in found[name]] for name in ("none", "auto")}
-    memory = max(bytes for _, bytes in found["auto"])
+    loader = [1 / rate for rate in results["loader"]]  # seconds per image
+    uncached = [1 / rate for rate, _ in results["none"]]
+    cached = [1 / rate for rate, _ in results["auto"]]
+    memory = max(peak for _, peak in results["auto"])
+    read, written = FACE_BYTES, 4 * FACE_BYTES  # uint8 in, float32 out
+    traffic = 3 * read + written
     rows = [
         Row("decode, OpenCV alone, one core", count, plain, cores=1),
-        Row("decode into the cache, one core", count, one, cores=1),
-        Row("decode into the cache, all cores", count, every),
-        Row("gather and mirror", BATCH, gather, bytes=2 * read),
-        Row("normalise", BATCH, norm, bytes=read + written),
-        Row("DataLoader, straightforward", 1, loops["loader"]),
-        Row("train_batches, no cache", 1, loops["none"]),
-        Row("train_batches, from the cache", 1, loops["auto"], bytes=3 * read + written),
+        Row("decode into the cache, one core", count, one_core, cores=1),
+        Row("decode into the cache, all cores", count, all_cores),
+        Row("gather and mirror", TRAIN_BATCH, gather, bytes=2 * read),
+        Row("normalise", TRAIN_BATCH, norm, bytes=read + written),
+        Row("DataLoader, one image at a time", 1, loader),
+        Row("train_batches, no cache", 1, uncached),
+        Row("train_batches, from the cache", 1, cached, bytes=traffic, memory=memory),
     ]
-    rows[-1].memory = memory
-    finish(
-        args,
-        rows,
-        {
-            "from the cache, times the DataLoader": ratio(loops["loader"], loops["auto"]),
-            "without a cache, times the DataLoader": ratio(loops["loader"], loops["none"]),
-        },
-    )
+    extra = {
+        "from the cache, times the DataLoader": speedup(loader, cached),
+        "without a cache, times the DataLoader": speedup(loader, uncached),
+    }
+    print_and_save(args, rows, extra)
 
 
 if __name__ == "__main__":

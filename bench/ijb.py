@@ -1,10 +1,11 @@
-"""Time the 1:1 and 1:N protocols of IJB-C at full size, on generated features of its layout.
+"""Time the 1:1 and 1:N protocols of IJB-C at full size, on generated features in its layout.
 
     python -m bench.ijb
 
-The published size: 469,375 images in 23,124 templates, 15,658,489 pairs of which 19,557 match,
-1,772 + 1,759 people in the galleries and 19,593 probes. The clock covers what ijb_eval.py does once
-the images are embedded, from files to numbers; features are 512-d float32, memory-mapped.
+The published size: 469,375 images in 23,124 templates, 15,658,489 pairs of which 19,557 are
+genuine, 1,772 + 1,759 identities in the galleries and 19,593 probes. Timed is what tools.ijb_eval
+does after the images are embedded, from files to metrics; features are 512-d float32,
+memory-mapped.
 """
 
 from __future__ import annotations
@@ -21,15 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import RESULTS, alone, describe_machine, peak_memory
+from bench.common import RESULTS, describe_machine, in_fresh_process, peak_memory
 from evaluation.embedding_cache import open_features, save_features
 from evaluation.ijb import identify_templates
 from evaluation.ijb_files import read_ijb, read_pairs
 from evaluation.templates import build_templates, roc_points, score_pairs, tar_at_fars
 
-SIZE = {"images": 469_375, "templates": 23_124, "pairs": 15_658_489, "people": 3_531}
-MATCHED = 19_557 / 15_658_489
-FIRST_ID = 10_000  # ids of five digits make lines of one length, which are quick to write
+IJB_C_SIZE = {
+    "images": 469_375,
+    "templates": 23_124,
+    "pairs": 15_658_489,
+    "identities": 3_531,
+}
+GENUINE_FRACTION = 19_557 / 15_658_489
+FIRST_ID = 10_000  # ids of five digits: lines of equal length are fast to write
 
 
 def digits(numbers: np.ndarray) -> np.ndarray:
@@ -38,32 +44,35 @@ def digits(numbers: np.ndarray) -> np.ndarray:
 
 
 def write_ijb(folder: Path, size: dict[str, int], seed: int = 0) -> None:
-    """Metadata in the layout of IJB-C, and features of images in features.npy."""
+    """Write metadata in the layout of IJB-C, and the features of all images to features.npy."""
     rng = np.random.default_rng(seed)
-    images, templates, pairs, people = size.values()
+    images, templates, pairs, identities = size.values()
     (folder / "meta").mkdir(parents=True)
-    person_of = np.append(np.arange(people), rng.integers(0, people, templates - people))
+    # Every identity has a template and every template an image; the rest are spread at random.
+    more = rng.integers(0, identities, templates - identities)
+    identity_of = np.append(np.arange(identities), more)
     more = rng.integers(0, templates, images - templates)
     template_of = np.sort(np.append(np.arange(templates), more))
     media_of = 5 * template_of + rng.integers(0, 5, images)
-    write_images(folder / "meta", template_of + FIRST_ID, media_of)
+    write_image_lists(folder / "meta", template_of + FIRST_ID, media_of)
     first, second = rng.integers(0, templates, (2, pairs))
-    matched = rng.random(pairs) < MATCHED
-    of_person = np.argsort(person_of, kind="stable")
-    at = np.searchsorted(person_of[of_person], person_of[first[matched]])
-    second[matched] = of_person[at]
-    same = person_of[first] == person_of[second]
-    write_pairs(folder / "meta", first + FIRST_ID, second + FIRST_ID, same)
-    write_lists(folder / "meta", person_of, people)
-    centres = rng.standard_normal((people, 512), np.float32)
+    # The second template of a genuine pair is the first one of the same identity.
+    genuine = rng.random(pairs) < GENUINE_FRACTION
+    by_identity = np.argsort(identity_of, kind="stable")
+    begin = np.searchsorted(identity_of[by_identity], identity_of[first[genuine]])
+    second[genuine] = by_identity[begin]
+    same = identity_of[first] == identity_of[second]
+    write_template_pairs(folder / "meta", first + FIRST_ID, second + FIRST_ID, same)
+    write_search_lists(folder / "meta", identity_of, identities)
+    centres = rng.standard_normal((identities, 512), np.float32)
     features = rng.standard_normal((images, 512), np.float32)
     features *= 3
-    features += centres[person_of[template_of]]
+    features += centres[identity_of[template_of]]
     save_features(folder / "features.npy", "generated", features)
 
 
-def write_images(meta: Path, template_of: np.ndarray, media_of: np.ndarray) -> None:
-    """ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt."""
+def write_image_lists(meta: Path, template_of: np.ndarray, media_of: np.ndarray) -> None:
+    """Write ijbc_face_tid_mid.txt and ijbc_name_5pts_score.txt."""
     points = "38.2 51.6 73.5 51.5 56.0 71.7 41.5 92.3 70.7 92.2"
     lines = enumerate(zip(template_of, media_of, strict=True), 1)
     text = "".join(f"{i}.jpg {template} {media}\n" for i, (template, media) in lines)
@@ -73,8 +82,10 @@ def write_images(meta: Path, template_of: np.ndarray, media_of: np.ndarray) -> N
     (meta / "ijbc_name_5pts_score.txt").write_text(text)
 
 
-def write_pairs(meta: Path, first: np.ndarray, second: np.ndarray, same: np.ndarray) -> None:
-    """ijbc_template_pair_label.txt."""
+def write_template_pairs(
+    meta: Path, first: np.ndarray, second: np.ndarray, same: np.ndarray
+) -> None:
+    """Write ijbc_template_pair_label.txt: lines of "10000 10001 1"."""
     with (meta / "ijbc_template_pair_label.txt").open("wb") as file:
         for start in range(0, len(first), 1 << 20):
             part = slice(start, start + (1 << 20))
@@ -84,45 +95,49 @@ def write_pairs(meta: Path, first: np.ndarray, second: np.ndarray, same: np.ndar
             file.write(rows.tobytes())
 
 
-def write_lists(meta: Path, person_of: np.ndarray, people: int) -> None:
-    """The lists of the 1:N protocol: in the galleries stands the first template of each person."""
-    half = people // 2 + 6
-    lists = {"gallery_G1": range(half), "gallery_G2": range(half, people)}
-    for name, which in (lists | {"probe_mixed": range(people, len(person_of))}).items():
+def write_search_lists(meta: Path, identity_of: np.ndarray, identities: int) -> None:
+    """Write the lists of the 1:N protocol: two galleries of each identity's first template."""
+    half = identities // 2 + 6
+    lists = {
+        "gallery_G1": range(half),
+        "gallery_G2": range(half, identities),
+        "probe_mixed": range(identities, len(identity_of)),
+    }
+    for name, templates in lists.items():
         rows = ["TEMPLATE_ID,SUBJECT_ID,FILENAME\n"]
-        rows += [f"{t + FIRST_ID},{person_of[t]},img/{t}.jpg\n" for t in which]
+        rows += [f"{t + FIRST_ID},{identity_of[t]},img/{t}.jpg\n" for t in templates]
         (meta / f"ijbc_1N_{name}.csv").write_text("".join(rows))
 
 
-def evaluate(folder: Path) -> dict[str, Any]:
-    """Seconds of each stage, the process's peak memory, and some numbers."""
-    seconds, numbers = {}, {}
+def time_protocols(folder: Path) -> dict[str, Any]:
+    """Seconds of each stage, the process's peak memory, and the metrics."""
+    seconds, metrics = {}, {}
     began = time.perf_counter()
 
-    def lap(stage: str) -> None:
+    def end_stage(stage: str) -> None:
         seconds[stage] = time.perf_counter() - began - sum(seconds.values())
 
     ijb = read_ijb(folder)
-    lap("read the images' metadata")
+    end_stage("read the images' metadata")
     features = open_features(folder / "features.npy", "generated", len(ijb.files))
-    lap("check the features' checksum")
+    end_stage("check the features' checksum")
     ids, embeddings = build_templates(
         features, ijb.template_of, ijb.media_of, ijb.detector_scores, unit_length=False
     )
-    lap("build templates")
+    end_stage("build templates")
     first, second, same = read_pairs(ijb, ids)
-    lap("read pairs")
+    end_stage("read pairs")
     scores = score_pairs(embeddings, first, second)
-    lap("score pairs")
-    numbers["tar_at_far"] = tar_at_fars(scores, same)
+    end_stage("score pairs")
+    metrics["tar_at_far"] = tar_at_fars(scores, same)
     roc_points(scores, same)
-    lap("TAR at FAR, ROC")
-    found = identify_templates(ijb, ids, embeddings)
-    numbers["identification"] = {name: result.report() for name, result in found.items()}
-    lap("identify")
+    end_stage("TAR at FAR, ROC")
+    searches = identify_templates(ijb, ids, embeddings)
+    metrics["identification"] = {name: result.report() for name, result in searches.items()}
+    end_stage("identify")
     total = sum(seconds.values())
     memory = peak_memory(torch.device("cpu"))
-    return {"seconds": seconds, "total": total, "memory": memory, "numbers": numbers}
+    return {"seconds": seconds, "total": total, "memory": memory, "numbers": metrics}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -130,21 +145,23 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.ijb", description=__doc__.splitlines()[0]
     )
-    for name, default in SIZE.items():
+    for name, default in IJB_C_SIZE.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--json", type=Path, default=RESULTS / "ijb-cpu.json")
     args = parser.parse_args(argv)
-    size = {name: getattr(args, name) for name in SIZE}
+    size = {name: getattr(args, name) for name in IJB_C_SIZE}
     with tempfile.TemporaryDirectory() as folder:
-        alone(write_ijb, Path(folder) / "IJBC", size)
-        found = alone(evaluate, Path(folder) / "IJBC")
+        in_fresh_process(write_ijb, Path(folder) / "IJBC", size)
+        results = in_fresh_process(time_protocols, Path(folder) / "IJBC")
     machine = describe_machine(torch.device("cpu"))
     print(", ".join(f"{name} {value}" for name, value in (machine | size).items()))
-    for stage, seconds in found["seconds"].items():
+    for stage, seconds in results["seconds"].items():
         print(f"{stage:<30}{seconds:8.2f} s")
-    print(f"{'total':<30}{found['total']:8.2f} s, peak memory {found['memory'] / 2**20:,.0f} MB")
+    print(
+        f"{'total':<30}{results['total']:8.2f} s, peak memory {results['memory'] / 2**20:,.0f} MB"
+    )
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"machine": machine, "size": size} | found, indent=1) + "\n")
+    args.json.write_text(json.dumps({"machine": machine, "size": size} | results, indent=1) + "\n")
     print(f"Wrote {args.json}")
 
 

@@ -1,10 +1,10 @@
-"""Run another project's face detector; by its own Python, so nothing of ours is imported.
+"""Run another project's face detector in its own environment: imports nothing of this project.
 
     .venv-peers/bin/python bench/peer_detect.py mtcnn images.npy faces.npz 16
 
-takes (n, H, W, 3) uint8 RGB images, detects with the peer's own defaults in batches of the size
-given, and writes for every face a row of image, box, score, five x and five y (mtcnn only), and
-what it took: seconds and CPU seconds.
+Reads (n, H, W, 3) uint8 RGB images, detects with the peer's own defaults in batches of the given
+size, and writes two arrays: "rows" (k, 16), for every face its image, box, score, five x and five y
+(mtcnn only; zeros otherwise); and "took", seconds and CPU seconds.
 """
 
 import sys
@@ -20,8 +20,8 @@ def open_mtcnn():
     detector = MTCNN()
 
     def detect(images):
-        found = detector.detect_faces(list(images), output_type="numpy", box_format="xyxy")
-        return np.asarray(found, dtype=np.float64).reshape(-1, 16)
+        faces = detector.detect_faces(list(images), output_type="numpy", box_format="xyxy")
+        return np.asarray(faces, dtype=np.float64).reshape(-1, 16)
 
     return detect
 
@@ -46,16 +46,16 @@ def open_facenet():
 
 
 def main(name, images_file, result, batch):
-    """Detect, after two images that do not count."""
+    """Detect in all images, after two that are not timed: they load and compile."""
     images = np.load(images_file)
     detect = {"mtcnn": open_mtcnn, "facenet-pytorch": open_facenet}[name]()
     detect(images[:2])
     began = np.array([time.perf_counter(), time.process_time()])
     rows = []
     for start in range(0, len(images), batch):
-        found = detect(images[start : start + batch])
-        found[:, 0] += start
-        rows.append(found)
+        faces = detect(images[start : start + batch])
+        faces[:, 0] += start  # the image's index in its batch becomes that in all images
+        rows.append(faces)
     took = np.array([time.perf_counter(), time.process_time()]) - began
     np.savez(result, rows=np.concatenate(rows), took=took)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the environment that the peers run in: mtcnn on TensorFlow, and facenet-pytorch without its
-# pins (it asks for a PyTorch of 2024), apart from the project's own environment, ignored by git.
-#   bash bench/peers.sh [python]        # some minutes; prints the versions
+# Creates .venv-peers, the environment of the detectors that benchmarks compare with: mtcnn on
+# TensorFlow, and facenet-pytorch without its pins (it requires a PyTorch of 2024). Ignored by git.
+#   bash bench/peers.sh [python]        # takes some minutes; prints the versions
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${1:-python3}"

@@ -43,13 +43,13 @@ def test_a_study_is_what_its_scripts_say_and_is_not_done_twice(folder, monkeypat
     study.main(argv)
     printed = capsys.readouterr().out
     report = json.loads((folder / "study-cpu-tiny.json").read_text())
-    assert list(report["arms"]) == ["arcface", "mine", "mine, averaged"]
+    assert list(report["arms"]) == ["arcface", "mine", "mine, EMA weights"]
     assert report["settings"]["epochs"] == 1
     pairs = load_set(folder / "held_out.bin", "")
     for arm, file in {
         "arcface": "last.pt",
         "mine": "last.pt",
-        "mine, averaged": "best_ema.pt",
+        "mine, EMA weights": "best_ema.pt",
     }.items():
         (path,) = (folder / "runs" / arm.split(",")[0] / "s3").glob(f"*/{file}")
         embed = load_embedder(path, device=torch.device("cpu"))[0]
@@ -78,7 +78,7 @@ def test_the_table_has_means_deviations_and_differences():
         arm: {"seeds": {str(i): {"lfw": v, "pairs": v - 0.1} for i, v in enumerate(some)}}
         for arm, some in values.items()
     }
-    *_, first, second = study.table(rows).splitlines()
+    *_, first, second = study.study_table(rows).splitlines()
     assert first == "| a | 82.00 ± 2.00 | 72.00 ± 2.00 |  |  |  |  |"
     error = (4 / 3 + statistics.variance([85, 86, 90]) / 3) ** 0.5
     assert second == f"| b | 87.00 ± 2.65 | 77.00 ± 2.65 |  |  |  | +5.00 ± {error:.2f} |"

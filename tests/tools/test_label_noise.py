@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import train
-from bench.planted_noise import LEAST, judge, judge_list, permuted_labels, plant
+from bench.planted_noise import MIN_IMAGES, permuted_labels, plant, score_dropped, score_keep_list
 from config import parse_args
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
@@ -126,28 +126,28 @@ def test_a_model_of_others_finds_what_bench_plants(noisy, tmp_path, capsys):
         tmp_path / "right.tsv", KeepList(rows.keys, rows.labels, *np.zeros((3, 240)), ~wrong)
     )
     keep, planted = tmp_path / "keep.tsv", tmp_path / "planted"
-    plant(folder, planted, share=0.1, seed=0, keep=str(tmp_path / "right.tsv"))
+    plant(folder, planted, noise_rate=0.1, seed=0, keep=str(tmp_path / "right.tsv"))
     assert "216 images, 22 of them" in capsys.readouterr().out
     write_pattern_model(tmp_path / "pattern.onnx")
     flags = f"--train-set {planted} --checkpoint {tmp_path}/pattern.onnx --output {keep} "
     flags += f"--data-dir {tmp_path} --device cpu --input-mean 0.5 0.5 0.5 --input-std 1 1 1 --bgr"
     label_noise.main(parse_args(flags.split(), "label_noise", label_noise.Settings))
     assert "194 kept, 22 dropped" in capsys.readouterr().out
-    found = judge_list(planted, keep)
-    assert [row["least"] for row in found] == list(LEAST)
+    found = score_keep_list(planted, keep)
+    assert [row["least"] for row in found] == list(MIN_IMAGES)
     assert all(row["recall"] == row["precision"] == row["named"] == 1 for row in found)
 
 
-def test_the_judge_counts_as_by_hand():
+def test_planted_noise_is_scored_as_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2, 3])
     true = np.array([0, 0, 1, 1, 0, 2, 0])  # three planted; class 3 has nobody that belongs there
     dropped = np.array([True, False, True, False, True, False, False])
     other = np.array([1, 1, 1, 2, 3, 0, 0])
-    found = judge(labels, true, dropped, other, 1)
+    found = score_dropped(labels, true, dropped, other, 1)
     counts = {"least": 1, "images": 7, "planted": 3, "dropped": 3, "found": 2}
     shares = {"recall": 0.6667, "precision": 0.6667, "ceiling": 0.6667, "named": 0.5}
     assert found == counts | shares
-    assert judge(labels, true, dropped, other, 3)["planted"] == 1
+    assert score_dropped(labels, true, dropped, other, 3)["planted"] == 1
 
 
 def test_planted_labels_keep_the_sizes_of_classes():
@@ -160,7 +160,7 @@ def test_planted_labels_keep_the_sizes_of_classes():
         permuted_labels(np.array([0] * 90 + [1] * 10), 0.5, seed=0)
 
 
-def test_what_cannot_be_judged_gets_a_sentence(noisy, tmp_path, capsys):
+def test_what_cannot_be_scored_gets_a_sentence(noisy, tmp_path, capsys):
     where = f"--train-set {tmp_path} --data-dir {tmp_path} --device cpu"
     write_pattern_model(tmp_path / "pattern.onnx")
     for checkpoint, why in (("none.onnx", "no checkpoint"), ("pattern.onnx", "train.rec")):
@@ -170,4 +170,4 @@ def test_what_cannot_be_judged_gets_a_sentence(noisy, tmp_path, capsys):
         assert ended.value.code == 2
         assert why in capsys.readouterr().err
     with pytest.raises(UserError, match="not made by plant"):
-        judge_list(noisy[0], tmp_path / "keep.tsv")
+        score_keep_list(noisy[0], tmp_path / "keep.tsv")
