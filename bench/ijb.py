@@ -25,8 +25,8 @@ import torch
 from bench.common import RESULTS, describe_machine, in_fresh_process, peak_memory
 from evaluation.embedding_cache import open_features, save_features
 from evaluation.ijb import identify_templates
-from evaluation.ijb_files import read_ijb, read_pairs
-from evaluation.templates import build_templates, roc_points, score_pairs, tar_at_fars
+from evaluation.ijb_files import read_ijb, read_template_pairs
+from evaluation.templates import build_templates, roc_points, score_templates, tar_at_fars
 
 IJB_C_SIZE = {
     "images": 469_375,
@@ -125,15 +125,14 @@ def time_protocols(folder: Path) -> dict[str, Any]:
         features, ijb.template_of, ijb.media_of, ijb.detector_scores, unit_length=False
     )
     end_stage("build templates")
-    first, second, same = read_pairs(ijb, ids)
+    first, second, same = read_template_pairs(ijb, ids)
     end_stage("read pairs")
-    scores = score_pairs(embeddings, first, second)
+    scores = score_templates(embeddings, first, second)
     end_stage("score pairs")
     metrics["tar_at_far"] = tar_at_fars(scores, same)
     roc_points(scores, same)
     end_stage("TAR at FAR, ROC")
-    searches = identify_templates(ijb, ids, embeddings)
-    metrics["identification"] = {name: result.report() for name, result in searches.items()}
+    metrics["identification"] = identify_templates(ijb, ids, embeddings)
     end_stage("identify")
     total = sum(seconds.values())
     memory = peak_memory(torch.device("cpu"))

@@ -39,13 +39,13 @@ from bench.common import RESULTS, describe_machine
 from config import Config, parse_args
 from data_gen import load_images
 from evaluation import verification
-from evaluation.all_pairs import low_far
+from evaluation.all_pairs import tar_at_low_fars
 from evaluation.embedders import Embed, load_embedder
 from evaluation.evaluate import evaluate_lfw
+from evaluation.pair_making import make_verification_pairs
 from evaluation.pair_sets import PairSet, find_pairs, load_set
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder
-from tools.held_out import make_pairs
 from training.sample_lists import read_held_out
 from utils import UserError, core_count, exit_on_user_error, get_device, newest_run
 
@@ -75,7 +75,7 @@ class StudyTests:
         self.faces, errors = load_images(reader, held_out)
         if errors:
             raise UserError(f"{len(errors)} images of {reader.path} cannot be decoded.")
-        pairs = make_pairs(self.identities, HELD_OUT_PAIRS, seed=0)
+        pairs = make_verification_pairs(self.identities, HELD_OUT_PAIRS, seed=0)
         self.first, self.second = np.array([pair for pair, _ in pairs]).T
         self.same = np.array([same for _, same in pairs])
 
@@ -86,7 +86,7 @@ class StudyTests:
         scores = verification.pair_scores(embeddings, self.first, self.second)
         folds = verification.contiguous_folds(len(scores))
         metrics["pairs"] = verification.verify(scores, self.same, folds)["accuracy"]
-        tars = low_far(embeddings, self.identities)["tar_at_far"]
+        tars = tar_at_low_fars(embeddings, self.identities)["tar_at_far"]
         return metrics | {f"tar_{far}": tars[far]["tar"] for far in STUDY_FARS if far in tars}
 
 

@@ -1,4 +1,11 @@
-"""Embed images of a training set: those of a record file, or those of a store that caches them."""
+"""Embed the images of a training set, in blocks that fit in memory.
+
+    from evaluation.embed_records import embed_records
+    decoded, embeddings = embed_records(reader, np.arange(len(reader)), model.embed)
+
+embed_records reads a record file; embed_store reads an ImageStore, which may hold the images
+decoded already.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +18,33 @@ from data_gen import ImageStore, load_images
 from evaluation.embedders import Embed
 from fileio.recordio import RecordReader
 
-BLOCK = 4096  # images in memory at a time
+IMAGES_IN_MEMORY = 4096  # 154 MB of pixels
 
 
-def embed_images(
-    reader: RecordReader, places: np.ndarray, embed: Embed, workers: int
+def embed_records(
+    reader: RecordReader, indices: np.ndarray, embed: Embed, workers: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the reader's images at `places` (n,) are whole, (n,) bool, and their embeddings.
+    """Which of the images at `indices` (n,) could be decoded, (n,) bool, and their embeddings.
 
-    Those are (whole, d) float32 of unit length; a block of images is in memory at a time.
+    Embeddings are (decoded images, d) float32. Images that cannot be decoded are skipped, and a
+    line says how many.
     """
-    whole, parts = np.ones(len(places), bool), []
-    for start in tqdm(range(0, len(places), BLOCK), desc="embedding", unit="block"):
-        images, errors = load_images(reader, places[start : start + BLOCK], workers=workers)
-        whole[[start + place for place in errors]] = False
-        kept = torch.from_numpy(whole[start : start + BLOCK])
-        parts.append(embed(images[kept]).float().cpu().numpy())
-    if not whole.all():
-        print(f"Left out: {int((~whole).sum())} images that cannot be decoded.")
-    return whole, np.concatenate(parts)
+    decoded, blocks = np.ones(len(indices), bool), []
+    for start in tqdm(range(0, len(indices), IMAGES_IN_MEMORY), desc="embedding", unit="block"):
+        block = slice(start, start + IMAGES_IN_MEMORY)
+        images, errors = load_images(reader, indices[block], workers=workers)
+        decoded[[start + position for position in errors]] = False
+        images = images[torch.from_numpy(decoded[block])]
+        blocks.append(embed(images).float().cpu().numpy())
+    if not decoded.all():
+        print(f"Skipped {int((~decoded).sum())} images that cannot be decoded.")
+    return decoded, np.concatenate(blocks)
 
 
 def embed_store(store: ImageStore, positions: np.ndarray, embed: Embed) -> Tensor:
-    """Embeddings (n, d) float32 of the images at `positions` (n,), a block at a time."""
-    blocks = range(0, len(positions), BLOCK)
-    return torch.cat([embed(store.fetch(positions[b : b + BLOCK])).float().cpu() for b in blocks])
+    """Embeddings (n, d) float32 of the images at `positions` (n,) of a store."""
+    blocks = []
+    for start in range(0, len(positions), IMAGES_IN_MEMORY):
+        images = store.fetch(positions[start : start + IMAGES_IN_MEMORY])
+        blocks.append(embed(images).float().cpu())
+    return torch.cat(blocks)

@@ -1,11 +1,11 @@
-"""Embeddings that need not be computed twice, kept by the checksums of the model and the faces.
+"""A cache of embeddings, keyed by the checksums of the model and of the faces.
 
     from evaluation.embedding_cache import EmbeddingCache, model_checksum
     cache = EmbeddingCache(Path("runs/<run>/embeddings"), "best", model_checksum(checkpoint))
-    views = cache.views(embed, test_set.name, test_set.images, flip=True)    # (2, n, d) float32
+    views = cache.views(embed, test_set.name, test_set.images, flip=True)  # (2, n, d) float32
 
-One file a set, model and view (the face, its mirror image), overwritten when its checksums no
-longer match: the folder does not grow. What is in it is never unpickled.
+There is one file per set, model and view (face or mirror image). It is overwritten when its
+checksums no longer match, so that the folder does not grow. Files are never unpickled.
 """
 
 from __future__ import annotations
@@ -22,62 +22,78 @@ from evaluation.embedders import Embed
 from fileio.onnx_file import check_onnx
 from fileio.safe_files import atomic_write, make_folder
 
+# What np.load and the archive that it opens lazily raise for files with wrong bytes in them.
+CORRUPT_NPZ = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    SyntaxError,
+    AttributeError,
+    TypeError,
+)
+
 
 def model_checksum(checkpoint: Path | str, *settings: object) -> str:
     """SHA-256 of a model's files and of the settings that it is used with."""
-    files = [Path(checkpoint)]
-    if files[0].suffix.lower() == ".onnx":
-        files += check_onnx(checkpoint)
+    paths = [Path(checkpoint)]
+    if paths[0].suffix.lower() == ".onnx":
+        paths += check_onnx(checkpoint)  # weights in files of their own
     digest = hashlib.sha256(repr(settings).encode())
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+    for path in paths:
+        _update_with_file(digest, path)
     return digest.hexdigest()
 
 
 def faces_checksum(images: Tensor) -> str:
-    """SHA-256 of decoded faces (n, 112, 112, 3) uint8, wherever they came from."""
+    """SHA-256 of decoded faces (n, 112, 112, 3) uint8, whichever file they came from."""
     return hashlib.sha256(np.ascontiguousarray(images.numpy())).hexdigest()
 
 
 class EmbeddingCache:
-    """A folder of embeddings of one model, which is called `model` in file names."""
+    """A folder of cached embeddings of one model, whose files begin "<set>-<model>"."""
 
     def __init__(self, folder: Path, model: str, checksum: str):
         self.folder, self.model, self.checksum = folder, model, checksum
-        self.computed = 0  # faces and mirror images that had to go through the network
+        self.computed = 0  # faces and mirror images that had to be embedded
 
     def views(self, embed: Embed, name: str, images: Tensor, flip: bool) -> np.ndarray:
         """Embeddings (views, n, d) float32 of faces and, with flip, of their mirror images.
 
-        embed takes faces (n, 112, 112, 3) to embeddings (n, d) in the length that the network gives
-        them. A damaged file is said so, and computed again.
+        embed takes faces (n, 112, 112, 3) to unnormalised embeddings (n, d). A corrupt file is
+        reported, and its embeddings are computed again.
         """
         key = f"{self.checksum} {faces_checksum(images)}"
-        views = []
-        for mirrored in (False, True)[: 1 + flip]:
-            path = self.folder / f"{name}-{self.model}{'-mirrored' * mirrored}.npz"
-            found = load_embeddings(path, key, len(images))
-            if found is None:
-                found = embed(images.flip(2) if mirrored else images).float().cpu().numpy()
-                self.computed += len(images)
-                save_embeddings(path, key, found)
-            views.append(found)
+        views = [self._load_or_embed(f"{name}-{self.model}.npz", key, embed, images)]
+        if flip:
+            path = f"{name}-{self.model}-mirrored.npz"
+            views.append(self._load_or_embed(path, key, embed, images.flip(2)))
         return np.stack(views)
+
+    def _load_or_embed(self, file: str, key: str, embed: Embed, images: Tensor) -> np.ndarray:
+        embeddings = load_embeddings(self.folder / file, key, len(images))
+        if embeddings is None:
+            embeddings = embed(images).float().cpu().numpy()
+            self.computed += len(images)
+            save_embeddings(self.folder / file, key, embeddings)
+        return embeddings
 
 
 def save_embeddings(path: Path, key: str, embeddings: np.ndarray) -> None:
-    """Write embeddings (n, d) float32 with the key that they are valid for."""
+    """Write embeddings (n, d) float32 and the key that they are valid for."""
     make_folder(path.parent)
     with atomic_write(path) as file:
         np.savez(file, key=np.array(key), embeddings=embeddings)
 
 
 def load_embeddings(path: Path, key: str, count: int) -> np.ndarray | None:
-    """The embeddings of a file that were saved under this key, (count, d) float32, else None.
+    """The embeddings saved in a file under this key, (count, d) float32; None if there are none.
 
-    Prints a sentence where the file is damaged: a checksum in it (zip's CRC) does not match, or it
+    Prints a line where the file is corrupt: a checksum in it (zip's CRC) does not match, or it
     holds something else.
     """
     if not path.is_file():
@@ -86,59 +102,66 @@ def load_embeddings(path: Path, key: str, count: int) -> np.ndarray | None:
         with np.load(path, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
-            found = stored["embeddings"]
-        if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
-            raise ValueError(f"{found.dtype} numbers in the shape {found.shape}")
-        if not np.isfinite(found).all():
+            embeddings = stored["embeddings"]
+        _check_embeddings(embeddings, count)
+        if not np.isfinite(embeddings).all():
             raise ValueError("numbers that are not finite")
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error,
-            NotImplementedError, SyntaxError, AttributeError, TypeError) as error:  # fmt: skip
+    except CORRUPT_NPZ as error:
         reason = " ".join(str(error).split())[:100]
-        print(f"{path} is damaged ({reason}); embedding again.")
+        print(f"{path} is corrupt ({reason}); embedding again.")
         return None
-    return found
+    return embeddings
 
 
 # ------------------------------------------------------------------------------ memory-mapped
 
 
 def save_features(path: Path, key: str, features: np.ndarray) -> None:
-    """Write features (n, d) float32 too many for memory, and beside them key and checksum."""
+    """Write features (n, d) float32 to a file that can be memory-mapped, the key to <name>.key."""
     make_folder(path.parent)
-    beside = path.with_suffix(".key")
-    beside.unlink(missing_ok=True)  # it would call the new file the old one
+    key_path = path.with_suffix(".key")
+    # Killed between the two writes, the new features would stand beside the old key.
+    key_path.unlink(missing_ok=True)
     with atomic_write(path) as file:
         np.lib.format.write_array(file, np.ascontiguousarray(features, np.float32))
-    with atomic_write(beside, "w") as file:
+    with atomic_write(key_path, "w") as file:
         file.write(f"{key} {_file_checksum(path)}\n")
 
 
 def open_features(path: Path, key: str, count: int) -> np.ndarray | None:
-    """The features saved under this key as a memory map (count, d) float32, else None.
+    """The features saved under this key as a memory map (count, d) float32, None if there are none.
 
-    Prints a sentence where the file is damaged.
+    Prints a line where the file is corrupt.
     """
-    beside = path.with_suffix(".key")
-    if not (path.is_file() and beside.is_file()):
+    key_path = path.with_suffix(".key")
+    if not (path.is_file() and key_path.is_file()):
         return None
-    *known, checksum = beside.read_text("utf-8", errors="replace").split() or [""]
-    if " ".join(known) != key:
+    *stored_key, checksum = key_path.read_text("utf-8", errors="replace").split() or [""]
+    if " ".join(stored_key) != key:
         return None
     try:
         if checksum != _file_checksum(path):
             raise ValueError("its checksum does not match")
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-        if found.dtype != np.float32 or found.ndim != 2 or len(found) != count:
-            raise ValueError(f"{found.dtype} numbers in the shape {found.shape}")
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
+        _check_embeddings(features, count)
     except (OSError, ValueError) as error:
-        print(f"{path} is damaged ({error}); embedding again.")
+        print(f"{path} is corrupt ({error}); embedding again.")
         return None
-    return found
+    return features
+
+
+def _check_embeddings(array: np.ndarray, count: int) -> None:
+    if array.dtype != np.float32 or array.ndim != 2 or len(array) != count:
+        raise ValueError(f"{array.dtype} numbers of shape {array.shape}")
 
 
 def _file_checksum(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    _update_with_file(digest, path)
     return digest.hexdigest()
+
+
+def _update_with_file(digest: hashlib._Hash, path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):  # 1 MB: files may be larger than memory
+            digest.update(block)

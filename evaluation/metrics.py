@@ -126,6 +126,50 @@ class Metrics(SetMetrics, Statistics, total=False):
     robustness: dict[str, RobustnessMetrics]  # by corruption, "clean" first
 
 
+# ------------------------------------------------------------------------------ low FARs
+
+
+class TarPoint(TypedDict):
+    """TAR at one FAR; pairs that score above the threshold are accepted."""
+
+    tar: float
+    threshold: float
+    impostors: int  # impostor pairs that the FAR allows to be accepted
+
+
+class AllPairsMetrics(TypedDict):
+    """Metrics of all pairs of a set of images, computed by all_pairs.tar_at_low_fars."""
+
+    pictures: int  # images
+    identities: int
+    matched_pairs: int  # genuine
+    mismatched_pairs: int  # impostor
+    tar_at_far: dict[str, TarPoint]
+    refused: list[str]  # a sentence for each FAR that the set is too small for
+
+
+class IdentificationMetrics(TypedDict):
+    """A search of probes in a gallery, computed by templates.identify."""
+
+    rank1: float  # fraction of mated probes whose identity has the highest score
+    rank5: float
+    tpir: dict[str, float]  # by FPIR: fraction of mated probes found above its threshold
+    mated: int  # probes whose identity is in the gallery
+    others: int  # searches that the FPIR is measured on
+    best_non_mates: bool  # these are mated probes without their mate
+
+
+class IjbMetrics(TypedDict):
+    """Metrics of IJB-B or IJB-C, computed by ijb.evaluate_ijb."""
+
+    pairs: int
+    matched_pairs: int  # genuine
+    tar_at_far: dict[str, TarPoint]
+    pictures: int  # images
+    templates: int
+    identification: dict[str, IdentificationMetrics]  # by gallery; empty without 1:N lists
+
+
 # ------------------------------------------------------------------------------ the files
 
 

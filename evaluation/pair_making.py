@@ -1,10 +1,10 @@
-"""Make a verification set out of a training set: which identities, and pairs of their images.
+"""Make verification pairs of identities that are held out of a training set.
 
-    from evaluation.pair_making import choose_identities, make_pairs
-    identities = choose_identities(labels, count=500, seed=0)
-    pairs = make_pairs(labels[np.isin(labels, identities)], count=6000, seed=0)
+    from evaluation.pair_making import choose_held_out_identities, make_verification_pairs
+    identities = choose_held_out_identities(labels, count=500, seed=0)
+    pairs = make_verification_pairs(labels[np.isin(labels, identities)], count=6000, seed=0)
 
-Ten folds that share no identity, half of each genuine pairs.
+As in LFW's protocol there are ten folds that share no identity, half of each genuine pairs.
 """
 
 from __future__ import annotations
@@ -15,63 +15,71 @@ import numpy as np
 
 from utils import UserError
 
-FOLDS = 10
-LEAST = 4  # images of an identity that is held out
+NUM_FOLDS = 10
+LEAST_IMAGES = 4  # of an identity that is held out
 
 Pair = tuple[int, int]
 
 
-def choose_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` classes by chance among those with LEAST images or more, ascending.
+def choose_held_out_identities(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` identities at random among those with LEAST_IMAGES or more; labels, ascending.
 
-    Raises UserError where there are too few, or none would be left to train on.
+    labels (n,) int are those of the training set's images. Raises UserError where there are too
+    few such identities, or fewer than two would be left to train on.
     """
-    able = np.flatnonzero(np.bincount(labels) >= LEAST)
+    eligible = np.flatnonzero(np.bincount(labels) >= LEAST_IMAGES)
     left = len(np.unique(labels)) - count
-    if len(able) < count or left < 2:
+    if len(eligible) < count or left < 2:
         raise UserError(
-            f"The training set has {len(able):,} identities with {LEAST} images or more, and "
-            f"{max(left, 0):,} would be left to train on; hold out fewer (--held-out-identities)."
+            f"The training set has {len(eligible):,} identities with {LEAST_IMAGES} images or "
+            f"more, and {max(left, 0):,} would be left to train on; hold out fewer "
+            "(--held-out-identities)."
         )
-    return np.sort(np.random.default_rng([seed, 8]).choice(able, count, replace=False))
+    return np.sort(np.random.default_rng([seed, 8]).choice(eligible, count, replace=False))
 
 
-def make_pairs(
-    people: np.ndarray, count: int, seed: int, embeddings: np.ndarray | None = None
+def make_verification_pairs(
+    labels: np.ndarray, count: int, seed: int, embeddings: np.ndarray | None = None
 ) -> list[tuple[Pair, bool]]:
-    """Pairs of images and whether they match, fold by fold; people (n,) of the images.
+    """Pairs of images, as indices into labels (n,), and whether each is genuine, fold by fold.
 
-    `count` pairs, or as many as every fold can give; a fold has as many of each kind, none twice,
-    and shares nobody with another. Identities give one pair each before any gives a second one.
-    With embeddings (n, d) of unit length mismatched pairs are an image and its nearest stranger.
+    Each fold has as many genuine as impostor pairs, no pair twice. There are `count` pairs in all,
+    or fewer: the fold that can give fewest decides for all. Every identity of a fold is in one
+    genuine pair before any is in a second. With embeddings (n, d), L2-normalised, an impostor pair
+    is an image and its hardest impostor in the fold: the image of another identity with the highest
+    cosine. Without embeddings it is two images at random.
     """
     rng = np.random.default_rng([seed, 9])
-    folds = np.array_split(rng.permutation(np.unique(people)), FOLDS)
-    found = []
-    for fold in folds:
-        images = [rng.permutation(np.flatnonzero(people == person)) for person in fold]
-        strangers = (
-            _random_strangers(images, rng)
-            if embeddings is None
-            else _nearest_strangers(images, people, embeddings)
-        )
-        each = count // (2 * FOLDS)
-        found.append([_distinct(kind, each) for kind in (_matched(images, rng), strangers)])
-    each = min(len(kind) for fold in found for kind in fold)
-    return [
-        (pair, same)
-        for fold in found
-        for kind, same in zip(fold, (True, False), strict=True)
-        for pair in kind[:each]
-    ]
+    wanted = count // (2 * NUM_FOLDS)  # of each kind in each fold
+    folds = []
+    for identities in np.array_split(rng.permutation(np.unique(labels)), NUM_FOLDS):
+        images = [rng.permutation(np.flatnonzero(labels == identity)) for identity in identities]
+        if embeddings is None:
+            impostors = _random_impostors(images, rng)
+        else:
+            impostors = _hardest_impostors(images, labels, embeddings)
+        genuine = _unique_pairs(_genuine_pairs(images, rng), wanted)
+        folds.append((genuine, _unique_pairs(impostors, wanted)))
+    # Equal sizes, so that a mean over folds weighs every pair alike.
+    size = min(len(pairs) for fold in folds for pairs in fold)
+    made = []
+    for genuine, impostors in folds:
+        made += [(pair, True) for pair in genuine[:size]]
+        made += [(pair, False) for pair in impostors[:size]]
+    return made
 
 
-def _matched(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
-    """Every matched pair, in rounds in which each identity has its turn."""
+def _genuine_pairs(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
+    """Every genuine pair once, in rounds of one pair per identity.
+
+    images holds the image indices of each identity. Of identities with 2 and 3 images, which have
+    one and three pairs, the order is A, B, B, B.
+    """
     waiting = []
-    for mine in images:
-        first, second = np.triu_indices(len(mine), 1)
-        waiting.append(iter(rng.permutation(np.stack([mine[first], mine[second]], 1)).tolist()))
+    for indices in images:
+        first, second = np.triu_indices(len(indices), 1)
+        pairs = np.stack([indices[first], indices[second]], 1)
+        waiting.append(iter(rng.permutation(pairs).tolist()))
     while waiting:
         for pairs in waiting.copy():
             pair = next(pairs, None)
@@ -81,34 +89,35 @@ def _matched(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pai
                 yield pair[0], pair[1]
 
 
-def _random_strangers(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
-    """Images of two people, both by chance, again and again."""
-    for _ in range(100 * sum(map(len, images))):
-        a, b = rng.choice(len(images), 2, replace=False) if len(images) > 1 else (0, 0)
-        if a != b:
-            yield int(rng.choice(images[a])), int(rng.choice(images[b]))
+def _random_impostors(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:
+    """Random images of two random identities; the same pair may come up again."""
+    if len(images) < 2:
+        return
+    for _ in range(100 * sum(map(len, images))):  # an end, should a fold run out of pairs
+        a, b = rng.choice(len(images), 2, replace=False)
+        yield int(rng.choice(images[a])), int(rng.choice(images[b]))
 
 
-def _nearest_strangers(
-    images: list[np.ndarray], people: np.ndarray, embeddings: np.ndarray
+def _hardest_impostors(
+    images: list[np.ndarray], labels: np.ndarray, embeddings: np.ndarray
 ) -> Iterator[Pair]:
-    """An image and the most alike of another person's, in rounds in which each has their turn."""
-    everyone = np.concatenate(images)
+    """An image and its hardest impostor in the fold, in rounds of one image per identity."""
+    gallery = np.concatenate(images)
     for turn in range(max(map(len, images))):
-        probes = np.array([mine[turn] for mine in images if turn < len(mine)])
-        scores = embeddings[probes] @ embeddings[everyone].T
-        scores[people[probes][:, None] == people[everyone]] = -np.inf
-        best = scores.argmax(1)
+        probes = np.array([indices[turn] for indices in images if turn < len(indices)])
+        scores = embeddings[probes] @ embeddings[gallery].T
+        scores[labels[probes][:, None] == labels[gallery]] = -np.inf
+        hardest = scores.argmax(1)
         for row, probe in enumerate(probes.tolist()):
-            if np.isfinite(scores[row, best[row]]):
-                yield probe, int(everyone[best[row]])
+            if np.isfinite(scores[row, hardest[row]]):  # not so in a fold of one identity
+                yield probe, int(gallery[hardest[row]])
 
 
-def _distinct(pairs: Iterator[Pair], count: int) -> list[Pair]:
-    """The first `count` pairs, of which none is another one turned round."""
-    found: dict[Pair, Pair] = {}
+def _unique_pairs(pairs: Iterator[Pair], count: int) -> list[Pair]:
+    """The first `count` different pairs; (a, b) and (b, a) are the same pair."""
+    unique: dict[Pair, Pair] = {}
     for a, b in pairs:
-        if len(found) == count:
+        if len(unique) == count:
             break
-        found.setdefault((min(a, b), max(a, b)), (a, b))
-    return list(found.values())
+        unique.setdefault((min(a, b), max(a, b)), (a, b))
+    return list(unique.values())

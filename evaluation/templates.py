@@ -1,29 +1,32 @@
-"""Templates of many images, as IJB-B and IJB-C compare them: pure maths, no files.
+"""Templates of many images, as IJB-B and IJB-C compare them. Pure maths, no files.
 
-    from evaluation.templates import build_templates, score_pairs, tar_at_fars, identify
+    from evaluation.templates import build_templates, identify, score_templates, tar_at_fars
     ids, embeddings = build_templates(features, template_of, media_of)
-    tar_at_fars(score_pairs(embeddings, first, second), same)
+    tar_at_fars(score_templates(embeddings, first, second), same)
 
-A template is all images and frames of a person that are compared at once. Frames of one video
-(one media) are averaged first, so that a long video does not outvote a photograph (Whitelam et al.,
-"IARPA Janus Benchmark-B", 2017; Maze et al., "IARPA Janus Benchmark-C", 2018). Arrays of the size
-of all images or all pairs are worked on in chunks: features may be memory-mapped.
+A template is a set of images and video frames of one identity that is compared as a whole. Its
+embedding is aggregated in two steps: the features of each media (a photograph, or all frames of a
+video) are averaged, and the media are summed. A video of 500 frames thus counts as much as one
+photograph (Whitelam et al., "IARPA Janus Benchmark-B", 2017; Maze et al., "IARPA Janus
+Benchmark-C", 2018). Arrays of the size of all images or all pairs are processed in blocks:
+features may be memory-mapped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.metrics import IdentificationMetrics, TarPoint
 from utils import core_count
 
 IJB_FARS = ("1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6")
 FPIRS = ("0.1", "0.01")
-ROWS = 16384  # images worked on at a time: 32 MB of 512-d float32
-PAIRS = 2048  # pairs at a time: 4 MB a side, which a core's cache can hold
+IMAGES_PER_BLOCK = 16384  # 32 MB of 512-d float32
+PAIRS_PER_BLOCK = 2048  # 4 MB per side, which fits in a core's cache
+PROBES_PER_BLOCK = 2048
 
 
 def build_templates(
@@ -33,13 +36,17 @@ def build_templates(
     weights: np.ndarray | None = None,
     unit_length: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of templates (t,) int64, ascending, and their embeddings (t, d) float32 of unit length.
+    """Template ids (t,) int64, ascending, and embeddings (t, d) float32, L2-normalised.
 
-    features (n, d) of images, with template and media ids (n,). A template's is the sum over its
-    media of the mean within each; weights (n,), detector scores say, scale images. With
-    unit_length False an image counts by the length of its feature, which is short where the
-    network is unsure. Raises ValueError for features that are not finite.
+    features (n, d) are those of the images, template_of and media_of (n,) their ids. weights (n,),
+    e.g. detector scores, scale the images. With unit_length False features are not normalised
+    first: an image counts by the norm of its feature, which is small for images of low quality.
+    Raises ValueError where features are not finite.
+
+    Example: a template of a photograph a and a video of frames b, c, d gets a + (b + c + d) / 3,
+    normalised.
     """
+    # Sorted by template and media, both are runs of neighbours, which reduceat can sum.
     order = np.lexsort((media_of, template_of))
     template, media = template_of[order], media_of[order]
     new_template = np.append(True, template[1:] != template[:-1])
@@ -47,79 +54,85 @@ def build_templates(
     starts = np.flatnonzero(new_template)
     ends = np.append(starts[1:], len(order))
     embeddings = np.empty((len(starts), features.shape[1]), np.float32)
-    done = 0
+    done = 0  # templates
     while done < len(starts):
-        # As many whole templates as fit, one at least.
-        stop = max(done + 1, int(np.searchsorted(ends, starts[done] + ROWS, side="right")))
-        part = slice(starts[done], ends[stop - 1])
-        rows = np.asarray(features[order[part]], np.float32)
+        # As many complete templates as fit in a block, but one at least.
+        stop = max(
+            done + 1, int(np.searchsorted(ends, starts[done] + IMAGES_PER_BLOCK, side="right"))
+        )
+        block = slice(starts[done], ends[stop - 1])
+        rows = np.asarray(features[order[block]], np.float32)
         if not np.isfinite(rows).all():
             raise ValueError("features hold numbers that are not finite")
         if unit_length:
-            rows = _unit(rows)
+            rows = _normalise_rows(rows)
         if weights is not None:
-            rows = rows * weights[order[part], None].astype(np.float32)
-        begins = np.flatnonzero(new_media[part])
-        means = np.add.reduceat(rows, begins)
-        means /= np.diff(np.append(begins, len(rows)))[:, None]
-        firsts = np.flatnonzero(new_template[part][begins])
-        embeddings[done:stop] = _unit(np.add.reduceat(means, firsts))
+            rows = rows * weights[order[block], None].astype(np.float32)
+        media_starts = np.flatnonzero(new_media[block])
+        media_means = np.add.reduceat(rows, media_starts)
+        media_means /= np.diff(np.append(media_starts, len(rows)))[:, None]
+        # The media at which each template of the block begins.
+        template_starts = np.flatnonzero(new_template[block][media_starts])
+        embeddings[done:stop] = _normalise_rows(np.add.reduceat(media_means, template_starts))
         done = stop
     return template[starts], embeddings
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    return rows / np.where(lengths > 0, lengths, 1)[:, None]
+def _normalise_rows(rows: np.ndarray) -> np.ndarray:
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    return rows / np.where(norms > 0, norms, 1)[:, None]
 
 
 # ------------------------------------------------------------------------------ 1:1
 
 
-def score_pairs(embeddings: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Cosine of each pair of templates, (pairs,) float32; embeddings (t, d) of unit length."""
+def score_templates(embeddings: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of templates, (pairs,) float32; embeddings (t, d), L2-normalised."""
     scores = np.empty(len(first), np.float32)
 
-    def score(start: int) -> None:
-        part = slice(start, start + PAIRS)
-        left, right = embeddings[first[part]], embeddings[second[part]]
-        np.einsum("nd,nd->n", left, right, out=scores[part])
+    def score_block(start: int) -> None:
+        block = slice(start, start + PAIRS_PER_BLOCK)
+        left, right = embeddings[first[block]], embeddings[second[block]]
+        np.einsum("nd,nd->n", left, right, out=scores[block])
 
-    with ThreadPoolExecutor(core_count()) as pool:  # NumPy lets others run meanwhile
-        for _ in pool.map(score, range(0, len(first), PAIRS)):
-            pass
+    # Threads, since NumPy releases the GIL while it gathers and multiplies.
+    with ThreadPoolExecutor(core_count()) as pool:
+        for _ in pool.map(score_block, range(0, len(first), PAIRS_PER_BLOCK)):
+            pass  # map raises an error of a thread only when its result is taken
     return scores
 
 
 def tar_at_fars(
     scores: np.ndarray, same: np.ndarray, fars: Sequence[str] = IJB_FARS
-) -> dict[str, dict[str, float]]:
-    """For each FAR the largest TAR that keeps to it, its threshold, and what it rests on.
+) -> dict[str, TarPoint]:
+    """The highest TAR at each FAR, and its threshold; same (pairs,) bool: genuine.
 
-    {far: {"tar", "threshold", "impostors"}}; pairs that score above the threshold are accepted, at
-    most impostors of them wrongly. Raises ValueError where one kind of pair is missing.
+    Raises ValueError where there are no genuine or no impostor pairs.
     """
     if same.all() or not same.any():
         raise ValueError("there are pairs of one kind only")
     genuine, impostor = np.sort(scores[same]), np.sort(scores[~same])
-    found = {}
+    points: dict[str, TarPoint] = {}
     for far in fars:
+        # The next impostor after those allowed is the threshold, which must be exceeded: of 1,000
+        # impostor pairs FAR 1e-2 allows 10, so it is the 11th highest impostor score. The 1e-9 is
+        # for rounding: 0.29 * 100 is 28.999999999999996.
         allowed = min(int(float(far) * len(impostor) + 1e-9), len(impostor) - 1)
         threshold = impostor[len(impostor) - 1 - allowed]
         accepted = len(genuine) - np.searchsorted(genuine, threshold, side="right")
-        found[far] = {
+        points[far] = {
             "tar": float(accepted / len(genuine)),
             "threshold": float(threshold),
             "impostors": allowed,
         }
-    return found
+    return points
 
 
-def tar_line(far: str, point: dict[str, float]) -> str:
-    """How a FAR and what tar_at_fars found for it are printed."""
+def format_tar(far: str, point: TarPoint) -> str:
+    """A line of text for a FAR and what tar_at_fars gives for it."""
     return (
         f"TAR at FAR {far:<10}{100 * point['tar']:8.3f} %  threshold {point['threshold']:.4f}; "
-        f"rests on {point['impostors']:,} mismatched pairs"
+        f"rests on {point['impostors']:,} impostor pairs"
     )
 
 
@@ -129,26 +142,11 @@ def roc_points(
     """FAR and TAR, (points,) each, at FARs evenly spaced on a logarithmic scale up to 1."""
     lowest = 1 / max(2, int((~same).sum()))
     fars = np.geomspace(lowest, 1, points)
-    found = tar_at_fars(scores, same, [repr(float(far)) for far in fars])
-    return fars, np.array([point["tar"] for point in found.values()])
+    tars = tar_at_fars(scores, same, [repr(float(far)) for far in fars])
+    return fars, np.array([point["tar"] for point in tars.values()])
 
 
 # ------------------------------------------------------------------------------ 1:N
-
-
-class Identification(NamedTuple):
-    """A search of probes in a gallery."""
-
-    rank1: float  # share of mated probes whose person comes first
-    rank5: float
-    tpir: dict[str, float]  # share of mated probes whose person scores above the FPIR's threshold
-    mated: int  # probes whose person is in the gallery
-    others: int  # searches that the FPIR rests on
-    best_non_mates: bool  # these are mated probes without their mate, for want of others
-
-    def report(self) -> dict[str, Any]:
-        """As plain numbers."""
-        return self._asdict()
 
 
 def identify(
@@ -157,42 +155,45 @@ def identify(
     gallery: np.ndarray,
     gallery_subjects: np.ndarray,
     fpirs: Sequence[str] = FPIRS,
-) -> Identification:
-    """Search each probe (p, d) in a gallery (g, d) of templates, by cosine; subjects (p,) and (g,).
+) -> IdentificationMetrics:
+    """Search each probe (p, d) in a gallery (g, d) of templates by cosine; subjects (p,) and (g,).
 
-    A person scores as their best template. FPIR is the share of probes of people not in the gallery
-    for whom somebody scores above the threshold (Grother and Ngan, NIST IR 8009); where all probes
-    have a mate, the best of the others stands for that, as InsightFace's evaluation has it. Equal
-    scores count against the mate. Raises ValueError where no probe has a mate.
+    A subject's score is that of its best template; a probe is mated if its subject is in the
+    gallery. FPIR is the fraction of non-mated probes for which any subject scores above the
+    threshold (Grother and Ngan, NIST IR 8009). Where all probes are mated, each probe's best score
+    of another subject is used in its place, as in InsightFace's evaluation. Equal scores count
+    against the mate. Raises ValueError where no probe is mated.
     """
-    people, place = np.unique(gallery_subjects, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    begins = np.searchsorted(place[order], np.arange(len(people)))
-    mate = np.searchsorted(people, probe_subjects).clip(max=len(people) - 1)
-    mated = people[mate] == probe_subjects
+    # Gallery sorted by subject, so that reduceat takes the maximum over each subject's templates.
+    subjects, subject_of = np.unique(gallery_subjects, return_inverse=True)
+    order = np.argsort(subject_of, kind="stable")
+    begins = np.searchsorted(subject_of[order], np.arange(len(subjects)))
+    mate = np.searchsorted(subjects, probe_subjects).clip(max=len(subjects) - 1)
+    mated = subjects[mate] == probe_subjects
     if not mated.any():
         raise ValueError("no probe has a mate in the gallery")
-    own, best_other, rank = (np.full(len(probes), np.nan) for _ in range(3))
-    targets = np.ascontiguousarray(gallery[order].T)
-    for start in range(0, len(probes), 2048):
-        part = slice(start, start + 2048)
-        scores = np.maximum.reduceat(probes[part] @ targets, begins, axis=1)
-        has, row = mated[part], np.arange(len(scores))
-        own[part] = np.where(has, scores[row, mate[part]], np.nan)
-        scores[row[has], mate[part][has]] = -np.inf
-        best_other[part] = scores.max(1)
-        rank[part] = 1 + (scores >= own[part, None]).sum(1)
-    searches = best_other[~mated] if not mated.all() else best_other
-    false = np.sort(searches)[::-1]
+    mate_score, best_other, rank = (np.full(len(probes), np.nan) for _ in range(3))
+    columns = np.ascontiguousarray(gallery[order].T)
+    for start in range(0, len(probes), PROBES_PER_BLOCK):
+        block = slice(start, start + PROBES_PER_BLOCK)
+        scores = np.maximum.reduceat(probes[block] @ columns, begins, axis=1)  # (block, subjects)
+        has_mate, row = mated[block], np.arange(len(scores))
+        mate_score[block] = np.where(has_mate, scores[row, mate[block]], np.nan)
+        # Without the mate, what is left are the scores of other subjects.
+        scores[row[has_mate], mate[block][has_mate]] = -np.inf
+        best_other[block] = scores.max(1)
+        rank[block] = 1 + (scores >= mate_score[block, None]).sum(1)
+    non_mated = best_other if mated.all() else best_other[~mated]
+    non_mated = np.sort(non_mated)[::-1]
     tpir = {}
     for fpir in fpirs:
-        allowed = min(int(float(fpir) * len(false) + 1e-9), len(false) - 1)
-        tpir[fpir] = float(np.mean(own[mated] > false[allowed]))
-    return Identification(
-        rank1=float(np.mean(rank[mated] <= 1)),
-        rank5=float(np.mean(rank[mated] <= 5)),
-        tpir=tpir,
-        mated=int(mated.sum()),
-        others=len(false),
-        best_non_mates=bool(mated.all()),
-    )
+        allowed = min(int(float(fpir) * len(non_mated) + 1e-9), len(non_mated) - 1)
+        tpir[fpir] = float(np.mean(mate_score[mated] > non_mated[allowed]))
+    return {
+        "rank1": float(np.mean(rank[mated] <= 1)),
+        "rank5": float(np.mean(rank[mated] <= 5)),
+        "tpir": tpir,
+        "mated": int(mated.sum()),
+        "others": len(non_mated),
+        "best_non_mates": bool(mated.all()),
+    }

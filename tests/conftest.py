@@ -1,12 +1,14 @@
 """What every test shares: the folder of real faces if there is one, and groups of processes."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.groups import Groups
+from tests.helpers.ijb_benchmark import write_benchmark
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,23 @@ def groups() -> Iterator[Groups]:
     groups = Groups()
     yield groups
     groups.close()
+
+
+@pytest.fixture(scope="session")
+def ijb_folder(tmp_path_factory):
+    """A small IJB-C; tests must not change it."""
+    return write_benchmark(tmp_path_factory.mktemp("ijb") / "IJBC")
+
+
+@pytest.fixture
+def edit_ijb(ijb_folder, tmp_path):
+    """A function that replaces a text in one of the metadata files of a copy of `ijb_folder`."""
+    folder = tmp_path / "IJBC"
+    shutil.copytree(ijb_folder, folder)
+
+    def edit(file, old, new):
+        path = folder / "meta" / file
+        path.write_text(path.read_text().replace(old, new, 1))
+        return folder
+
+    return edit

@@ -5,11 +5,11 @@
     python lfw_eval.py --sets lfw,held_out
     python -m tools.held_out                          # TAR at FAR 1e-3 to 1e-6 over all their pairs
 
-The first writes the list of identities and, as InsightFace's .bin, pairs of them: ten folds that
-share nobody, half of each matched. --hard-negatives takes for mismatched ones the stranger in the
-fold whom --checkpoint finds most alike; it makes the test harder for that model than for others,
-so let no model that is compared choose. The last embeds every image of the identities and
-compares each with each; it prints a line a FAR and writes runs/<run>/held_out.json.
+The first command writes the list of identities and, as InsightFace's .bin, pairs of them: ten folds
+that share no identity, half of each genuine. With --hard-negatives an impostor pair is an image and
+its hardest impostor in the fold, as --checkpoint sees it. That makes the test harder for this model
+than for others, so choose a model that is not compared. The last command embeds every image of the
+identities and compares all pairs; it prints a line per FAR and writes runs/<run>/held_out.json.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from config import Config, parse_args, setting
-from evaluation.all_pairs import low_far
-from evaluation.embed_records import embed_images
-from evaluation.embedders import Embed, InputSpec, load_embedder
-from evaluation.pair_making import FOLDS, choose_identities, make_pairs
-from evaluation.templates import tar_line
+from evaluation.all_pairs import all_pairs_table, tar_at_low_fars
+from evaluation.embed_records import embed_records
+from evaluation.embedders import InputSpec
+from evaluation.evaluated_model import EvaluatedModel, open_model
+from evaluation.pair_making import (
+    NUM_FOLDS,
+    choose_held_out_identities,
+    make_verification_pairs,
+)
 from fileio.bin_sets import write_bin
 from fileio.checkpoint_file import load_checkpoint
 from fileio.recordio import RecordReader
@@ -56,77 +60,74 @@ class Settings(Config):
     hold_out: str = setting("", "list of the identities; default: data_dir/held_out.txt")
 
 
-def open_model(cfg: Settings) -> tuple[Embed, dict[str, Any], Path]:
-    """The model that is tested, or that finds strangers alike; what it is, and its file."""
-    checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
-    embed, about = load_embedder(
-        checkpoint,
+def open_checkpoint(cfg: Settings) -> EvaluatedModel:
+    """The model that is tested, or that chooses the hardest impostors."""
+    model = open_model(
+        Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")),
+        runs_dir=cfg.runs_dir,
         device=get_device(cfg.device),
         network=cfg.network,
         use_se=cfg.use_se,
-        flip=cfg.flip,
-        batch=cfg.eval_batch,
         spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
+        batch=cfg.eval_batch,
+        flip=cfg.flip,
     )
-    print(f"Model: {checkpoint} ({about['network']})")
-    return embed, about, checkpoint
+    print(f"Model: {model}")
+    return model
 
 
-def write_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
-    """Choose the identities and write their list and their pairs."""
-    identities = choose_identities(reader.labels, cfg.held_out_identities, cfg.seed)
-    places = np.flatnonzero(np.isin(reader.labels, identities))
+def write_held_out_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
+    """Choose the identities, write their list and their pairs."""
+    identities = choose_held_out_identities(reader.labels, cfg.held_out_identities, cfg.seed)
+    indices = np.flatnonzero(np.isin(reader.labels, identities))
     embeddings = None
     if cfg.hard_negatives:
-        whole, embeddings = embed_images(reader, places, open_model(cfg)[0], cfg.workers)
-        places = places[whole]
-    pairs = make_pairs(reader.labels[places], cfg.make_pairs, cfg.seed, embeddings)
-    if len(pairs) < 2 * FOLDS:
+        model = open_checkpoint(cfg)
+        decoded, embeddings = embed_records(reader, indices, model.embed, cfg.workers)
+        indices = indices[decoded]
+    pairs = make_verification_pairs(reader.labels[indices], cfg.make_pairs, cfg.seed, embeddings)
+    if len(pairs) < 2 * NUM_FOLDS:
         raise UserError(
-            f"There are {len(pairs)} pairs in ten folds that share nobody; ask for 20 or more, and "
-            f"hold out at least {2 * FOLDS} identities (--held-out-identities)."
+            f"There are {len(pairs)} pairs in ten folds that share no identity; ask for 20 or "
+            f"more, and hold out at least {2 * NUM_FOLDS} identities (--held-out-identities)."
         )
     write_held_out(list_path, reader, identities)
     output = list_path.with_suffix(".bin")
-    jpegs = [reader.encoded(int(places[side])) for pair, _ in pairs for side in pair]
-    write_bin(output, jpegs, [same for _, same in pairs])
-    hard = "each an image and its nearest stranger" if cfg.hard_negatives else "by chance"
+    images = [reader.encoded(int(indices[end])) for pair, _ in pairs for end in pair]
+    write_bin(output, images, [same for _, same in pairs])
+    choice = "an image and its hardest impostor" if cfg.hard_negatives else "two images at random"
     print(
         f"Wrote {list_path}: {len(identities):,} of {len(np.unique(reader.labels)):,} identities, "
-        f"{len(places):,} images\nWrote {output}: {len(pairs):,} pairs in {FOLDS} folds, half "
-        f"of them matched, the mismatched ones {hard}\n"
+        f"{len(indices):,} images\nWrote {output}: {len(pairs):,} pairs in {NUM_FOLDS} folds, "
+        f"half of them genuine; an impostor pair is {choice}\n"
         f"Next: python train.py --hold-out {list_path} --lfw {output}"
     )
 
 
-def table(found: dict[str, Any]) -> str:
-    """What the script prints of a result."""
-    lines = [
-        f"{found['pictures']:,} images of {found['identities']:,} identities: "
-        f"{found['matched_pairs']:,} matched and {found['mismatched_pairs']:,} mismatched pairs"
-    ]
-    lines += [tar_line(far, point) for far, point in found["tar_at_far"].items()]
-    return "\n".join(lines + found["refused"])
-
-
-def evaluate(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
-    """Compare all images of the identities with each other, print a table, write the JSON."""
+def evaluate_all_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
+    """Compare all images of the held-out identities, print the table, write the JSON."""
     identities = read_held_out(list_path, reader)
-    embed, about, checkpoint = open_model(cfg)
-    ours = about["kind"] == "ours"
-    if ours and not load_checkpoint(checkpoint)["config"].get("hold_out"):
+    model = open_checkpoint(cfg)
+    if model.is_ours and not load_checkpoint(model.checkpoint)["config"].get("hold_out"):
         print("Warning: this model was trained without --hold-out; it may know these identities.")
-    places = np.flatnonzero(np.isin(reader.labels, identities))
-    whole, embeddings = embed_images(reader, places, embed, cfg.workers)
+    indices = np.flatnonzero(np.isin(reader.labels, identities))
+    decoded, embeddings = embed_records(reader, indices, model.embed, cfg.workers)
     start = time.perf_counter()
-    found = low_far(embeddings, reader.labels[places[whole]])
+    metrics = tar_at_low_fars(embeddings, reader.labels[indices[decoded]])
     seconds = round(time.perf_counter() - start, 2)
-    print(table(found))
-    path = (checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem) / "held_out.json"
-    report = found | about | {"checkpoint": str(checkpoint), "list": str(list_path)}
+    print(all_pairs_table(metrics))
+    content = {
+        **metrics,
+        **model.info,
+        "checkpoint": str(model.checkpoint),
+        "list": str(list_path),
+        "flip": cfg.flip,
+        "seconds": seconds,
+    }
+    path = model.folder / "held_out.json"
     make_folder(path.parent)
     with atomic_write(path, "w") as file:
-        json.dump(report | {"flip": cfg.flip, "seconds": seconds}, file, indent=1)
+        json.dump(content, file, indent=1)
     print(f"Compared in {seconds} s; wrote {path}.")
 
 
@@ -141,7 +142,10 @@ def main(cfg: Settings) -> None:
         )
     reader = RecordReader(folder)
     list_path = Path(cfg.hold_out or Path(cfg.data_dir, "held_out.txt"))
-    (write_pairs if cfg.make_pairs else evaluate)(cfg, reader, list_path)
+    if cfg.make_pairs:
+        write_held_out_pairs(cfg, reader, list_path)
+    else:
+        evaluate_all_pairs(cfg, reader, list_path)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from config import Config, parse_args, setting
-from evaluation.embedders import InputSpec, load_embedder
-from evaluation.embedding_cache import model_checksum, open_features, save_features
+from evaluation.embedders import InputSpec
+from evaluation.evaluated_model import open_model
 from evaluation.figures import plot_template_roc
-from evaluation.ijb import embed_images, images_checksum, report_on, table
+from evaluation.ijb import evaluate_ijb, ijb_table, load_or_embed
 from evaluation.ijb_files import read_ijb
 from evaluation.templates import IJB_FARS
 from fileio.safe_files import atomic_write, make_folder
@@ -52,54 +52,52 @@ class Settings(Config):
 
 @exit_on_user_error
 def main(cfg: Settings) -> None:
-    """Embed the images, where that has not been done, and report on both protocols."""
+    """Evaluate a checkpoint by both protocols, print the table, write the JSON and the plot."""
     keep_freed_memory()
     if not cfg.ijb:
         raise UserError("Name the folder with meta/ and loose_crop/: --ijb data/IJBC.")
     ijb = read_ijb(cfg.ijb)
-    checkpoint = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt"))
-    spec = InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr)
-    embed, about = load_embedder(
-        checkpoint,
+    model = open_model(
+        Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")),
+        runs_dir=cfg.runs_dir,
         device=get_device(cfg.device),
         network=cfg.network,
         use_se=cfg.use_se,
-        flip=cfg.flip,
+        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
         batch=cfg.eval_batch,
-        spec=spec,
+        flip=cfg.flip,
         unnormalised=True,
     )
-    print(f"Model: {checkpoint} ({about['network']})")
-    ours = about["kind"] == "ours"
-    folder = checkpoint.parent if ours else Path(cfg.runs_dir) / checkpoint.stem
-    key = f"{model_checksum(checkpoint, spec, cfg.flip)} {images_checksum(ijb)}"
-    path = folder / "embeddings" / f"{ijb.name}-{checkpoint.stem}.npy"
-    features = open_features(path, key, len(ijb.files))
-    if features is None:
-        save_features(path, key, embed_images(ijb, embed, cfg.workers))
-        features = open_features(path, key, len(ijb.files))
+    print(f"Model: {model}")
+    features = load_or_embed(ijb, model, cfg.flip, cfg.workers)
     start = time.perf_counter()
-    report, far, tar = report_on(ijb, features, cfg.detector_score, cfg.norm_weight)
-    report |= about | {
-        "checkpoint": str(checkpoint),
+    metrics, far, tar = evaluate_ijb(
+        ijb, features, detector_score=cfg.detector_score, norm_weight=cfg.norm_weight
+    )
+    seconds = round(time.perf_counter() - start, 2)
+    print(
+        f"{ijb.name}: {metrics['pictures']:,} images in {metrics['templates']:,} templates, "
+        f"{metrics['pairs']:,} pairs, {metrics['matched_pairs']:,} of them genuine"
+    )
+    print(ijb_table(metrics))
+    plot_path = Path(cfg.images_dir) / f"{ijb.name}_roc.png"
+    rates = {name: metrics["tar_at_far"][name]["tar"] for name in IJB_FARS}
+    plot_template_roc(plot_path, far, tar, rates, f"IJB-{ijb.name[-1].upper()}, 1:1")
+    content = {
+        **metrics,
+        **model.info,
+        "checkpoint": str(model.checkpoint),
         "set": ijb.name,
         "flip": cfg.flip,
         "detector_score": cfg.detector_score,
         "norm_weight": cfg.norm_weight,
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": seconds,
     }
-    print(
-        f"{ijb.name}: {report['pictures']:,} images in {report['templates']:,} templates, "
-        f"{report['pairs']:,} pairs, {report['matched_pairs']:,} of them matched"
-    )
-    print(table(report))
-    plot = Path(cfg.images_dir) / f"{ijb.name}_roc.png"
-    rates = {name: report["tar_at_far"][name]["tar"] for name in IJB_FARS}
-    plot_template_roc(plot, far, tar, rates, f"IJB-{ijb.name[-1].upper()}, 1:1")
-    make_folder(folder)
-    with atomic_write(folder / f"{ijb.name}.json", "w") as file:
-        json.dump(report, file, indent=1)
-    print(f"Wrote {folder / f'{ijb.name}.json'} and {plot}.")
+    json_path = model.folder / f"{ijb.name}.json"
+    make_folder(model.folder)
+    with atomic_write(json_path, "w") as file:
+        json.dump(content, file, indent=1)
+    print(f"Wrote {json_path} and {plot_path}.")
 
 
 if __name__ == "__main__":

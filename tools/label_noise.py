@@ -6,18 +6,19 @@
         --input-std 0.229 0.224 0.225           # any model of 112x112 faces; the better, the better
     python train.py --keep data/keep.tsv        # without the images that were dropped
 
-writes a line an image: record id, label (both as in train.rec), angle in degrees to the centre of
-its class, the nearest other class, the angle to that, and kept, 0 or 1. An image is dropped that
-is --nearer-by degrees nearer to another class than to its own, or further from its own than
---max-angle; whoever wants another rule changes the last column.
+It writes a line per image: record id, label (both as in train.rec), angle in degrees to the centre
+of its class, the nearest other class, the angle to that, and kept, 0 or 1. An image is dropped if
+it is --nearer-by degrees nearer to another class than to its own, or further from its own than
+--max-angle. For another rule, edit the last column.
 
-A class's centre is the mean direction of its images that are kept, without the very image that
-is compared: none votes for itself, and a head that has learnt wrong labels by heart has no say. In
-a class of one nothing can be found, and its image stays. In one of two both images are as far
-from each other; the one that is like another class goes, if it is, and the other is then alone.
+The centre of a class is the mean direction of its kept images without the image that is compared:
+no image votes for itself, and wrong labels that the head has memorised have no influence. The image
+of a class of one is kept, since there is nothing to compare it with. Of a class of two, whose
+images are equally far from each other, the one that resembles another class is dropped, if any; the
+other is then alone.
 
-A run of --margin subcenter is judged as its paper does (Deng et al., ECCV 2020): the centre is that
-of the class's K to which most of its images are nearest, and --max-angle is 75 degrees.
+A run of --margin subcenter is judged as in its paper (Deng et al., ECCV 2020): the centre is the
+sub-center to which most images of the class are nearest, and --max-angle is 75 degrees.
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ from torch import Tensor
 
 from config import Config, parse_args, setting
 from data_gen import ImageStore, Split
-from evaluation.class_centres import Scores, dominant_centres, leave_one_out, score
+from evaluation.class_centres import (
+    CentreAngles,
+    angles_to_centres,
+    dominant_centres,
+    leave_one_out,
+)
 from evaluation.embed_records import embed_store
-from evaluation.embedders import Embed, InputSpec, load_embedder
+from evaluation.embedders import InputSpec
+from evaluation.evaluated_model import EvaluatedModel, open_model
 from fileio.checkpoint_file import load_checkpoint
 from training.dataset import open_training_set
 from training.resume import check_run, fingerprint, resumed_config
@@ -67,29 +74,27 @@ class Settings(Config):
 DOMINANT_ANGLE = 75.0  # degrees, sub-center ArcFace's
 
 
-def open_model(cfg: Settings, path: Path) -> tuple[Embed, dict[str, Any], Config]:
-    """The model, its checkpoint if train.py wrote it (else empty), and what is to be scored.
+def open_run(cfg: Settings, model: EvaluatedModel) -> tuple[dict[str, Any], Config]:
+    """The checkpoint of a model of ours (else empty), and the settings of the training set.
 
-    That is the training set of the run as the run used it, or all of the one that is named.
+    That is the run's training set as the run used it, or all of the one that --train-set names.
     """
-    embed, about = load_embedder(
-        path,
-        device=get_device(cfg.device),
-        network=cfg.network,
-        use_se=cfg.use_se,
-        batch=cfg.eval_batch,
-        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
-    )
-    epoch = f", epoch {about['epoch']}" if "epoch" in about else ""
-    print(f"Model: {path} ({about['network']}{epoch})")
-    if about["kind"] != "ours":
-        return embed, {}, cfg
+    if not model.is_ours:
+        return {}, cfg
+    path = model.checkpoint
     checkpoint = load_checkpoint(path)
     check_run(checkpoint, path)
+    for name in ("network", "use_se"):
+        own = checkpoint["config"][name]
+        if name in cfg.given and getattr(cfg, name) != own:
+            raise UserError(
+                f"{path} was written by train.py and has its own --{name.replace('_', '-')} "
+                f"({own}); leave the flag out, it is for third-party state dicts."
+            )
     run = resumed_config(cfg, checkpoint, path)
     if "train_set" in cfg.given and run.margin != "subcenter":
         run = dataclasses.replace(run, keep="", hold_out="", max_classes=0)
-    return embed, checkpoint, run
+    return checkpoint, run
 
 
 def head_rows(
@@ -109,7 +114,7 @@ def head_rows(
     weight = checkpoint["head"]["weight"].cpu()
     if len(weight) != faces.num_classes * subcenters:
         raise UserError(
-            f"{path} is damaged: it has {len(weight):,} centres for {faces.num_classes:,} classes "
+            f"{path} is corrupt: it has {len(weight):,} centres for {faces.num_classes:,} classes "
             f"of {subcenters} each; train again, or give another --checkpoint."
         )
     return weight
@@ -117,16 +122,21 @@ def head_rows(
 
 def judge(
     cfg: Settings, embeddings: Tensor, labels: Tensor, classes: int, head: Tensor | None
-) -> tuple[Scores, np.ndarray]:
-    """Scores of n images and which are kept (n,) bool; head: the rows of sub-centers, if any."""
+) -> tuple[CentreAngles, np.ndarray]:
+    """Angles of n images and which to keep, (n,) bool; head: the sub-centers, if there are any."""
+    device = get_device(cfg.device)
     if head is None:
         return leave_one_out(
-            embeddings, labels, classes,
-            nearer_by=cfg.nearer_by, max_angle=cfg.max_angle, device=get_device(cfg.device),
-        )  # fmt: skip
+            embeddings,
+            labels,
+            classes,
+            nearer_by=cfg.nearer_by,
+            max_angle=cfg.max_angle,
+            device=device,
+        )
     centres = dominant_centres(embeddings, labels, head, classes)
-    found = score(embeddings, labels, centres.to(get_device(cfg.device)))
-    return found, found.kept(cfg.nearer_by, cfg.max_angle)
+    angles = angles_to_centres(embeddings, labels, centres.to(device))
+    return angles, angles.keep_mask(cfg.nearer_by, cfg.max_angle)
 
 
 @exit_on_user_error
@@ -134,7 +144,17 @@ def main(cfg: Settings) -> None:
     """Score a training set by a model's embeddings of it, and write the list."""
     keep_freed_memory()
     path = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "last.pt"))
-    embed, checkpoint, run = open_model(cfg, path)
+    model = open_model(
+        path,
+        runs_dir=cfg.runs_dir,
+        device=get_device(cfg.device),
+        network=cfg.network,
+        use_se=cfg.use_se,
+        spec=InputSpec(cfg.input_mean, cfg.input_std, cfg.bgr),
+        batch=cfg.eval_batch,
+    )
+    print(f"Model: {model}")
+    checkpoint, run = open_run(cfg, model)
     store, faces = open_training_set(run, get_device(cfg.device))
     if isinstance(store, ShardStore):
         raise UserError("tools.label_noise needs a training set in one train.rec, not shards.")
@@ -144,29 +164,31 @@ def main(cfg: Settings) -> None:
         if "max_angle" not in cfg.given:
             cfg = dataclasses.replace(cfg, max_angle=DOMINANT_ANGLE)
     positions = store.good(np.arange(len(faces.indices)))
-    embeddings = embed_store(store, positions, embed)
-    whole = np.isin(positions, store.good(positions))  # without a cache, bad ones show only now
-    positions, embeddings = positions[whole], embeddings[torch.from_numpy(whole)]
+    embeddings = embed_store(store, positions, model.embed)
+    # Without a cache, images that cannot be decoded are found only while they are embedded.
+    decoded = np.isin(positions, store.good(positions))
+    positions, embeddings = positions[decoded], embeddings[torch.from_numpy(decoded)]
     labels = torch.from_numpy(faces.labels[positions])
-    found, kept = judge(cfg, embeddings, labels, faces.num_classes, head)
+    angles, keep = judge(cfg, embeddings, labels, faces.num_classes, head)
     output = Path(cfg.output or Path(cfg.data_dir, "keep.tsv"))
-    original = np.zeros(faces.num_classes, np.int64)  # classes are numbered anew for training
+    # Training renumbers the classes that it uses; the list has the labels of train.rec.
+    original = np.zeros(faces.num_classes, np.int64)
     original[faces.labels] = store.reader.labels[faces.indices]
     rows = KeepList(
         store.reader.keys[faces.indices[positions]],
         original[faces.labels[positions]],
-        found.angle,
-        original[found.other],
-        found.other_angle,
-        kept,
+        angles.angle,
+        original[angles.other],
+        angles.other_angle,
+        keep,
     )
     write_keep_list(output, rows)
-    nearer, far = found.nearer() > cfg.nearer_by, found.angle > cfg.max_angle
+    nearer, far = angles.nearer_to_other() > cfg.nearer_by, angles.angle > cfg.max_angle
     print(
-        f"{len(kept):,} images, {np.median(found.angle):.1f} degrees from their class in the "
+        f"{len(keep):,} images, {np.median(angles.angle):.1f} degrees from their class in the "
         f"median; {nearer.sum():,} are {cfg.nearer_by:g} degrees nearer to another class, "
         f"{far.sum():,} further than {cfg.max_angle:g} degrees from their own\n"
-        f"Wrote {output}: {int(kept.sum()):,} kept, {int((~kept).sum()):,} dropped. "
+        f"Wrote {output}: {int(keep.sum()):,} kept, {int((~keep).sum()):,} dropped. "
         f"Next: python train.py --keep {output}"
     )
 

@@ -5,7 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evaluation.class_centres import ROUNDS, SURER, dominant_centres, leave_one_out, score
+from evaluation.class_centres import (
+    MAX_ROUNDS,
+    SLACK,
+    angles_to_centres,
+    dominant_centres,
+    leave_one_out,
+)
 
 CLASSES = 24
 
@@ -34,25 +40,25 @@ def angle_between(a, b):
 def by_loops(vectors, labels, nearer_by, max_angle):
     """leave_one_out as its docstring has it, one image at a time, in float64."""
     vectors, kept = vectors.double().numpy(), [True] * len(labels)
-    for turn in range(ROUNDS):
-        surer, rows, now = ([*SURER] + [0] * ROUNDS)[turn], [], []
+    for turn in range(MAX_ROUNDS):
+        slack, rows, now = ([*SLACK] + [0] * MAX_ROUNDS)[turn], [], []
         for i, label in enumerate(labels):
             sums = {}
             for j, its in enumerate(labels):
                 if kept[j] and j != i:
                     sums[its] = sums.get(its, 0) + vectors[j]
             mine = angle_between(vectors[i], sums[label]) if label in sums else 0.0
-            strangers = {c: angle_between(vectors[i], s) for c, s in sums.items() if c != label}
-            other = min(strangers, key=strangers.get)
-            rows.append((mine, other, strangers[other]))
-            wrong = mine - strangers[other] > nearer_by + surer
-            wrong |= mine > max_angle and not surer
+            others = {c: angle_between(vectors[i], s) for c, s in sums.items() if c != label}
+            other = min(others, key=others.get)
+            rows.append((mine, other, others[other]))
+            wrong = mine - others[other] > nearer_by + slack
+            wrong |= mine > max_angle and not slack
             now.append(label not in sums or not wrong)
         for label in set(labels):
             members = [i for i in range(len(labels)) if labels[i] == label]
             if not any(now[i] for i in members):
                 now[max(members, key=lambda i: rows[i][2])] = True
-        if now == kept and not surer:
+        if now == kept and not slack:
             break
         kept = now
     return [np.array(column) for column in zip(*rows, strict=True)], np.array(now)
@@ -110,15 +116,15 @@ def test_what_a_noisy_sub_centre_caught_is_far_from_the_dominant_one():
     rows = torch.from_numpy(np.stack([noise, clean], 1).reshape(8, 16)).float()
     centres = dominant_centres(vectors, torch.from_numpy(labels), rows, 4)
     assert torch.equal(centres, torch.from_numpy(clean).float())
-    found = score(vectors, torch.from_numpy(labels), centres)
-    assert np.array_equal(found.kept(nearer_by=180.0, max_angle=75.0), ~wrong)
+    found = angles_to_centres(vectors, torch.from_numpy(labels), centres)
+    assert np.array_equal(found.keep_mask(nearer_by=180.0, max_angle=75.0), ~wrong)
 
 
 def test_scores_are_the_angles_one_by_one():
     rng = np.random.default_rng(0)
     vectors, labels = unit(rng.normal(size=(3000, 8))), rng.integers(0, 30, 3000)
     centres = torch.from_numpy(rng.normal(size=(30, 8))).float()
-    found = score(vectors, torch.from_numpy(labels), centres)
+    found = angles_to_centres(vectors, torch.from_numpy(labels), centres)
     whole = centres.double().numpy() / np.linalg.norm(centres.double().numpy(), axis=1)[:, None]
     angles = np.degrees(np.arccos(np.clip(vectors.double().numpy() @ whole.T, -1, 1)))
     rows = np.arange(3000)
@@ -127,4 +133,4 @@ def test_scores_are_the_angles_one_by_one():
     np.testing.assert_allclose(found.other_angle, angles.min(1), atol=0.02)
     assert np.mean(found.other == angles.argmin(1)) > 0.999
     expected = (found.angle - found.other_angle <= 5) & (found.angle <= 60)
-    assert np.array_equal(found.kept(nearer_by=5, max_angle=60), expected)
+    assert np.array_equal(found.keep_mask(nearer_by=5, max_angle=60), expected)

@@ -70,7 +70,7 @@ def damage(path, how, embeddings):
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "empty", "nan", "shape", "pickle", "objects"])
-def test_a_damaged_file_gets_a_sentence_and_is_written_anew(tmp_path, images, capsys, how):
+def test_a_corrupt_file_gets_a_sentence_and_is_written_again(tmp_path, images, capsys, how):
     network, marker = Network(), tmp_path / "unpickled"
     cache = EmbeddingCache(tmp_path, "best", "a")
     expected = cache.views(network, "lfw", images, flip=False)
@@ -96,7 +96,7 @@ def test_a_damaged_file_gets_a_sentence_and_is_written_anew(tmp_path, images, ca
     found = cache.views(network, "lfw", images, flip=False)
     np.testing.assert_array_equal(found, expected)
     said = capsys.readouterr().out
-    assert "lfw-best.npz is damaged" in said
+    assert "lfw-best.npz is corrupt" in said
     assert said.count("\n") == 1
     assert not marker.exists()
     cache.views(network, "lfw", images, flip=False)

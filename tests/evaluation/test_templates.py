@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluation import templates
-from evaluation.templates import build_templates, identify, roc_points, score_pairs, tar_at_fars
+from evaluation.templates import build_templates, identify, roc_points, score_templates, tar_at_fars
 
 
 def made_up(seed, images=300, dimensions=8):
@@ -20,7 +20,7 @@ def made_up(seed, images=300, dimensions=8):
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("rows", [1, 40, 100_000])
 def test_a_template_is_the_sum_of_the_means_of_its_media(monkeypatch, unit_length, weighted, rows):
-    monkeypatch.setattr(templates, "ROWS", rows)
+    monkeypatch.setattr(templates, "IMAGES_PER_BLOCK", rows)
     features, template_of, media_of, scores = made_up(0)
     ids, found = build_templates(
         features, template_of, media_of, scores if weighted else None, unit_length
@@ -53,12 +53,12 @@ def test_features_may_be_memory_mapped_and_must_be_finite(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_pairs_are_scored_in_chunks(monkeypatch, chunk):
-    monkeypatch.setattr(templates, "PAIRS", chunk)
+    monkeypatch.setattr(templates, "PAIRS_PER_BLOCK", chunk)
     rng = np.random.default_rng(2)
     embeddings = rng.normal(0, 1, (20, 8)).astype(np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     first, second = rng.integers(0, 20, (2, 500)).astype(np.int32)
-    scores = score_pairs(embeddings, first, second)
+    scores = score_templates(embeddings, first, second)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, (embeddings @ embeddings.T)[first, second], atol=1e-6)
 
@@ -116,9 +116,13 @@ def test_identification_is_a_search_of_one_probe_at_a_time(seed):
     ranks, mates, alarms = naive_identification(
         probes @ gallery.T, probe_subjects, gallery_subjects
     )
-    assert (found.rank1, found.rank5) == (np.mean(ranks == 1), np.mean(ranks <= 5))
-    assert (found.mated, found.others, found.best_non_mates) == (len(mates), len(alarms), False)
-    for fpir, rate in found.tpir.items():
+    assert (found["rank1"], found["rank5"]) == (np.mean(ranks == 1), np.mean(ranks <= 5))
+    assert (found["mated"], found["others"], found["best_non_mates"]) == (
+        len(mates),
+        len(alarms),
+        False,
+    )
+    for fpir, rate in found["tpir"].items():
         thresholds = [t for t in np.append(alarms, 99) if np.mean(alarms > t) <= float(fpir)]
         assert rate == pytest.approx(max(np.mean(mates > t) for t in thresholds))
 
@@ -127,10 +131,10 @@ def test_without_other_probes_the_best_non_mates_count():
     gallery = np.eye(3, dtype=np.float32)
     probes = np.array([[1, 0.2, 0], [0.3, 1, 0], [0, 0.9, 0.1]], np.float32)
     found = identify(probes, np.array([5, 6, 7]), gallery, np.array([5, 6, 7]), ("0.4", "0.01"))
-    assert found.best_non_mates
-    assert (found.rank1, found.rank5) == (2 / 3, 1)
+    assert found["best_non_mates"]
+    assert (found["rank1"], found["rank5"]) == (2 / 3, 1)
     # Best non-mates: 0.2, 0.3, 0.9. One of three may be exceeded at 0.4, none at 0.01.
-    assert found.tpir == {"0.4": pytest.approx(2 / 3), "0.01": pytest.approx(2 / 3)}
+    assert found["tpir"] == {"0.4": pytest.approx(2 / 3), "0.01": pytest.approx(2 / 3)}
     with pytest.raises(ValueError, match="no probe has a mate"):
         identify(probes, np.array([8, 9, 9]), gallery, np.array([5, 6, 7]))
 
@@ -138,4 +142,4 @@ def test_without_other_probes_the_best_non_mates_count():
 def test_a_tie_counts_against_the_mate():
     gallery = np.array([[1, 0], [1, 0]], np.float32)
     found = identify(gallery[:1], np.array([0]), gallery, np.array([0, 1]))
-    assert (found.rank1, found.rank5) == (0, 1)
+    assert (found["rank1"], found["rank5"]) == (0, 1)

@@ -103,6 +103,11 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         label_noise.main(parse_args(used_by.split(), "label_noise", label_noise.Settings))
     assert "other images" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        flags = f"{used_by} --network r50"
+        label_noise.main(parse_args(flags.split(), "label_noise", label_noise.Settings))
+    error = capsys.readouterr().err
+    assert "last.pt was written by train.py and has its own --network (tiny)" in error
 
 
 # ------------------------------------------------------------------------------ models of others
