@@ -112,7 +112,7 @@ def test_from_pairs_to_a_model_to_all_pairs(folder, tmp_path, capsys):
     run("", folder, tmp_path)
     assert "Warning: this model was trained without --hold-out" in capsys.readouterr().out
     run("--make-pairs 200 --held-out-identities 30 --hard-negatives", folder, tmp_path)
-    assert "nearest stranger" in capsys.readouterr().out
+    assert "an image and its hardest impostor" in capsys.readouterr().out
     assert set(read_held_out(path, RecordReader(folder)).tolist()) == chosen
     hard = load_set(tmp_path / "held_out.bin", "")
     assert hard.pairs.same.sum() == len(hard.pairs.same) / 2
