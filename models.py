@@ -1,4 +1,4 @@
-"""Backbones and the ArcFace head; tensors in, tensors out: no files, no configuration, no device.
+"""Backbones; tensors in, tensors out: no files, no configuration, no device.
 
     model = build_model("r50")
     embedding = model(images)    # (N, 3, 112, 112) in [-1, 1] to (N, 512), unnormalised
@@ -14,10 +14,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -274,63 +272,3 @@ def build_model(
             elif isinstance(block, Bottleneck) and block.residual:
                 nn.init.zeros_(block.layers[-1][1].weight)
     return model
-
-
-# ------------------------------------------------------------------------------ the ArcFace head
-
-
-class ArcMarginModel(nn.Module):
-    """ArcFace's head: s·cos(θ + m) for the true class, s·cos θ for the others (1801.07698, eq. 3).
-
-    θ is the angle between an embedding and a class centre. Beyond θ + m = π, where cos(θ + m) would
-    rise again, the margin continues as cos θ − m·sin m, so that the logit falls with θ everywhere;
-    `easy_margin` leaves angles over 90 degrees without a margin instead.
-    """
-
-    def __init__(
-        self,
-        emb_size: int,
-        num_classes: int,
-        margin_s: float = 64.0,
-        margin_m: float = 0.5,
-        easy_margin: bool = False,
-    ) -> None:
-        super().__init__()
-        # One row per class: its centre, unnormalised.
-        self.weight = nn.Parameter(torch.empty(num_classes, emb_size).normal_(0, 0.01))
-        self.margin_s = margin_s
-        self.margin_m = margin_m
-        self.easy_margin = easy_margin
-
-    def cosine(self, embedding: Tensor) -> Tensor:
-        """(N, emb_size) to (N, num_classes) cosines, in float32 (or 64) even under autocast.
-
-        In bfloat16 a cosine near 1 has steps of 1/256, after the scale of 64 a quarter of a logit.
-        """
-        with torch.autocast(embedding.device.type, enabled=False):
-            dtype = torch.promote_types(embedding.dtype, torch.float32)
-            return F.linear(F.normalize(embedding.to(dtype)), F.normalize(self.weight.to(dtype)))
-
-    def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
-        """Cosines (N, num_classes) and labels (N,) to logits (N, num_classes) with the margin.
-
-        With s = 64 and m = 0.5, a true class at 60 degrees gets 64·cos(60° + 28.6°) = 1.5 in place
-        of 32: it has to come 28.6 degrees closer for the logit that it had without the margin.
-        """
-        label = label.unsqueeze(1)  # (N, 1)
-        target = cosine.gather(1, label).clamp(-1, 1)  # (N, 1): rounding can exceed 1
-        # The root's slope is infinite at θ = 0 and π; rounding alone moves 1 − cos² by about 1e-7.
-        sine = (1 - target * target).clamp(min=1e-7).sqrt()
-        # cos(θ + m) by the addition formula: no arccos, whose slope is infinite as well.
-        shifted = target * math.cos(self.margin_m) - sine * math.sin(self.margin_m)
-        if self.easy_margin:
-            shifted = torch.where(target > 0, shifted, target)
-        else:
-            # θ + m < π is cos θ > cos(π − m) = −cos m.
-            line = target - self.margin_m * math.sin(self.margin_m)
-            shifted = torch.where(target > -math.cos(self.margin_m), shifted, line)
-        return cosine.scatter(1, label, shifted) * self.margin_s
-
-    def forward(self, embedding: Tensor, label: Tensor) -> Tensor:
-        """(N, emb_size) and (N,) to logits (N, num_classes)."""
-        return self.margin(self.cosine(embedding), label)

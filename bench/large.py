@@ -30,7 +30,7 @@ from bench.synthetic_inputs import records_or_synthetic
 from fileio.recordio import RecordReader
 from fileio.shards import INDEX_DTYPE, ShardReader, write_shards
 from heads.partial_fc import CHUNK, PartialFC
-from models import ArcMarginModel
+from heads.softmax_margins import ArcFace
 from training.sharded_dataset import ShardOrder, ShardStore
 from utils import exit_on_user_error, keep_freed_memory
 
@@ -77,22 +77,19 @@ def measure_head(identities: int, emb_size: int, rate: float, batch: int, steps:
     keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
     before = peak_memory(torch.device("cpu"))
-    margin = ArcMarginModel(emb_size, 0).margin
+    margin = ArcFace(emb_size, 0).margin
     head = PartialFC(emb_size, identities, margin, sample_rate=rate)
     optimizer = torch.optim.SGD([head.weight], lr=0.1, momentum=0.9, fused=True)
-    momentum = torch.zeros_like(head.weight) if rate < 1 else None
     made, seconds = peak_memory(torch.device("cpu")), []
     for step in range(steps):
         embedding = torch.randn(batch, emb_size, requires_grad=True)
         label = torch.randint(0, identities, (batch,))
         began = time.perf_counter()
-        head.sample(label, step)
-        head(embedding, label, nn.CrossEntropyLoss(), batch).loss.backward()
-        if rate < 1:
-            head.update(momentum, lr=0.1, decay=0.9, weight_decay=0.0)
-        else:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.zero_grad()
+        head.sample(label, batch, step)
+        head.loss(embedding, label, nn.CrossEntropyLoss(), batch).loss.backward()
+        optimizer.step()
+        head.update(optimizer)
         seconds.append(time.perf_counter() - began)
     peak = peak_memory(torch.device("cpu"))
     return {"weight": made - before, "peak": peak - before, "seconds": seconds}

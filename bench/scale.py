@@ -42,7 +42,7 @@ from bench.large import head_memory
 from config import Config
 from distributed.process_group import process_group, world_size
 from heads.partial_fc import PartialFC
-from models import ArcMarginModel
+from heads.softmax_margins import ArcFace
 from training.engine import Learner
 from utils import core_count, exit_on_user_error, keep_freed_memory
 
@@ -159,14 +159,14 @@ def network_throughput(network: str, size: int, repeats: int) -> tuple[float, in
 
 def head_throughput(rows: int, identities: int, repeats: int) -> float:
     """Logits/s of the sharded softmax, forward and backward, with SGD."""
-    head = PartialFC(EMB, identities, ArcMarginModel(EMB, 0).margin)
+    head = PartialFC(EMB, identities, ArcFace(EMB, 0).margin)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, fused=True)
     embedding, labels = torch.randn(rows, EMB), torch.randint(0, identities, (rows,))
 
     def step() -> None:
         optimizer.zero_grad()
         inputs = embedding.clone().requires_grad_()
-        head(inputs, labels, nn.CrossEntropyLoss(), rows).loss.backward()
+        head.loss(inputs, labels, nn.CrossEntropyLoss(), rows).loss.backward()
         optimizer.step()
 
     return rows * identities / median_seconds(step, repeats)

@@ -33,7 +33,8 @@ from bench.common import (
     time_runs,
 )
 from config import Config
-from models import ArcMarginModel, build_model
+from heads.softmax_margins import ArcFace
+from models import build_model
 from training.engine import Learner
 from utils import exit_on_user_error, has_bfloat16, keep_freed_memory, seed_everything
 
@@ -51,7 +52,7 @@ def make_batch(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Ten
 def usual_step(network: str, size: int, device: torch.device, steps: int) -> dict[str, Any]:
     """Times of the step in float32, NCHW; see time_steps."""
     seed_everything(0)
-    model, head = build_model(network).to(device), ArcMarginModel(512, CLASSES).to(device)
+    model, head = build_model(network).to(device), ArcFace(512, CLASSES).to(device)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, foreach=False)
     images, labels = make_batch(size, device)

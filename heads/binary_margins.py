@@ -1,7 +1,8 @@
-"""Losses with one threshold for all: each class is a question of its own, yes or no.
+"""One-vs-all (binary) losses with a shared threshold.
 
-Where softmax compares the classes of one image, these ask of every cosine whether it lies on its
-side of a learned threshold b, as verification does later. Each brings its own loss.
+Softmax compares the classes of one image with each other. These losses compare every cosine with a
+learned threshold b instead, as verification does later: above it for the true class, below it for
+all others. Each brings its own loss and does not use the criterion.
 """
 
 from __future__ import annotations
@@ -12,27 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heads.softmax_margins import CosFace, Criterion, MarginHead
-
-
-def true_places(cosine: Tensor, label: Tensor) -> Tensor:
-    """(N, C) bool: true in each row at its class (N,)."""
-    return torch.arange(cosine.shape[1], device=label.device) == label.unsqueeze(1)
+from heads.base import Criterion, MarginHead, target_mask
+from heads.softmax_margins import CosFace
 
 
 def binary_losses(
-    logits: Tensor, label: Tensor, left_out: Tensor | None = None
+    logits: Tensor, label: Tensor, ignored: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log(1 + e^-p) of each true class's logit p (N,), and Σ log(1 + e^n) of the others' (N,).
+    """log(1 + e^-p) of each true class's logit p, and Σ log(1 + e^n) of the others' n, (N,) each.
 
-    Of logits (N, C) and classes (N,); classes that are `left_out` (C,) cost nothing.
+    Of logits (N, C) and labels (N,). The classes where `ignored` (C,) bool is true add nothing.
     """
-    true = true_places(logits, label)
-    losses = -F.logsigmoid(torch.where(true, logits, -logits))
-    if left_out is not None:
-        losses = losses.masked_fill(left_out, 0)
-    own = losses.gather(1, label.unsqueeze(1))[:, 0]
-    return own, losses.masked_fill(true, 0).sum(1)
+    is_target = target_mask(logits, label)
+    losses = -F.logsigmoid(torch.where(is_target, logits, -logits))  # (N, C)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0)
+    positive = losses.gather(1, label.unsqueeze(1))[:, 0]
+    return positive, losses.masked_fill(is_target, 0).sum(1)
 
 
 class SphereFace2(MarginHead):
@@ -40,8 +37,8 @@ class SphereFace2(MarginHead):
 
     λ/r·log(1 + exp(−r·(g(cos θ_y) − m) − b)) + (1 − λ)/r·Σ log(1 + exp(r·(g(cos θ_j) + m) + b)),
     j ≠ y, times 50, without which the paper's learning rates would be far too small for it.
-    r is margin_s, λ = 0.7, t = 3; b is learned and starts where the loss is smallest while all
-    angles are right ones.
+    r is margin_s, λ = 0.7, t = 3; b is learned and starts at the minimum of the loss for cosines of
+    zero, which is about where all are at the start.
     """
 
     is_softmax = False
@@ -49,6 +46,8 @@ class SphereFace2(MarginHead):
 
     def __init__(self, emb_size: int, num_classes: int, margin_s: float, margin_m: float) -> None:
         super().__init__(emb_size, num_classes, margin_s, margin_m)
+        # With all cosines zero the loss depends on b alone. Its derivative vanishes where a
+        # quadratic in e^b does, of which this is the positive root.
         z = self.LAMBDA / ((1 - self.LAMBDA) * max(num_classes - 1, 1))
         level = 2 * 0.5**self.T - 1  # g(0)
         root = math.sqrt((1 - z) ** 2 + 4 * z * math.exp(-2 * margin_s * margin_m))
@@ -56,16 +55,16 @@ class SphereFace2(MarginHead):
         self.bias = nn.Parameter(torch.full((1,), bias))
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
-        """Cosines (N, num_classes) and classes (N,) to r·(g ∓ m) + b."""
+        """Cosines (N, classes) and labels (N,) to r·(g ∓ m) + b, with −m for the true class."""
         g = 2 * ((cosine.clamp(-1, 1) + 1) / 2) ** self.T - 1
-        side = 1 - 2 * true_places(cosine, label).to(g.dtype)
-        return self.margin_s * (g + self.margin_m * side) + self.bias
+        sign = 1 - 2 * target_mask(cosine, label).to(g.dtype)  # -1 for the true class, else 1
+        return self.margin_s * (g + self.margin_m * sign) + self.bias
 
     def _loss(
         self, embedding: Tensor, cosine: Tensor, label: Tensor, criterion: Criterion
     ) -> Tensor:
-        own, others = binary_losses(self.margin(cosine, label), label)
-        total = self.LAMBDA * own + (1 - self.LAMBDA) * others
+        positive, negative = binary_losses(self.margin(cosine, label), label)
+        total = self.LAMBDA * positive + (1 - self.LAMBDA) * negative
         return self.WEIGHT / self.margin_s * total.mean()
 
 
@@ -73,7 +72,7 @@ class UniFace(MarginHead):
     """Unified cross entropy with one learned threshold (Zhou et al., ICCV 2023).
 
     log(1 + exp(−s·(cos θ_y − m) + b)) + Σ log(1 + exp(s·cos θ_j − b)), j ≠ y; b starts at
-    log(10·classes), where the wrong classes together cost next to nothing.
+    log(10·classes), where all wrong classes together add next to nothing to the loss.
     """
 
     is_softmax = False
@@ -83,15 +82,15 @@ class UniFace(MarginHead):
         self.threshold = nn.Parameter(torch.full((1,), math.log(10 * max(num_classes, 1))))
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
-        """Cosines (N, num_classes) and classes (N,) to s·(cos θ − m for the true class) − b."""
-        true = true_places(cosine, label).to(cosine.dtype)
-        return self.margin_s * (cosine - self.margin_m * true) - self.threshold
+        """Cosines (N, classes) and labels (N,) to s·(cos θ − m for the true class) − b."""
+        is_target = target_mask(cosine, label).to(cosine.dtype)
+        return self.margin_s * (cosine - self.margin_m * is_target) - self.threshold
 
     def _loss(
         self, embedding: Tensor, cosine: Tensor, label: Tensor, criterion: Criterion
     ) -> Tensor:
-        own, others = binary_losses(self.margin(cosine, label), label)
-        return (own + others).mean()
+        positive, negative = binary_losses(self.margin(cosine, label), label)
+        return (positive + negative).mean()
 
 
 class UniTSFace(CosFace):
@@ -99,8 +98,8 @@ class UniTSFace(CosFace):
 
     Added to CosFace's loss:
     log(1 + exp(−s·(cos(x, x_y) − 0.1) + b)) + Σ log(1 + exp(s·cos(x, x_j) − b)), j ≠ y,
-    where x_j is the last embedding of identity j that a batch has had, kept without its gradient.
-    An identity takes part once it has been seen. b is learned and starts at log(10·classes).
+    where x_j is the last embedding of class j in any batch so far, stored without its gradient.
+    Classes that no batch has had yet add nothing. b is learned and starts at log(10·classes).
     """
 
     shardable = False
@@ -114,24 +113,28 @@ class UniTSFace(CosFace):
     def _loss(
         self, embedding: Tensor, cosine: Tensor, label: Tensor, criterion: Criterion
     ) -> Tensor:
-        between = self.sample_to_sample(embedding, label)
+        sample_loss = self.sample_to_sample_loss(embedding, label)
         if self.training:
-            self.remember(embedding.detach(), label)
-        return criterion(self.margin(cosine, label), label) + between
+            self.update_memory(embedding.detach(), label)
+        return criterion(self.margin(cosine, label), label) + sample_loss
 
-    def sample_to_sample(self, embedding: Tensor, label: Tensor) -> Tensor:
-        """The term's mean over (N, emb_size) embeddings of the classes (N,)."""
+    def sample_to_sample_loss(self, embedding: Tensor, label: Tensor) -> Tensor:
+        """The mean of the added term over embeddings (N, emb_size) with labels (N,)."""
         cosine = F.linear(F.normalize(embedding), F.normalize(self.memory.to(embedding.dtype)))
-        true = true_places(cosine, label).to(cosine.dtype)
-        logits = self.margin_s * (cosine - self.SAMPLE_MARGIN * true) - self.threshold
-        own, others = binary_losses(logits, label, left_out=(self.memory == 0).all(1))
-        return (own + others).mean()
+        is_target = target_mask(cosine, label).to(cosine.dtype)
+        logits = self.margin_s * (cosine - self.SAMPLE_MARGIN * is_target) - self.threshold
+        not_seen = (self.memory == 0).all(1)
+        positive, negative = binary_losses(logits, label, ignored=not_seen)
+        return (positive + negative).mean()
 
     @torch.no_grad()
-    def remember(self, embedding: Tensor, label: Tensor) -> None:
-        """Keep each identity's last embedding of the batch."""
-        place = torch.arange(len(label), device=label.device)
-        last = torch.full((len(self.memory),), -1, device=label.device)
-        last.scatter_reduce_(0, label, place, "amax")
-        # Of an identity's several rows all write the same, so their order is of no matter.
+    def update_memory(self, embedding: Tensor, label: Tensor) -> None:
+        """Store each class's last embedding of the batch.
+
+        With labels [1, 0, 1], class 1 has rows 0 and 2 and stores row 2.
+        """
+        row = torch.arange(len(label), device=label.device)
+        last = torch.full((len(self.memory),), -1, device=label.device)  # last row of each class
+        last.scatter_reduce_(0, label, row, "amax")
+        # All rows of a class write the same values, so the order of the writes does not matter.
         self.memory[label] = embedding[last[label]].to(self.memory.dtype)

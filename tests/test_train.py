@@ -16,7 +16,8 @@ from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
-from models import ArcMarginModel, build_model
+from heads.softmax_margins import ArcFace
+from models import build_model
 from training.run import Trainer, TrainingError
 from training.schedule import learning_rate
 
@@ -87,7 +88,7 @@ def test_a_step_is_sgd_on_the_arcface_loss(configure):
     trainer = make_trainer(cfg)
     torch.manual_seed(cfg.seed)
     model = build_model("tiny", 16)
-    head = ArcMarginModel(16, 4, 16.0, 0.2)
+    head = ArcFace(16, 4, 16.0, 0.2)
     model.load_state_dict(trainer.learner.model.state_dict())
     head.load_state_dict(trainer.learner.head.state_dict())
     parameters = [p for m in (model, head) for p in m.parameters() if p.requires_grad]

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from distributed.collectives import all_gather_rows, all_reduce_sum, even_slice, gather_to_main
+from distributed.collectives import all_reduce_sum, even_slice
 from distributed.data_parallel import convert_sync_batch_norm, no_gradient_sync, wrap_ddp
 from distributed.process_group import world_size
 from focal_loss import FocalLoss
-from heads.partial_fc import HeadLoss, PartialFC
-from heads.registry import MARGINS, MarginHead, build_head
+from heads.base import Head, HeadLoss
+from heads.registry import HEADS, build_head
 from models import build_model
 from training.activation_checkpointing import enable_activation_checkpointing
 from training.checkpoints import load_momentum
 from training.cpu_kernels import use_fast_cpu_kernels
 from training.ema import ModelEMA
 from utils import UserError, has_bfloat16
-
-MANY_LOGITS = 1 << 28  # a gigabyte of them: more are computed in chunks in one process, too
 
 
 class Learner:
@@ -52,9 +50,6 @@ class Learner:
         if cfg.sync_bn:
             model = convert_sync_batch_norm(model, device)
         self.model = model.to(device, memory_format=torch.channels_last)
-        many = cfg.batch_size * num_classes > MANY_LOGITS
-        many = many and MARGINS[cfg.margin].shardable
-        self.sharded = world_size() > 1 or cfg.sample_rate < 1 or many
         self.head = self._build_head().to(device)
         self.replica = wrap_ddp(self.model)
         self.forward = torch.compile(self.replica) if cfg.compile == "on" else self.replica
@@ -81,33 +76,33 @@ class Learner:
         groups = [{"params": spared, "weight_decay": 0.0}] if spared else []
         return [*groups, {"params": others, "weight_decay": decay}]
 
-    def _build_head(self) -> MarginHead | PartialFC:
+    def _build_head(self) -> Head:
         """The head with the margin that is asked for; UserError where that cannot be."""
-        cfg, kind = self.cfg, MARGINS[self.cfg.margin]
-        settings = cfg.margin_options | {"easy_margin": cfg.easy_margin}
-        if "easy_margin" in cfg.given and "easy_margin" not in kind.settings:
-            raise UserError(f"--margin {cfg.margin} has no --easy-margin; leave it out.")
-        if cfg.focal_loss and not kind.is_softmax:
+        cfg = self.cfg
+        options = dict(cfg.margin_options)
+        if cfg.easy_margin:
+            if "easy_margin" not in HEADS[cfg.margin].options:
+                raise UserError(f"--margin {cfg.margin} has no --easy-margin; leave it out.")
+            options["easy_margin"] = True
+        if cfg.focal_loss and not HEADS[cfg.margin].is_softmax:
             raise UserError(
                 f"--focal-loss weights a softmax, and --margin {cfg.margin} has a loss of its own; "
                 "leave one of them out."
             )
-        if self.sharded and not kind.shardable:
-            able = ", ".join(name for name, other in MARGINS.items() if other.shardable)
-            raise UserError(
-                f"--margin {cfg.margin} needs all identities in one process, so neither torchrun "
-                f"nor --sample-rate goes with it; take one of {able}."
-            )
-        classes = 0 if self.sharded else self.num_classes
-        settings |= {"margin_s": cfg.margin_s, "margin_m": cfg.margin_m}
         try:
-            head = build_head(cfg.margin, cfg.emb_size, classes, **settings)
+            return build_head(
+                cfg.margin,
+                cfg.emb_size,
+                self.num_classes,
+                margin_s=cfg.margin_s,
+                margin_m=cfg.margin_m,
+                options=options,
+                batch_size=cfg.batch_size,
+                sample_rate=cfg.sample_rate,
+                seed=cfg.seed,
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
-        if not self.sharded:
-            return head
-        options = {"sample_rate": cfg.sample_rate, "seed": cfg.seed}
-        return PartialFC(cfg.emb_size, self.num_classes, head.margin, **options)
 
     @property
     def precision(self) -> str:
@@ -132,9 +127,7 @@ class Learner:
         forward = self.forward if self.model.training else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             embedding = forward(images)
-        if isinstance(self.head, PartialFC):
-            return self.head(embedding, labels, self.criterion, width)
-        return self.head.loss(embedding, labels, self.criterion)
+        return self.head.loss(embedding, labels, self.criterion, width)
 
     def train_step(
         self, images: Tensor, labels: Tensor, lr: float, step: int
@@ -144,56 +137,36 @@ class Learner:
         All three are the whole batch's, of which `images` and `labels` are this process's slice.
         """
         self.optimizer.zero_grad()
-        total: Tensor | int = len(labels)
-        width = self.width
-        if isinstance(self.head, PartialFC):
-            label = all_gather_rows(F.pad(labels, (0, width - len(labels)), value=-1))
-            self.head.sample(label, step)
-            total = (label >= 0).sum()
-        losses, rights, parts = [], [], self.cfg.accumulate
+        count = self.head.sample(labels, self.width, step)  # images in the whole batch
+        losses, correct, parts = [], [], self.cfg.accumulate
         for number in range(parts):
-            some = even_slice(len(labels), number, parts)
-            with no_gradient_sync(self.replica, skip=number < parts - 1):
-                found = self.loss(images[some], labels[some], -(-width // parts))
-                loss = found.loss if parts == 1 else found.loss * (found.count / total)
+            rows = even_slice(len(labels), number, parts)
+            with no_gradient_sync(self.replica, number < parts - 1):
+                result = self.loss(images[rows], labels[rows], -(-self.width // parts))
+                loss = result.loss if parts == 1 else result.loss * (result.count / count)
                 loss.backward()
             losses.append(loss.detach())
-            rights.append(found.right)
+            correct.append(result.num_correct)
         norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self._update_sampled(lr)
+        self.head.update(self.optimizer)
         if self.ema is not None:
             self.ema.update(step)
-        return sum(losses[1:], losses[0]), sum(rights[1:], rights[0]) / total, norm.detach()
+        return sum(losses[1:], losses[0]), sum(correct[1:], correct[0]) / count, norm.detach()
 
     def _clip(self) -> Tensor:
         """The norm of the whole gradient, which is then shortened to --clip-norm."""
-        gradients = [p.grad for p in self.parameters]
-        if self.sharded:
-            shared = nn.utils.get_total_norm(gradients[:-1])
-            of_head = nn.utils.get_total_norm([self.head.active.grad])
-            norm = (shared.square() + all_reduce_sum(of_head.square())).sqrt()
-        else:
-            norm = nn.utils.get_total_norm(gradients)
+        sharded = self.head.sharded_parameters()
+        replicated = self.parameters[:-1] if sharded else self.parameters
+        norm = nn.utils.get_total_norm([p.grad for p in replicated])
+        if sharded:
+            local = nn.utils.get_total_norm([p.grad for p in sharded])
+            norm = (norm.square() + all_reduce_sum(local.square())).sqrt()
         if self.cfg.clip_norm > 0:
-            changed = self.parameters
-            if self.sharded:
-                changed = [*changed[:-1], self.head.active]
-            nn.utils.clip_grads_with_norm_(changed, self.cfg.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_([*replicated, *sharded], self.cfg.clip_norm, norm)
         return norm
-
-    def _update_sampled(self, lr: float) -> None:
-        """The optimiser's step for the sampled rows of the head, with its momentum for them."""
-        if not isinstance(self.head, PartialFC) or self.head.rows is None:
-            return
-        weight, cfg = self.head.weight, self.cfg
-        state = self.optimizer.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        options = {"decay": cfg.momentum, "weight_decay": cfg.weight_decay}
-        self.head.update(state["momentum_buffer"], lr=lr, **options)
 
     # -------------------------------------------------------------------------- checkpoints
 
@@ -203,32 +176,31 @@ class Learner:
         Every process must call it: the shards of the head and of its momentum are put together.
         """
         optimizer = self.optimizer.state_dict()
-        head = self.head.state_dict()
-        if self.sharded:
-            head = {"weight": gather_to_main(self.head.weight, self.num_classes)}
-            last = len(self.parameters) - 1
-            if last in optimizer["state"]:
-                state = dict(optimizer["state"][last])
-                momentum = state["momentum_buffer"]
-                state["momentum_buffer"] = gather_to_main(momentum, self.num_classes)
-                optimizer["state"] = {**optimizer["state"], last: state}
+        self._replace_momentum(optimizer, self.head.gather_rows)
+        head = {name: self.head.gather_rows(v) for name, v in self.head.state_dict().items()}
         state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
         return state if self.ema is None else {**state, "ema": self.ema.state_dict()}
+
+    def _replace_momentum(
+        self, optimizer: dict[str, Any], change: Callable[[Tensor], Tensor | None]
+    ) -> None:
+        """Apply `change` to the momentum of the head's weight in an optimiser's state."""
+        last = len(self.parameters) - 1
+        state = optimizer["state"].get(last, {})
+        if state.get("momentum_buffer") is not None:
+            changed = {**state, "momentum_buffer": change(state["momentum_buffer"])}
+            optimizer["state"] = {**optimizer["state"], last: changed}
 
     def load(self, state: dict[str, Any], path: Path) -> None:
         """Go back to what `state` returned, in however many processes that was.
 
         Raises one of checkpoints.INCOMPATIBLE, or UserError, where the state is another one's.
         """
-        optimizer, shard = state["optimizer"], slice(None)
-        if self.sharded:
-            shard, last = self.head.shard, len(self.parameters) - 1
-            kept = {k: dict(v) for k, v in optimizer["state"].items()}
-            if last in kept and kept[last].get("momentum_buffer") is not None:
-                kept[last]["momentum_buffer"] = kept[last]["momentum_buffer"][shard]
-            optimizer = {**optimizer, "state": kept}
+        optimizer = dict(state["optimizer"])
+        self._replace_momentum(optimizer, self.head.local_rows)
         self.model.load_state_dict(state["model"])
-        self.head.load_state_dict({k: v[shard] for k, v in state["head"].items()})
+        head = {name: self.head.local_rows(v) for name, v in state["head"].items()}
+        self.head.load_state_dict(head)
         load_momentum(self.optimizer, optimizer, path)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

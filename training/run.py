@@ -194,7 +194,7 @@ class Trainer:
             width = -(-batch_size // world_size())
             found = self.learner.loss(batch.images, batch.labels, width)
             total_loss += float(found.loss) * int(found.count)
-            total_right += float(found.right)
+            total_right += float(found.num_correct)
             count += int(found.count)  # without a cache, damaged images are left out only here
         return total_loss / max(count, 1), total_right / max(count, 1)
 

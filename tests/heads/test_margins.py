@@ -18,8 +18,7 @@ from fileio.checkpoint_file import load_checkpoint
 from fileio.recordio import RecordReader
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
-from heads.registry import MARGINS, build_head
-from models import ArcMarginModel
+from heads.registry import HEADS, build_head
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training.run import Trainer
 from utils import UserError
@@ -38,8 +37,8 @@ def make_head(name, **more):
     """A head with its defaults, random centres and a state as after some batches."""
     _, margin_s, margin_m, _ = config.MARGINS[name]
     torch.manual_seed(2)
-    options = {"margin_s": margin_s, "margin_m": margin_m, **more}
-    head = build_head(name, EMB, CLASSES, **options).double().eval()
+    scale = {"margin_s": more.pop("margin_s", margin_s), "margin_m": more.pop("margin_m", margin_m)}
+    head = build_head(name, EMB, CLASSES, **scale, options=more).double().eval()
     with torch.no_grad():
         head.weight.mul_(100)
         for key, value in head.named_buffers():
@@ -146,7 +145,7 @@ def losses(head, rows, label, criterion=None):
     return np.array([head.loss(row, one, criterion).loss.item() for row, one in pairs])
 
 
-@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("name", HEADS)
 def test_against_the_equations_in_float64(name):
     head = make_head(name)
     rows, label = problem(head)
@@ -170,7 +169,7 @@ def test_against_the_equations_in_float64(name):
     )
 
 
-@pytest.mark.parametrize("name", [n for n in MARGINS if n != "sphereface"])
+@pytest.mark.parametrize("name", [n for n in HEADS if n != "sphereface"])
 def test_gradients_against_finite_differences(name):
     head = make_head(name)
     if head.margin_s > 8:
@@ -201,7 +200,7 @@ def test_spherefaces_gradient_is_that_of_the_cosine():
     assert not torch.allclose(logits.detach(), 8 * cosine.detach())
 
 
-@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("name", HEADS)
 def test_no_nan_at_the_ends_in_float32_and_under_autocast(name):
     head = make_head(name, margin_s=1000.0).float().train()
     with torch.no_grad():
@@ -220,17 +219,21 @@ def test_no_nan_at_the_ends_in_float32_and_under_autocast(name):
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
-def test_arcface_is_arc_margin_model_to_the_bit():
-    torch.manual_seed(0)
-    plain = ArcMarginModel(EMB, CLASSES, 64.0, 0.5)
+def test_arcface_is_the_formula_with_python_numbers_to_the_bit():
     torch.manual_seed(0)
     head = build_head("arcface", EMB, CLASSES, margin_s=64.0, margin_m=0.5)
     rows, label = torch.randn(20, EMB), torch.arange(20) % CLASSES
-    assert torch.equal(plain(rows, label), head(rows, label))
-    found = head.loss(rows, label, nn.CrossEntropyLoss())
-    assert torch.equal(found.loss, F.cross_entropy(plain(rows, label), label))
-    assert found.right == (plain.cosine(rows).argmax(1) == label).sum()
-    assert found.count == 20
+    cosine = F.linear(F.normalize(rows), F.normalize(head.weight))
+    true = cosine.gather(1, label[:, None])
+    sine = (1 - true * true).clamp(min=1e-7).sqrt()
+    shifted = true * math.cos(0.5) - sine * math.sin(0.5)
+    shifted = torch.where(true > -math.cos(0.5), shifted, true - 0.5 * math.sin(0.5))
+    logits = cosine.scatter(1, label[:, None], shifted) * 64
+    assert torch.equal(head(rows, label), logits)
+    result = head.loss(rows, label, nn.CrossEntropyLoss())
+    assert torch.equal(result.loss, F.cross_entropy(logits, label))
+    assert result.num_correct == (cosine.argmax(1) == label).sum()
+    assert result.count == 20
 
 
 # ------------------------------------------------------------------------------ details
@@ -322,7 +325,7 @@ def test_unitsface_remembers_the_last_embedding_of_each_identity():
     assert torch.equal(head.memory, before)
 
 
-@pytest.mark.parametrize("name", [n for n in MARGINS if MARGINS[n].is_softmax])
+@pytest.mark.parametrize("name", [n for n in HEADS if HEADS[n].is_softmax])
 def test_focal_weighting_on_top_of_every_softmax(name):
     head = make_head(name)
     rows, label = problem(head)
@@ -338,9 +341,9 @@ def test_focal_weighting_on_top_of_every_softmax(name):
 
 def test_the_choices_are_the_registry():
     hint = typing.get_type_hints(Config)["margin"]
-    assert typing.get_args(hint) == tuple(MARGINS) == tuple(config.MARGINS)
-    for name, kind in MARGINS.items():
-        assert set(kind.settings) - {"easy_margin"} == set(config.MARGINS[name].options)
+    assert typing.get_args(hint) == tuple(HEADS) == tuple(config.MARGINS)
+    for name, kind in HEADS.items():
+        assert set(kind.options) - {"easy_margin"} == set(config.MARGINS[name].options)
 
 
 def test_each_margin_has_its_own_defaults_and_the_command_line_goes_first():
@@ -363,12 +366,12 @@ def test_the_sharded_head_equals_the_dense_one(name):
     found = []
     for loss in (
         lambda rows: head.loss(rows, label, nn.CrossEntropyLoss()),
-        lambda rows: sharded(rows, label, nn.CrossEntropyLoss(), len(label)),
+        lambda rows: sharded.loss(rows, label, nn.CrossEntropyLoss(), len(label)),
     ):
         leaf = rows.float().clone().requires_grad_()
         result = loss(leaf)
         result.loss.backward()
-        found.append((result.loss.detach(), result.right, leaf.grad))
+        found.append((result.loss.detach(), result.num_correct, leaf.grad))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(sharded.weight.grad, head.weight.grad, rtol=1e-4, atol=1e-6)
 
@@ -401,7 +404,7 @@ def steps(trainer, count):
     return found
 
 
-@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("name", HEADS)
 def test_trains_and_goes_on_from_its_checkpoint_to_the_bit(name, folder, tmp_path):
     trainer = make_trainer(folder, "--margin", name)
     before = [p.detach().clone() for p in trainer.learner.head.parameters()]
@@ -442,7 +445,7 @@ def test_a_run_is_evaluated_and_resumed_by_the_scripts(folder, tmp_path, capsys,
     [
         *(
             (f"--margin {name} --sample-rate 0.5", "needs all identities in one process")
-            for name in MARGINS
+            for name in HEADS
             if name not in SHARDABLE
         ),
         ("--margin uniface --focal-loss", "has a loss of its own"),

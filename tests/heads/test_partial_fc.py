@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fileio.checkpoint_file import load_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC, _initial_rows
-from models import ArcMarginModel
+from heads.softmax_margins import ArcFace
 
 CLASSES, EMB = 11, 6  # 11 classes: shards of different sizes for any number of processes
 
@@ -41,7 +41,7 @@ def coupled(cosine, label):
 
 
 MARGINS = {
-    "arcface": ArcMarginModel(EMB, 0, 32.0, 0.5).margin,
+    "arcface": ArcFace(EMB, 0, 32.0, 0.5).margin,
     "curricular": curricular,
     "coupled": coupled,
 }
@@ -86,7 +86,7 @@ def test_chunks_make_no_difference():
         head = PartialFC(EMB, CLASSES, MARGINS["arcface"], chunk=chunk)
         head.weight.data.copy_(weight)
         rows = embedding.clone().requires_grad_()
-        found = head(rows, label, nn.CrossEntropyLoss(), len(label))
+        found = head.loss(rows, label, nn.CrossEntropyLoss(), len(label))
         found.loss.backward()
         results.append([found.loss.detach(), rows.grad, head.weight.grad])
     for other in results[1:]:
@@ -98,14 +98,14 @@ def test_the_softmax_is_never_in_one_piece(monkeypatch):
     normalise = F.normalize
     monkeypatch.setattr(F, "normalize", lambda x, *a: (sizes.append(x.shape[0]), normalise(x))[1])
     head = PartialFC(4, 1000, MARGINS["arcface"], chunk=400)
-    head(torch.randn(8, 4), torch.arange(8), nn.CrossEntropyLoss(), 8).loss.backward()
+    head.loss(torch.randn(8, 4), torch.arange(8), nn.CrossEntropyLoss(), 8).loss.backward()
     assert max(sizes) == 50  # 8 rows of 50 classes make 400 logits
 
 
 def test_initial_weights_are_those_of_the_dense_head():
     for classes, emb in ((7, 5), (70_000, 3), (65_536, 2), (65_540, 4)):
         torch.manual_seed(3)
-        expected = ArcMarginModel(emb, classes).weight
+        expected = ArcFace(emb, classes).weight
         after = torch.rand(1)
         bounds = (0, classes // 3, classes // 2, classes)
         for low, high in itertools.pairwise(bounds):
@@ -120,31 +120,34 @@ def test_initial_weights_are_those_of_the_dense_head():
 def test_a_sample_holds_the_batch_and_is_reproducible():
     head = PartialFC(4, 1000, MARGINS["arcface"], sample_rate=0.1, seed=5)
     label = torch.tensor([3, 999, 500, 3])
-    head.sample(label, 7)
-    assert len(head.rows) == 100
-    assert torch.isin(label, head.rows).all()
-    assert torch.equal(head.rows, head.rows.unique())
-    first = head.rows
-    head.sample(label, 8)
-    assert not torch.equal(head.rows, first)
-    head.sample(label, 7)
-    assert torch.equal(head.rows, first)
+    head.sample(label, 4, 7)
+    assert len(head.sampled) == 100
+    assert torch.isin(label, head.sampled).all()
+    assert torch.equal(head.sampled, head.sampled.unique())
+    first = head.sampled
+    head.sample(label, 4, 8)
+    assert not torch.equal(head.sampled, first)
+    head.sample(label, 4, 7)
+    assert torch.equal(head.sampled, first)
     many = torch.arange(300)  # more positives than a tenth: all of them, and nothing else
-    head.sample(many, 9)
-    assert torch.equal(head.rows, many)
+    head.sample(many, 300, 9)
+    assert torch.equal(head.sampled, many)
 
 
 def test_a_sampled_step_is_the_dense_step_on_its_rows_and_leaves_the_others():
     torch.manual_seed(0)
     head = PartialFC(EMB, 50, MARGINS["arcface"], sample_rate=0.2)
     weight, speed = head.weight.detach().clone(), torch.randn(50, EMB)
-    momentum = speed.clone()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer = torch.optim.SGD(head.parameters(), **options)
+    momentum = optimizer.state[head.weight]["momentum_buffer"] = speed.clone()
     embedding, label = torch.randn(6, EMB), torch.tensor([1, 8, 8, 30, 44, 49])
-    head.sample(label, 0)
-    rows = head.rows.clone()
-    found = head(embedding, label, nn.CrossEntropyLoss(), 6)
+    head.sample(label, 6, 0)
+    rows = head.sampled.clone()
+    found = head.loss(embedding, label, nn.CrossEntropyLoss(), 6)
     found.loss.backward()
-    head.update(momentum, lr=0.1, decay=0.9, weight_decay=0.01)
+    optimizer.step()  # without a gradient it leaves the weight alone
+    head.update(optimizer)
 
     place = torch.searchsorted(rows, label)
     expected = dense(embedding, place, nn.CrossEntropyLoss(), MARGINS["arcface"], weight[rows])
@@ -157,4 +160,4 @@ def test_a_sampled_step_is_the_dense_step_on_its_rows_and_leaves_the_others():
     torch.testing.assert_close(head.weight.detach(), new_weight)
     others = ~torch.isin(torch.arange(50), rows)
     assert torch.equal(head.weight[others], weight[others])
-    assert head.rows is None
+    assert head.sampled is None

@@ -61,13 +61,13 @@ def sharded_heads(orders):
             rows = embedding[mine].clone().requires_grad_()
             criterion = FocalLoss(gamma) if gamma else nn.CrossEntropyLoss()
             width = -(-len(label) // world_size())
-            result = head(rows, label[mine], criterion, width)
+            result = head.loss(rows, label[mine], criterion, width)
             result.loss.backward()
             gradients = all_gather_objects(rows.grad)
             weight_gradient = gather_to_main(head.weight.grad, CLASSES)
             found[str(number)] = {
                 "loss": result.loss.detach(),
-                "right": int(result.right),
+                "right": int(result.num_correct),
                 "embedding": torch.cat(gradients),
                 "weight": weight_gradient,
             }
