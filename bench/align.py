@@ -4,8 +4,8 @@
     python -m bench.align --data data/lfw-deepfunneled.tgz
 
 The peers (skipped if .venv-peers does not exist) detect faces in the same decoded images, in the
-batch sizes that suit them, alternately with this project. The last row is the whole of
-pre_process.py: an archive of the same images in, a finished data set out. The JSON goes to
+batch sizes that suit them, alternately with this project. The last row is all of pre_process.py: an
+archive of the same images in, a finished data set out. The JSON goes to
 bench/results/align-<device>.json.
 """
 
@@ -96,7 +96,7 @@ def single_core_stages(images: np.ndarray, jpegs: list[bytes], args: Namespace) 
 
 @exit_on_user_error
 def main(argv: Sequence[str]) -> None:
-    """Time the stages, the peers, and pre_process.py as a whole."""
+    """Time the stages, the peers, and all of pre_process.py."""
     args = parse_arguments("align", __doc__, argv, images=500)
     with archive_or_synthetic(args.data, args.images) as source:
         images, jpegs = read_images(source, args.images)
@@ -127,7 +127,9 @@ def main(argv: Sequence[str]) -> None:
     name = "pre_process.py, zip to records"
     rows.append(Row(name, n, pipeline, flops=flops, memory=pipeline_memory))
     extra = {f"detection, times {name}": speedup(times, default) for name, times in peers.items()}
-    extra |= {f"the whole, times {name}": speedup(times, pipeline) for name, times in peers.items()}
+    extra |= {
+        f"pre_process.py, times {name}": speedup(times, pipeline) for name, times in peers.items()
+    }
     extra |= {"GFLOP of detection per image": flops / 1e9, "cores": core_count()}
     print_and_save(args, rows, extra)
 

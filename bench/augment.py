@@ -1,4 +1,4 @@
-"""Time augmentation on whole batches, and the fraction of a training step that it takes.
+"""Time augmentation of batches on the device, and the fraction of a training step that it takes.
 
     python -m bench.augment                                 # beside r50's step of 32 images
     python -m bench.augment --network tiny --batch 128

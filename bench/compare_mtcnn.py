@@ -111,29 +111,29 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compare_detections(
-    ours: Sequence[Detections], theirs: Sequence[Detections], size: tuple[int, int]
+    project: Sequence[Detections], package: Sequence[Detections], size: tuple[int, int]
 ) -> dict[str, Any]:
     """How well two detectors agree on the face to choose in each image; size is (height, width)."""
     same, distances = 0, []
-    for project, package in zip(ours, theirs, strict=True):
-        i, j = choose_face(project, *size), choose_face(package, *size)
+    for a, b in zip(project, package, strict=True):
+        i, j = choose_face(a, *size), choose_face(b, *size)
         if i is None or j is None:
             same += i is None and j is None
-        elif box_iou(project.boxes[i], package.boxes[j]) >= 0.5:
+        elif box_iou(a.boxes[i], b.boxes[j]) >= 0.5:
             same += 1
-            distances.append(np.linalg.norm(project.points[i] - package.points[j], axis=1))
+            distances.append(np.linalg.norm(a.points[i] - b.points[j], axis=1))
     distance = np.array(distances if distances else [[np.nan]])
     return {
-        "images": len(ours),
-        "same_face": same / len(ours),
+        "images": len(project),
+        "same_face": same / len(project),
         "points_median": float(np.median(distance)),
         "points_99": float(np.quantile(distance, 0.99)),
         "points_max": float(distance.max()),
         "images_over_half_a_pixel": int((distance.max(1) > 0.5).sum()),
-        "faces_ours": sum(len(f.boxes) for f in ours),
-        "faces_theirs": sum(len(f.boxes) for f in theirs),
-        "without_face_ours": sum(len(f.boxes) == 0 for f in ours),
-        "without_face_theirs": sum(len(f.boxes) == 0 for f in theirs),
+        "faces_project": sum(len(f.boxes) for f in project),
+        "faces_mtcnn": sum(len(f.boxes) for f in package),
+        "without_face_project": sum(len(f.boxes) == 0 for f in project),
+        "without_face_mtcnn": sum(len(f.boxes) == 0 for f in package),
     }
 
 
@@ -147,13 +147,13 @@ def print_agreement(results: dict[str, Any]) -> None:
         f"{results['images_over_half_a_pixel']} images over 0.5"
     )
     print(f"{'':20} {'project':>8} {'mtcnn':>8}")
-    print(f"{'faces':20} {results['faces_ours']:8} {results['faces_theirs']:8}")
-    print(f"{'no face':20} {results['without_face_ours']:8} {results['without_face_theirs']:8}")
+    print(f"{'faces':20} {results['faces_project']:8} {results['faces_mtcnn']:8}")
+    print(f"{'no face':20} {results['without_face_project']:8} {results['without_face_mtcnn']:8}")
     for title, key in (("images/s", "images_per_s"), ("CPU ms per image", "cpu_ms_per_image")):
-        ours, batched, single = (
-            results[key][name] for name in ("ours", "mtcnn_batched", "mtcnn_one_by_one")
+        project, batched, single = (
+            results[key][name] for name in ("project", "mtcnn_batched", "mtcnn_one_by_one")
         )
-        print(f"{title:20} {ours:8.1f} {batched:8.1f} batched, {single:.1f} one by one")
+        print(f"{title:20} {project:8.1f} {batched:8.1f} batched, {single:.1f} one by one")
 
 
 @exit_on_user_error
@@ -171,12 +171,12 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
 
     images, _ = read_images(args.data, args.images)
-    ours, seconds = run_project(images, args.batch, args.device)
-    theirs, one_by_one, batched = run_reference(images)
+    project, seconds = run_project(images, args.batch, args.device)
+    package, one_by_one, batched = run_reference(images)
     height, width = images.shape[1:3]
-    results = compare_detections(ours, theirs, (height, width))
+    results = compare_detections(project, package, (height, width))
     results |= {"height": height, "width": width, "batch": args.batch, "device": args.device}
-    took = {"ours": seconds, "mtcnn_batched": batched, "mtcnn_one_by_one": one_by_one}
+    took = {"project": seconds, "mtcnn_batched": batched, "mtcnn_one_by_one": one_by_one}
     n = len(images)
     results["images_per_s"] = {name: n / wall for name, (wall, _) in took.items()}
     results["cpu_ms_per_image"] = {name: cpu / n * 1000 for name, (_, cpu) in took.items()}

@@ -1,4 +1,4 @@
-"""bench/study.py: two arms on a small set, tested as the scripts test, and its table."""
+"""bench/study.py: two arms on a small set, tested as the scripts test them, and the table."""
 
 import json
 import statistics
@@ -17,24 +17,24 @@ from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from tools import held_out
 
-PEOPLE, EACH = 40, 5
+IDENTITIES, EACH = 40, 5
 
 
 @pytest.fixture
 def folder(tmp_path):
     """40 identities of 5 noisy images each, an lfw.bin, and 20 identities held out."""
     rng = np.random.default_rng(0)
-    centres = np.repeat(rng.integers(0, 255, (PEOPLE, 7, 7, 3)), EACH, 0)
+    centres = np.repeat(rng.integers(0, 255, (IDENTITIES, 7, 7, 3)), EACH, 0)
     faces = np.clip(centres + rng.normal(0, 60, centres.shape), 0, 255)
     jpegs = [encode_jpeg(np.kron(f, np.ones((16, 16, 1))).astype(np.uint8)) for f in faces]
-    write_dataset(tmp_path / "set", jpegs, np.repeat(np.arange(PEOPLE), EACH).tolist())
+    write_dataset(tmp_path / "set", jpegs, np.repeat(np.arange(IDENTITIES), EACH).tolist())
     write_bin(tmp_path / "lfw.bin", jpegs[:80], [i % 2 == 0 for i in range(40)])
     flags = f"--make-pairs 6000 --held-out-identities 20 --data-dir {tmp_path} --train-set "
     held_out.main(parse_args(f"{flags}{tmp_path}/set".split(), "held_out", held_out.Settings))
     return tmp_path
 
 
-def test_a_study_is_what_its_scripts_say_and_is_not_done_twice(folder, monkeypatch, capsys):
+def test_a_study_agrees_with_the_scripts_and_skips_finished_runs(folder, monkeypatch, capsys):
     monkeypatch.setattr(study, "RESULTS", folder)
     argv = ["arcface=--emb-size 16", "mine=--emb-size 16 --margin cosface --ema 0.5"]
     argv += f"--train-set {folder}/set --lfw {folder}/lfw.bin --seeds 3 --epochs 1".split()
@@ -53,11 +53,11 @@ def test_a_study_is_what_its_scripts_say_and_is_not_done_twice(folder, monkeypat
     }.items():
         (path,) = (folder / "runs" / arm.split(",")[0] / "s3").glob(f"*/{file}")
         embed = load_embedder(path, device=torch.device("cpu"))[0]
-        found = report["arms"][arm]["seeds"]["3"]
-        assert found["pairs"] == pytest.approx(evaluate_lfw(embed, pairs).metrics["accuracy"])
+        metrics = report["arms"][arm]["seeds"]["3"]
+        assert metrics["pairs"] == pytest.approx(evaluate_lfw(embed, pairs).metrics["accuracy"])
         lfw = evaluate_lfw(embed, load_set(folder / "lfw.bin", "")).metrics["accuracy"]
-        assert found["lfw"] == pytest.approx(lfw)
-        assert f"| {arm} | {100 * lfw:.2f} | {100 * found['pairs']:.2f} |" in printed
+        assert metrics["lfw"] == pytest.approx(lfw)
+        assert f"| {arm} | {100 * lfw:.2f} | {100 * metrics['pairs']:.2f} |" in printed
 
     for log in folder.glob("runs/*/*/train.log"):
         log.unlink()
@@ -72,11 +72,11 @@ def test_a_study_is_what_its_scripts_say_and_is_not_done_twice(folder, monkeypat
     assert "no arm 'nobody'" in capsys.readouterr().err
 
 
-def test_the_table_has_means_deviations_and_differences():
+def test_the_table_has_means_standard_deviations_and_differences():
     values = {"a": (0.80, 0.82, 0.84), "b": (0.85, 0.86, 0.90)}
     rows = {
-        arm: {"seeds": {str(i): {"lfw": v, "pairs": v - 0.1} for i, v in enumerate(some)}}
-        for arm, some in values.items()
+        arm: {"seeds": {str(i): {"lfw": v, "pairs": v - 0.1} for i, v in enumerate(accuracies)}}
+        for arm, accuracies in values.items()
     }
     *_, first, second = study.study_table(rows).splitlines()
     assert first == "| a | 82.00 ± 2.00 | 72.00 ± 2.00 |  |  |  |  |"

@@ -65,14 +65,14 @@ def test_bins_equal_scikit_learns():
 
 def test_ece_and_brier_score_are_those_of_held_out_folds():
     scores, same, folds = made_up(3)
-    found = calibrate(scores, same, folds)
-    assert found["ece"] < 0.03  # the model is true: what is left is sampling error
+    calibration = calibrate(scores, same, folds)
+    assert calibration["ece"] < 0.03  # the model is true: what is left is sampling error
     held_out = np.concatenate([
         genuine_probability(scores[folds == k], *fit_platt(scores[folds != k], same[folds != k]))
         for k in range(10)
     ])  # fmt: skip
-    assert found["brier"] == pytest.approx(np.mean((held_out - same) ** 2))
-    assert found["bins"] == reliability_bins(held_out, same)
+    assert calibration["brier"] == pytest.approx(np.mean((held_out - same) ** 2))
+    assert calibration["bins"] == reliability_bins(held_out, same)
 
 
 def test_scores_that_shift_in_one_fold_are_worse_calibrated():

@@ -36,9 +36,9 @@ def turned(yaw, pitch=0.0, roll=0.0, scale=1.0):
 @pytest.mark.parametrize("roll", [-25, 0, 10])
 def test_pose_of_a_turned_head(yaw, roll):
     points = np.stack([turned(yaw, roll=roll, scale=scale) for scale in (0.5, 1, 3)])
-    found_yaw, found_roll, distance = estimate_pose(points)
-    np.testing.assert_allclose(found_yaw, yaw, atol=1e-6)
-    np.testing.assert_allclose(found_roll, roll, atol=1e-6)
+    actual_yaw, actual_roll, distance = estimate_pose(points)
+    np.testing.assert_allclose(actual_yaw, yaw, atol=1e-6)
+    np.testing.assert_allclose(actual_roll, roll, atol=1e-6)
     np.testing.assert_allclose(distance, 60 * np.cos(np.radians(yaw)) * np.array([0.5, 1, 3]))
 
 
@@ -53,11 +53,11 @@ def test_brightness_and_sharpness():
     rng = np.random.default_rng(0)
     noise = rng.integers(100, 156, (112, 112, 3), np.uint8)
     faces = [noise, noise // 2, cv2.GaussianBlur(noise, (0, 0), 2), np.full_like(noise, 60)]
-    found = face_qualities(torch.from_numpy(np.stack(faces)), None)
-    assert found.keys() == {"brightness", "sharpness"}
-    assert found["brightness"][0] == pytest.approx(2 * found["brightness"][1], rel=0.02)
-    assert found["brightness"][3] == 60
-    sharp = found["sharpness"]
+    actual = face_qualities(torch.from_numpy(np.stack(faces)), None)
+    assert actual.keys() == {"brightness", "sharpness"}
+    assert actual["brightness"][0] == pytest.approx(2 * actual["brightness"][1], rel=0.02)
+    assert actual["brightness"][3] == 60
+    sharp = actual["sharpness"]
     assert sharp[0] > sharp[1] > sharp[2] > sharp[3] == 0
     with_points = face_qualities(torch.from_numpy(np.stack(faces[:1])), turned(-20)[None])
     assert with_points["yaw"] == pytest.approx(20)  # the side does not matter
@@ -67,9 +67,9 @@ def test_brightness_and_sharpness():
 def test_a_pair_is_as_bad_as_its_worse_face():
     pairs = Pairs([], np.array([0, 1, 2]), np.array([1, 2, 2]), None, None)
     faces = {"sharpness": np.array([5.0, 3, np.nan]), "yaw": np.array([5.0, 3, np.nan])}
-    found = worse_values(faces, pairs)
-    np.testing.assert_array_equal(found["sharpness"], [3, 3, np.nan])
-    np.testing.assert_array_equal(found["yaw"], [5, 3, np.nan])
+    actual = worse_values(faces, pairs)
+    np.testing.assert_array_equal(actual["sharpness"], [3, 3, np.nan])
+    np.testing.assert_array_equal(actual["yaw"], [5, 3, np.nan])
 
 
 def test_bins_hold_every_known_pair_once():
@@ -115,10 +115,10 @@ def test_confusions_against_a_plain_loop(chunk):
         ),
         reverse=True,
     )[:12]
-    found = nearest_identities(embeddings, identities, 12, chunk)
-    assert [(c.first, c.second) for c in found] == [(a, b) for _, a, b in expected]
-    np.testing.assert_allclose([c.cosine for c in found], [c for c, *_ in expected], atol=1e-6)
-    for confusion in found:
+    actual = nearest_identities(embeddings, identities, 12, chunk)
+    assert [(c.first, c.second) for c in actual] == [(a, b) for _, a, b in expected]
+    np.testing.assert_allclose([c.cosine for c in actual], [c for c, *_ in expected], atol=1e-6)
+    for confusion in actual:
         a, b = confusion.faces
         assert (identities[a], identities[b]) == (confusion.first, confusion.second)
         left = [i for i, p in enumerate(identities) if p == confusion.first]

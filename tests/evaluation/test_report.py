@@ -119,9 +119,9 @@ def write(tmp_path, results, about=None, training=None, **options):
 
 def test_the_page_has_all_sections(tmp_path, real_plots):
     result = make_result(tmp_path)
-    found = {"accuracy": 0.9, "standard_error": 0.01, "accuracy_as_set": 0.8, "eer": 0.1,
+    row = {"accuracy": 0.9, "standard_error": 0.01, "accuracy_as_set": 0.8, "eer": 0.1,
              "tar_at_far": {"1e-3": 0.5, "1e-2": 0.6}, "matched_cosine": 0.25}  # fmt: skip
-    result.metrics["robustness"] = dict.fromkeys(("clean", *robustness.CORRUPTIONS), found)
+    result.metrics["robustness"] = dict.fromkeys(("clean", *robustness.CORRUPTIONS), row)
     result.metrics.update(set_statistics(result, seed=0))
     point = {"wanted": "1e-1", "threshold": 0.4321, "degrees": 64.4, "far": 0.1, "frr": 0.2}
     result.metrics["operating_points"] = [point]
@@ -269,10 +269,10 @@ def test_provenance_holds_checksums(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"abc")
     (tmp_path / "train.rec").write_bytes(b"")
     model = {"versions": {"torch": "2"}, "seed": 4, "checkpoint": str(tmp_path / "m.onnx")}
-    found = report_page.provenance(model, [make_result(tmp_path)])
-    assert found["checkpoint, SHA-256"].startswith("ba7816bf8f01cfea414140de5dae2223")
-    assert found["test set lfw, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
-    assert (found["seed"], found["torch"], found["protocol"]) == (4, "2", "cosine")
+    about = report_page.provenance(model, [make_result(tmp_path)])
+    assert about["checkpoint, SHA-256"].startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert about["test set lfw, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
+    assert (about["seed"], about["torch"], about["protocol"]) == (4, "2", "cosine")
 
 
 def staircase(x, y, at):

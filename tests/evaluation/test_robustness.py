@@ -55,9 +55,9 @@ def test_blur_and_low_resolution_keep_the_mean_and_lose_detail(faces):
 
 
 def test_grey_is_luma(faces):
-    found = robustness.to_grayscale(faces)
+    actual = robustness.to_grayscale(faces)
     expected = faces @ np.array([0.299, 0.587, 0.114])
-    np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, 3), atol=1)
+    np.testing.assert_allclose(actual, np.repeat(expected[..., None], 3, 3), atol=1)
 
 
 def test_brightness_scales_and_clips(faces):
@@ -120,13 +120,13 @@ def test_only_second_images_are_embedded_again_and_once_each():
 
     clean = embed(images).numpy()
     calls.clear()
-    found = robustness.evaluate_corruptions(embed, images, pairs, clean)
+    results = robustness.evaluate_corruptions(embed, images, pairs, clean)
     assert calls == [20] * len(CORRUPTIONS)
-    assert list(found) == ["clean", *CORRUPTIONS]
-    assert found["clean"]["accuracy"] == found["clean"]["accuracy_as_set"] == 1
-    assert found["clean"]["matched_cosine"] == pytest.approx(1)
+    assert list(results) == ["clean", *CORRUPTIONS]
+    assert results["clean"]["accuracy"] == results["clean"]["accuracy_as_set"] == 1
+    assert results["clean"]["matched_cosine"] == pytest.approx(1)
     # Noise that is moved resembles nothing: the clean thresholds refuse all.
-    moved = found["moved by 10 pixels"]
+    moved = results["moved by 10 pixels"]
     assert moved["accuracy_as_set"] == 0.5
     assert abs(moved["matched_cosine"]) < 0.1
     # By hand: the occluded second images against the clean first ones.
@@ -134,9 +134,9 @@ def test_only_second_images_are_embedded_again_and_once_each():
     a = clean / np.linalg.norm(clean, axis=1, keepdims=True)
     b = occluded / np.linalg.norm(occluded, axis=1, keepdims=True)
     expected = (a[first] * b[second]).sum(1)[same].mean()
-    assert found["eyes covered"]["matched_cosine"] == pytest.approx(expected, abs=1e-6)
-    json.dumps(found)
-    printed = robustness.robustness_table(found).splitlines()
+    assert results["eyes covered"]["matched_cosine"] == pytest.approx(expected, abs=1e-6)
+    json.dumps(results)
+    printed = robustness.robustness_table(results).splitlines()
     assert len(printed) == 2 + len(CORRUPTIONS)
     assert "eyes covered" in printed[9]
 

@@ -42,9 +42,9 @@ def test_a_weight_equals_repeating_the_pair():
         assert weights[row].tolist() == times
         out = np.repeat(np.arange(len(scores)), times)
         curve = verification.roc(scores[out], same[out])
-        for far, found in rates.tar_at_far.items():
+        for far, tars in rates.tar_at_far.items():
             expected = verification.tar_at_far(curve, float(far) * (1 + 1e-12))
-            assert found[row] == pytest.approx(expected, abs=1e-12)
+            assert tars[row] == pytest.approx(expected, abs=1e-12)
         assert rates.eer[row] == pytest.approx(verification.equal_error_rate(curve), abs=1e-12)
         share = same.mean()
         expected = share * correct[out][same[out]].mean()
@@ -59,8 +59,8 @@ def test_weights_of_one_give_the_rates_of_the_set():
     curve = verification.roc(scores, same)
     assert rates.accuracy[0] == pytest.approx(correct.mean(), abs=1e-12)
     assert rates.eer[0] == pytest.approx(verification.equal_error_rate(curve), abs=1e-12)
-    for far, found in rates.tar_at_far.items():
-        assert found[0] == pytest.approx(verification.tar_at_far(curve, float(far)), abs=1e-12)
+    for far, tars in rates.tar_at_far.items():
+        assert tars[0] == pytest.approx(verification.tar_at_far(curve, float(far)), abs=1e-12)
 
 
 def test_identities_are_resampled_uniformly_and_reproducibly():
@@ -101,9 +101,9 @@ def test_resampling_identities_covers_the_truth_where_resampling_pairs_does_not(
 def test_each_pair_is_predicted_at_its_folds_threshold():
     scores, same, _, _ = made_up(2)
     folds = np.repeat([3, 5, 9], 100)
-    found = verification.cross_validate(scores, same, folds)
-    correct = correct_predictions(scores, same, folds, found.thresholds)
-    assert [correct[folds == k].mean() for k in (3, 5, 9)] == found.accuracies.tolist()
+    validated = verification.cross_validate(scores, same, folds)
+    correct = correct_predictions(scores, same, folds, validated.thresholds)
+    assert [correct[folds == k].mean() for k in (3, 5, 9)] == validated.accuracies.tolist()
 
 
 def test_intervals_leave_out_resamples_of_one_kind():
@@ -148,12 +148,12 @@ def two_models(seed, gain, pairs=3000):
 def test_a_difference_of_equal_models_is_rarely_called_significant():
     calls = [two_models(seed, 0.0, 1000)["noise"] for seed in range(40)]
     assert np.mean(calls) >= 0.9  # 5 % false alarms at most, since both tests must see it
-    found = two_models(0, 0.2)
-    assert not found["noise"]
-    assert found["verdict"].startswith("The second is better, statistically significant (")
-    assert found["accuracy_interval"][1] < 0
-    assert found["accuracy_difference"] == pytest.approx(
-        (found["only_first_right"] - found["only_second_right"]) / 3000
+    comparison = two_models(0, 0.2)
+    assert not comparison["noise"]
+    assert comparison["verdict"].startswith("The second is better, statistically significant (")
+    assert comparison["accuracy_interval"][1] < 0
+    assert comparison["accuracy_difference"] == pytest.approx(
+        (comparison["only_first_right"] - comparison["only_second_right"]) / 3000
     )
 
 
@@ -161,7 +161,7 @@ def test_a_model_does_not_differ_from_itself():
     scores, same, left, right = made_up(3)
     weights = bootstrap_weights(np.arange(40), left, right, 50, seed=0)
     correct = (scores >= 0.25) == same
-    found = compare_paired((scores, scores), same, (correct, correct), weights)
-    assert found["noise"]
-    assert found["accuracy_interval"] == found["eer_interval"] == (0, 0)
-    assert "No statistically significant difference" in found["verdict"]
+    comparison = compare_paired((scores, scores), same, (correct, correct), weights)
+    assert comparison["noise"]
+    assert comparison["accuracy_interval"] == comparison["eer_interval"] == (0, 0)
+    assert "No statistically significant difference" in comparison["verdict"]

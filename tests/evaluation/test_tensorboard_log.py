@@ -91,8 +91,8 @@ def test_the_projector_has_an_image_and_a_name_for_each_face(tmp_path):
     assert list(entry.sprite.single_image_dim) == [SPRITE, SPRITE]
     face = result.test_set.images[order[8]].numpy()  # row 1, column 1 of 7 x 7
     small = cv2.resize(face, (SPRITE, SPRITE), interpolation=cv2.INTER_AREA)
-    found = sprite[SPRITE : 2 * SPRITE, SPRITE : 2 * SPRITE]
-    np.testing.assert_allclose(found, small, atol=2)
+    actual = sprite[SPRITE : 2 * SPRITE, SPRITE : 2 * SPRITE]
+    np.testing.assert_allclose(actual, small, atol=2)
 
 
 def test_no_more_than_a_thousand_faces_are_projected(tmp_path, monkeypatch):
