@@ -1,10 +1,10 @@
-"""The sets that verification is tested on: prepared folders with a pairs file, and .bin files.
+"""Test sets for verification: prepared folders with a pairs file, and .bin files.
 
     from evaluation.pair_sets import load_set
-    test_set = load_set("data/faces_lfw_112x112", "data/pairs.txt")    # or "data/cfp_fp.bin"
+    test_set = load_set("data/faces_lfw_112x112", "data/pairs.txt")  # or "data/cfp_fp.bin"
     test_set.images, test_set.pairs.same
 
-A set in memory holds each face once, however many pairs it stands in.
+In memory a set holds each face once, however many pairs it is in.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from torch import Tensor
 
 from data_gen import load_images
 from evaluation import verification
-from evaluation.face_folders import open_faces
+from evaluation.face_folders import open_face_folder
 from evaluation.metrics import Metrics
 from fileio.bin_sets import read_bin
 from fileio.images import ImageError, decode_image
-from utils import UserError
+from utils import FACE_SIZE, UserError
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """A test set in memory: the aligned faces that its pairs use, each once, and the pairs."""
+    """A test set in memory: the aligned faces of its pairs, each once, and the pairs."""
 
     path: Path
     name: str  # "lfw", "cfp_fp", ...
     images: Tensor  # (n, 112, 112, 3) uint8 RGB, in the order of pairs.names
     pairs: verification.Pairs
-    missed: int  # faces among them that the detector did not find: cropped centrally
-    source: str = ""  # the archive or folder that the images came from, where known
-    # What index.tsv says of each face; None for sets that have none, nan for faces not found.
+    missed: int  # faces that the detector did not find: they are cropped centrally
+    source: str = ""  # the archive or folder that the images came from, if known
+    # From index.tsv, for each face; None for sets without one, nan for faces not found.
     faces_status: list[str] | None = None  # "ok", "retried", "central_crop"
     box: np.ndarray | None = None  # (n, 4) float32, in pixels of the original image
     points: np.ndarray | None = None  # (n, 5, 2) float32, likewise
     identity: list[str] | None = None
 
     def __str__(self) -> str:
-        """The set in a line, to be printed."""
+        """The set in one line, to be printed."""
         return (
             f"{self.path}, {len(self.pairs.same):,} pairs of {len(self.images):,} faces, "
             f"{self.missed} of them missed by the detector and cropped centrally"
@@ -56,7 +56,7 @@ class PairSet:
 
 
 class SetResult(NamedTuple):
-    """A model on a test set: what the report is made of."""
+    """The result of a model on a test set; the report is made of it."""
 
     test_set: PairSet
     scores: np.ndarray  # (pairs,) float64 cosines
@@ -68,18 +68,20 @@ class SetResult(NamedTuple):
 
 
 def find_set(name: str, data_dir: Path | str, train_set: Path | str = "") -> Path | None:
-    """The set of a name such as "cfp_fp", or at a path; None where there is none.
+    """The path of the set of a name such as "cfp_fp", or of a path; None if there is none.
 
-    Looked for as data_dir/faces_<name>_112x112, <name>.bin in the training set's folder or in
-    data_dir, and then as a path.
+    The order is: data_dir/faces_<name>_112x112, <name>.bin in the training set's folder, <name>.bin
+    in data_dir, and name as a path.
     """
     data_dir = Path(data_dir)
     train_set = Path(train_set) if train_set else data_dir / "faces_webface_112x112"
     prepared = data_dir / f"faces_{name}_112x112"
-    found = [prepared] if (prepared / "train.rec").is_file() else []
-    found += [p for p in (train_set / f"{name}.bin", data_dir / f"{name}.bin") if p.is_file()]
-    found += [p for p in [Path(name)] if p.exists()]
-    return found[0] if found else None
+    if (prepared / "train.rec").is_file():
+        return prepared
+    for path in (train_set / f"{name}.bin", data_dir / f"{name}.bin"):
+        if path.is_file():
+            return path
+    return Path(name) if Path(name).exists() else None
 
 
 def find_sets(names: Sequence[str], data_dir: Path | str, train_set: Path | str = "") -> list[Path]:
@@ -88,15 +90,15 @@ def find_sets(names: Sequence[str], data_dir: Path | str, train_set: Path | str 
     for name in names:
         path = find_set(name, data_dir, train_set)
         if path is None:
-            folder = f"{Path(data_dir, f'faces_{name}_112x112')} and no {name}.bin"
+            missing = f"{Path(data_dir, f'faces_{name}_112x112')} and no {name}.bin"
             if name == "lfw":
                 raise UserError(
-                    f"There is no prepared LFW at {folder} beside the training set; get LFW and "
-                    "prepare it (python pre_process.py --download-lfw), or try everything on "
+                    f"There is no prepared LFW at {missing} beside the training set; download LFW "
+                    "and prepare it (python pre_process.py --download-lfw), or try everything on "
                     "synthetic faces (make demo)."
                 )
             raise UserError(
-                f"There is no prepared set at {folder} in {data_dir} or beside the training set, "
+                f"There is no prepared set at {missing} in {data_dir} or beside the training set, "
                 "nor a file or folder of that name; correct --sets."
             )
         paths.append(path)
@@ -104,18 +106,20 @@ def find_sets(names: Sequence[str], data_dir: Path | str, train_set: Path | str 
 
 
 def find_pairs(path: Path, data_dir: Path | str, given: str = "") -> Path:
-    """The pairs file of a folder: the one given, its own pairs.txt, else one in data_dir.
+    """The pairs file of a folder: the one given, its own pairs.txt, or one in data_dir.
 
-    That is <name>_pairs.txt where it exists, and pairs.txt otherwise, there or not.
+    In data_dir that is <name>_pairs.txt if it exists, else pairs.txt, which may not exist.
     """
     if given:
         return Path(given)
-    choices = [path / "pairs.txt", Path(data_dir, f"{set_name(path)}_pairs.txt")]
-    return next((p for p in choices if p.is_file()), Path(data_dir, "pairs.txt"))
+    for pairs in (path / "pairs.txt", Path(data_dir, f"{set_name(path)}_pairs.txt")):
+        if pairs.is_file():
+            return pairs
+    return Path(data_dir, "pairs.txt")
 
 
 def set_name(path: Path) -> str:
-    """What a set is called in tables: faces_lfw_112x112 is "lfw", cfp_fp.bin is "cfp_fp"."""
+    """A set's name in tables: faces_lfw_112x112 is "lfw", cfp_fp.bin is "cfp_fp"."""
     return path.name.removesuffix(".bin").removeprefix("faces_").removesuffix("_112x112")
 
 
@@ -123,18 +127,20 @@ def set_name(path: Path) -> str:
 
 
 def load_set(path: Path | str, pairs_path: Path | str, workers: int = 0) -> PairSet:
-    """Decode the faces of a folder that its pairs file names, or all of a .bin set.
+    """Decode the faces of a folder that its pairs file names, or all faces of a .bin set.
 
-    A .bin carries its pairs, and its folds are contiguous tenths. Raises UserError where files are
-    missing or damaged, or where the pairs name images that the folder has not.
+    A .bin contains its pairs; its folds are contiguous tenths. Raises UserError where files are
+    missing or corrupt, or where the pairs name images that the folder does not have.
     """
     path = Path(path)
-    test_set = _load_bin(path) if path.suffix == ".bin" else _load_folder(path, pairs_path, workers)
-    where = path if path.suffix == ".bin" else pairs_path
+    if path.suffix == ".bin":
+        test_set, pairs_path = _load_bin(path), path
+    else:
+        test_set = _load_folder(path, pairs_path, workers)
     if test_set.pairs.same.all() or not test_set.pairs.same.any():
-        raise UserError(f"{where}: the pairs are all of one kind; both kinds are needed.")
+        raise UserError(f"{pairs_path}: the pairs are all of one kind; both kinds are needed.")
     if len(np.unique(test_set.pairs.folds)) < 2:
-        raise UserError(f"{where} has one fold only; cross-validation needs two or more.")
+        raise UserError(f"{pairs_path} has one fold only; cross-validation needs two or more.")
     return test_set
 
 
@@ -144,11 +150,12 @@ def read_pairs(path: Path | str) -> verification.Pairs:
     if not path.is_file():
         raise UserError(
             f"There is no {path}; get LFW's pairs.txt (python pre_process.py --download-lfw "
-            "fetches it too) or name one with --pairs."
+            "downloads it, too) or name one with --pairs."
         )
-    form = "in the form of LFW's pairs.txt"
+    form = "in the format of LFW's pairs.txt"
     try:
         text = path.read_text("utf-8")
+        # LFW's first line has two words: "10 300".
         if len(text.lstrip().partition("\n")[0].split()) == 3:
             form = "a list of 'path1 path2 0/1'"
             return verification.parse_pair_list(text)
@@ -157,70 +164,76 @@ def read_pairs(path: Path | str) -> verification.Pairs:
         raise UserError(f"{path} is not {form}: {error}.") from None
 
 
-def _load_folder(folder: Path, pairs_path: Path | str, workers: int) -> PairSet:
-    faces = open_faces(folder)
+def _load_folder(path: Path, pairs_path: Path | str, workers: int) -> PairSet:
+    folder = open_face_folder(path)
     pairs = read_pairs(pairs_path)
-    used = faces.find(pairs.names, pairs_path)
-    images, errors = load_images(faces.reader, faces.places[used], workers=workers)
+    used = folder.find(pairs.names, pairs_path)
+    images, errors = load_images(folder.reader, folder.positions[used], workers=workers)
     if errors:
-        raise UserError(f"{next(iter(errors.values()))} Prepare {folder} again.")
-    test_set = PairSet(folder, set_name(folder), images, pairs, missed=0)
-    if faces.table is None:
+        raise UserError(f"{next(iter(errors.values()))} Prepare {path} again.")
+    test_set = PairSet(path, set_name(path), images, pairs, missed=0)
+    if folder.table is None:
         return test_set
-    rows = faces.rows[used]
-    status = [faces.table.status[row] for row in rows]
+    table, rows = folder.table, folder.rows[used]
+    status = [table.status[row] for row in rows]
     return dataclasses.replace(
         test_set,
         missed=status.count("central_crop"),
-        source=_source_of(folder / "report.json"),
+        source=_read_source(path / "report.json"),
         faces_status=status,
-        box=faces.table.box[rows].astype(np.float32),
-        points=faces.table.points[rows].astype(np.float32),
-        identity=[faces.table.identity[row] for row in rows],
+        box=table.box[rows].astype(np.float32),
+        points=table.points[rows].astype(np.float32),
+        identity=[table.identity[row] for row in rows],
     )
 
 
-def _source_of(report: Path) -> str:
-    """What pre_process.py read the images from, empty where no report tells."""
-    if not report.is_file():
+def _read_source(path: Path) -> str:
+    """The source of a prepared folder, by pre_process.py's summary; empty without a summary."""
+    if not path.is_file():
         return ""
     try:
-        return str(json.loads(report.read_text("utf-8"))["source"])
+        return str(json.loads(path.read_text("utf-8"))["source"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{report} is damaged; delete it or run pre_process.py again.") from None
+        raise UserError(f"{path} is corrupt; delete it or run pre_process.py again.") from None
 
 
 def _load_bin(path: Path) -> PairSet:
-    jpegs, same = read_bin(path)
-    # A face that stands in several pairs is stored once for each: embed it once.
-    places: dict[bytes, int] = {}
-    where = np.array([places.setdefault(jpeg, len(places)) for jpeg in jpegs])
-    pixels = bytearray()  # it grows with what is decoded, not with what the file claims to hold
-    numbers = np.unique(where, return_index=True)[1]  # where each face stands first
-    for jpeg, place in places.items():
+    encoded, same = read_bin(path)
+    # A face that is in several pairs is stored once for each. Equal bytes are one face, which is
+    # embedded once: face_of[i] is the face of image i of the file.
+    faces: dict[bytes, int] = {}
+    face_of = np.array([faces.setdefault(data, len(faces)) for data in encoded])
+    first_image = np.unique(face_of, return_index=True)[1]  # in the file, of each face
+    # It grows with what has been decoded, not with what an untrusted file claims to hold.
+    pixels = bytearray()
+    for data, face in faces.items():
         try:
-            image = decode_image(jpeg)
+            image = decode_image(data)
         except ImageError as error:
-            raise UserError(f"Image {numbers[place]} of {path}: {error}") from None
-        if image.shape != (112, 112, 3):
-            height, width = image.shape[:2]
-            raise UserError(f"{path} holds an image of {width}x{height}; faces must be 112x112.")
+            raise UserError(f"Image {first_image[face]} of {path}: {error}") from None
+        height, width = image.shape[:2]
+        if (height, width) != (FACE_SIZE, FACE_SIZE):
+            raise UserError(
+                f"{path} holds an image of {width}x{height}; faces must be {FACE_SIZE}x{FACE_SIZE}."
+            )
         pixels += image.tobytes()
-    images = np.frombuffer(pixels, np.uint8).reshape(-1, 112, 112, 3)
-    names = [f"{path.stem}/{number}" for number in numbers]
+    images = np.frombuffer(pixels, np.uint8).reshape(-1, FACE_SIZE, FACE_SIZE, 3)
+    names = [f"{path.stem}/{number}" for number in first_image]
     folds = verification.contiguous_folds(len(same))
-    pairs = verification.Pairs(names, where[0::2], where[1::2], np.asarray(same, bool), folds)
+    # Images 2 i and 2 i + 1 are pair i.
+    pairs = verification.Pairs(names, face_of[0::2], face_of[1::2], np.asarray(same, bool), folds)
     return PairSet(path, set_name(path), torch.from_numpy(images), pairs, missed=0)
 
 
-# ------------------------------------------------------------------------------ who is who
+# ------------------------------------------------------------------------------ identities
 
 
 def identity_groups(test_set: PairSet) -> tuple[np.ndarray, str]:
-    """The person on each face, (n,) int64 from 0, and how that is known.
+    """The identity of each face, (n,) int64 from 0, and how it is known.
 
-    Sets without names have it from their matched pairs: faces that a chain of them connects are one
-    person. Two groups may then be one person; one group is two only where a label is wrong.
+    For sets without names identities are the connected components of the genuine pairs: if a, b and
+    b, c are genuine, then a, b, c are one identity. Without a link two groups may be the same
+    identity, but one group holds two identities only if a label is wrong.
     """
     if test_set.identity is not None:
         return np.unique(test_set.identity, return_inverse=True)[1], "by name"
@@ -228,4 +241,4 @@ def identity_groups(test_set: PairSet) -> tuple[np.ndarray, str]:
     ends = (pairs.first[pairs.same], pairs.second[pairs.same])
     links = coo_array((np.ones(len(ends[0])), ends), shape=(count, count))
     groups = connected_components(links, directed=False)[1]
-    return groups.astype(np.int64), "by chains of matched pairs, since the set names nobody"
+    return groups.astype(np.int64), "by chains of genuine pairs, since the set has no names"

@@ -1,11 +1,12 @@
-"""Face verification as LFW does it: scores, thresholds, folds, ROC. Pure maths, no files.
+"""Face verification as on LFW: pairs, scores, thresholds, folds, ROC. Pure maths, no files.
 
-    from evaluation.verification import parse_pairs, pair_scores, verify
+    from evaluation.verification import pair_scores, parse_pairs, verify
     pairs = parse_pairs(Path("data/pairs.txt").read_text("utf-8"))
     verify(pair_scores(embeddings, pairs.first, pairs.second), pairs.same, pairs.folds)
 
-A pair is called the same person where its score, the cosine of two embeddings, is at least the
-threshold. Every rate is a fraction of one, every angle is in degrees.
+A pair of images is genuine (one identity) or impostor (two). It is accepted, that is predicted to
+be genuine, if its score, the cosine of the two embeddings, is at least the threshold. Every rate is
+a fraction of 1, every angle is in degrees.
 """
 
 from collections.abc import Sequence
@@ -16,22 +17,23 @@ from sklearn.metrics import auc, roc_curve
 
 from evaluation.metrics import VerificationMetrics
 
-SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}  # of images
-FARS = ("1e-3", "1e-2")  # 1e-4 means nothing on the 3,000 impostor pairs of LFW
+IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}
+FARS = ("1e-3", "1e-2")  # LFW has 3,000 impostor pairs: too few to measure 1e-4
+PAIRS_PER_CHUNK = 65536  # scored at a time: 2 x 268 MB of 512-d float64
 
 
 class Pairs(NamedTuple):
-    """Pairs of images: indices into names, whether each is one person, and its fold."""
+    """Pairs of images, as indices into names."""
 
     names: list[str]  # "Name/Name_0001", without a suffix, in order of first appearance
     first: np.ndarray  # (pairs,) int64, indices into names
     second: np.ndarray  # (pairs,) int64
-    same: np.ndarray  # (pairs,) bool
+    same: np.ndarray  # (pairs,) bool: genuine
     folds: np.ndarray  # (pairs,) int64, 0-based
 
 
 class Folds(NamedTuple):
-    """What cross-validation found, one value a fold: (folds,) float64 each."""
+    """The result of cross-validation by fold: (folds,) float64 each."""
 
     accuracies: np.ndarray
     thresholds: np.ndarray
@@ -45,12 +47,16 @@ class Roc(NamedTuple):
     thresholds: np.ndarray
 
 
+# ------------------------------------------------------------------------------ pairs
+
+
 def parse_pairs(text: str) -> Pairs:
     """Read LFW's pairs.txt: a line "folds count", then a block of 2 x count pairs for each fold.
 
-    A pair is "name n1 n2" (one person) or "name1 n1 name2 n2" (two); the fold is the block.
+    A pair is "name n1 n2" (genuine) or "name1 n1 name2 n2" (impostor); its fold is its block.
     Raises ValueError, naming the line, where the text is anything else.
     """
+    # Files edited on Windows may have a byte-order mark and blank lines at the end.
     lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
     while lines and not lines[-1]:
         lines.pop()
@@ -64,87 +70,95 @@ def parse_pairs(text: str) -> Pairs:
         )
     index: dict[str, int] = {}
     first, second, same = [], [], []
-    for number, line in enumerate(lines[1:], start=2):
+    for line_number, line in enumerate(lines[1:], start=2):
         words = line.split("\t") if "\t" in line else line.split()
-        if len(words) == 3:
+        genuine = len(words) == 3
+        if genuine:
             words = [words[0], words[1], words[0], words[2]]
-            same.append(True)
-        elif len(words) == 4:
-            same.append(False)
         if len(words) != 4 or not (_is_number(words[1]) and _is_number(words[3])):
-            raise ValueError(f"line {number} is no pair: {line[:80]!r}")
-        for side, name, image in ((first, *words[:2]), (second, *words[2:])):
-            side.append(index.setdefault(f"{name}/{name}_{int(image):04d}", len(index)))
+            raise ValueError(f"line {line_number} is not a pair: {line[:80]!r}")
+        for ends, name, number in ((first, words[0], words[1]), (second, words[2], words[3])):
+            # Equal names get the index of their first appearance.
+            ends.append(index.setdefault(f"{name}/{name}_{int(number):04d}", len(index)))
+        same.append(genuine)
     folds = np.repeat(np.arange(num_folds), 2 * count)
     return Pairs(list(index), np.array(first), np.array(second), np.array(same), folds)
 
 
 def parse_pair_list(text: str) -> Pairs:
-    """Read lines "path1 path2 0/1" (spaces, or tabs where paths hold spaces); 1 is one person.
+    """Read lines "path1 path2 0/1", 1 for genuine; separated by tabs where paths hold spaces.
 
     Paths lose their suffix; folds are contiguous tenths. Raises ValueError, naming the line, where
     a line is anything else.
     """
     index: dict[str, int] = {}
     ends, same = [], []
-    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+    for line_number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         if not line.strip():
             continue
         words = line.strip().split("\t") if "\t" in line else line.split()
         if len(words) != 3 or words[2] not in ("0", "1"):
-            raise ValueError(f"line {number} is not 'path1 path2 0/1': {line[:80]!r}")
+            raise ValueError(f"line {line_number} is not 'path1 path2 0/1': {line[:80]!r}")
         ends.append([index.setdefault(without_suffix(path), len(index)) for path in words[:2]])
         same.append(words[2] == "1")
     if len(same) < 2:
         raise ValueError(f"it holds {len(same)} pairs")
+    first, second = np.array(ends).T
     folds = contiguous_folds(len(same), min(10, len(same)))
-    return Pairs(list(index), *np.array(ends).T, np.array(same), folds)
+    return Pairs(list(index), first, second, np.array(same), folds)
 
 
 def without_suffix(path: str) -> str:
-    """An image's path without its suffix: "./a.b/c.d.jpg" is "a.b/c.d", and so it stays."""
+    """An image's path without its suffix: "./a.b/c.d.jpg" becomes "a.b/c.d", which stays as it is.
+
+    Only the suffixes of images are removed, since names may contain dots.
+    """
     path = path.replace("\\", "/").removeprefix("./")
     stem, _, suffix = path.rpartition(".")
-    return stem if suffix.lower() in SUFFIXES else path
+    return stem if suffix.lower() in IMAGE_SUFFIXES else path
 
 
 def _is_number(word: str) -> bool:
+    # Limited in length: Python refuses to convert thousands of digits, or takes long.
     return word.isdecimal() and len(word) < 10
 
 
 def image_name(source: str) -> str:
-    """What pairs.txt calls an image: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
+    """The name of an image in pairs.txt: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
     return "/".join(without_suffix(source).split("/")[-2:])
 
 
 def contiguous_folds(pairs: int, folds: int = 10) -> np.ndarray:
-    """Cut pairs into runs of neighbours, as scikit-learn's KFold(folds, shuffle=False) does.
+    """The fold of each pair, (pairs,) int64, as of scikit-learn's KFold(folds, shuffle=False).
 
-    Returns (pairs,) int64; where folds does not divide pairs the first ones hold one more. It is
-    how InsightFace evaluates its .bin sets, which do not carry the folds themselves.
+    Folds are runs of neighbours; where folds does not divide pairs the first ones have one pair
+    more. InsightFace evaluates its .bin sets in this way, since they do not store folds.
     """
     sizes = np.full(folds, pairs // folds)
     sizes[: pairs % folds] += 1
     return np.repeat(np.arange(folds), sizes)
 
 
-def pair_scores(
-    embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, chunk: int = 65536
-) -> np.ndarray:
-    """Cosine of each pair: embeddings (n, d) of any length, indices (pairs,) -> (pairs,) float64.
+# ------------------------------------------------------------------------------ scores
 
-    An embedding of zeros has a cosine of 0 with everything. Works in float64 on chunk pairs at a
-    time, so that memory does not grow with their number.
+
+def pair_scores(
+    embeddings: np.ndarray, first: np.ndarray, second: np.ndarray, chunk: int = PAIRS_PER_CHUNK
+) -> np.ndarray:
+    """Cosine of each pair, (pairs,) float64; embeddings (n, d) of any length, indices (pairs,).
+
+    An embedding of zeros has a cosine of 0 with everything. Computed in float64, `chunk` pairs at a
+    time, so that memory does not grow with the number of pairs.
     """
     scores = np.zeros(len(first))
     for start in range(0, len(first), chunk):
         part = slice(start, start + chunk)
         left = embeddings[first[part]].astype(np.float64)
         right = embeddings[second[part]].astype(np.float64)
-        lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
         products = np.einsum("nd,nd->n", left, right)
-        np.divide(products, lengths, out=scores[part], where=lengths > 0)
-    return scores.clip(-1, 1)
+        np.divide(products, norms, out=scores[part], where=norms > 0)
+    return scores.clip(-1, 1)  # rounding can exceed 1, which has no angle
 
 
 def to_degrees(cosine: np.ndarray | float) -> np.ndarray:
@@ -152,33 +166,47 @@ def to_degrees(cosine: np.ndarray | float) -> np.ndarray:
     return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
+# ------------------------------------------------------------------------------ thresholds
+
+
 def accuracy(scores: np.ndarray, same: np.ndarray, threshold: float) -> float:
-    """Fraction of pairs judged rightly where those scoring at least threshold are accepted."""
+    """Fraction of pairs predicted correctly if those scoring at least threshold are accepted."""
     return float(np.mean((scores >= threshold) == same))
 
 
 def best_threshold(scores: np.ndarray, same: np.ndarray) -> float:
-    """The threshold that judges most pairs rightly, exact, in O(n log n).
+    """The threshold with the most correct predictions, exact, in O(n log n).
 
-    Candidates are the midpoints between neighbouring distinct scores, the lowest score (accept
-    all) and the next number above the highest (accept none). Of equally good ones it is that with
-    the widest gap between its two neighbours, which errs least on pairs not seen; of equally wide
-    ones the lowest. scores (n,), same (n,) bool.
+    scores (n,), same (n,) bool. Candidates are the midpoints between neighbouring distinct scores,
+    the lowest score (accept all) and the next number above the highest (accept none). Of equally
+    good candidates the one in the widest gap between scores is taken, since it leaves the most room
+    for scores of unseen pairs; of equally wide gaps the lowest.
+
+    Example, with genuine scores 0.3, 0.7, 0.9 and impostor scores 0.1, 0.4:
+
+        candidate             0.1   0.2   0.35   0.55   0.8   just above 0.9
+        correct predictions   3     4     3      4      3     2
+        gap                   -     0.2   0.1    0.3    0.2   -
+
+    0.2 and 0.55 are equally good, and 0.55 is in the wider gap.
     """
-    values, where = np.unique(scores, return_inverse=True)
-    matched = np.bincount(where, weights=same, minlength=len(values))
-    mismatched = np.bincount(where, weights=~same, minlength=len(values))
-    # right[i]: pairs judged rightly when the i lowest distinct scores are refused.
-    right = matched.sum() + np.concatenate([[0], np.cumsum(mismatched - matched)])
-    # Half the way, but never on the lower neighbour: rounding could put it there.
+    values, index = np.unique(scores, return_inverse=True)
+    genuine = np.bincount(index, weights=same, minlength=len(values))
+    impostor = np.bincount(index, weights=~same, minlength=len(values))
+    # correct[i]: correct predictions if the i lowest distinct scores are rejected. Accepting all
+    # gets the genuine pairs right; each rejected impostor adds one, each rejected genuine pair
+    # takes one away.
+    correct = genuine.sum() + np.concatenate([[0], np.cumsum(impostor - genuine)])
+    # Between two neighbouring floating-point numbers the midpoint may round down to the lower one,
+    # which would then be accepted.
     middle = np.maximum(values[:-1] + np.diff(values) / 2, np.nextafter(values[:-1], np.inf))
     candidates = np.concatenate([values[:1], middle, np.nextafter(values[-1:], np.inf)])
     gaps = np.concatenate([[0], np.diff(values), [0]])
-    return float(candidates[np.argmax(np.where(right == right.max(), gaps, -1))])
+    return float(candidates[np.argmax(np.where(correct == correct.max(), gaps, -1))])
 
 
 def cross_validate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> Folds:
-    """Accuracy on each fold with the threshold that is best on all the others.
+    """Accuracy on each fold at the best threshold of all other folds (LFW: ten-fold).
 
     scores (n,), or (folds, n) where they depend on the fold held out; same (n,) bool, folds (n,)
     int. Raises ValueError for fewer than two folds.
@@ -187,42 +215,54 @@ def cross_validate(scores: np.ndarray, same: np.ndarray, folds: np.ndarray) -> F
     if len(numbers) < 2:
         raise ValueError("cross-validation needs at least two folds")
     thresholds, accuracies = [], []
-    for k, row in zip(numbers, np.broadcast_to(scores, (len(numbers), len(same))), strict=True):
-        thresholds.append(best_threshold(row[folds != k], same[folds != k]))
-        accuracies.append(accuracy(row[folds == k], same[folds == k], thresholds[-1]))
+    by_fold = np.broadcast_to(scores, (len(numbers), len(same)))
+    for fold, row in zip(numbers, by_fold, strict=True):
+        held_out = folds == fold
+        thresholds.append(best_threshold(row[~held_out], same[~held_out]))
+        accuracies.append(accuracy(row[held_out], same[held_out], thresholds[-1]))
     return Folds(np.array(accuracies), np.array(thresholds))
 
 
 def worst_errors(
     scores: np.ndarray, same: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs accepted and refused wrongly at a threshold, worst first: indices (fp,), (fn,)."""
+    """Indices of false positives (fp,) and of false negatives (fn,) at a threshold, worst first.
+
+    A false positive is worse the higher it scores, a false negative the lower.
+    """
     order = np.argsort(scores, kind="stable")
-    refused = scores[order] < threshold
-    false_negatives = order[refused & same[order]]
-    false_positives = order[~refused & ~same[order]][::-1]
+    rejected = scores[order] < threshold
+    false_negatives = order[rejected & same[order]]
+    false_positives = order[~rejected & ~same[order]][::-1]
     return false_positives, false_negatives
 
 
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
-    """Standard error of a mean: standard deviation with n - 1, over the root of n.
+    """Standard error of the mean: the sample standard deviation over the square root of n.
 
-    LFW's report (Huang et al. 2007) asks for this; InsightFace prints np.std, sqrt(n - 1) larger.
+    This is what LFW's report asks for (Huang et al. 2007). InsightFace prints np.std instead, which
+    is sqrt(n - 1) times as large.
     """
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
+# ------------------------------------------------------------------------------ ROC
+
+
 def roc(scores: np.ndarray, same: np.ndarray) -> Roc:
-    """Every point of the ROC curve; raises ValueError where one of the two kinds is missing."""
+    """Every point of the ROC curve; ValueError where there are no genuine or no impostor pairs."""
     if same.all() or not same.any():
-        raise ValueError("an ROC curve needs matched and mismatched pairs")
-    # All points are kept: where scores are tied, the largest TAR under a FAR can be one that
-    # scikit-learn calls superfluous, since it lies on the line between its neighbours.
+        raise ValueError("an ROC curve needs genuine and impostor pairs")
+    # drop_intermediate would leave out points on the line between their neighbours. With tied
+    # scores one of them can be the highest TAR under a FAR.
     return Roc(*roc_curve(same, scores, drop_intermediate=False))
 
 
 def tar_at_far(curve: Roc, far: float) -> float:
-    """Largest fraction of matched pairs accepted while mismatched ones stay at or under far."""
+    """The largest fraction of genuine pairs accepted while that of impostor pairs is at most far.
+
+    Nothing is interpolated: of 300 impostor pairs FAR 1e-2 allows 3, FAR 1e-3 none.
+    """
     return float(curve.tar[curve.far <= far].max())
 
 
@@ -231,22 +271,26 @@ def equal_error_rate(curve: Roc) -> float:
     excess = (1 - curve.tar) - curve.far  # falls from 1 (accept none) to -1 (accept all)
     after = int(np.argmax(excess <= 0))
     before = after - 1
-    share = excess[before] / (excess[before] - excess[after])
-    return float(curve.far[before] + share * (curve.far[after] - curve.far[before]))
+    step = excess[before] / (excess[before] - excess[after])
+    return float(curve.far[before] + step * (curve.far[after] - curve.far[before]))
+
+
+# ------------------------------------------------------------------------------ metrics
 
 
 def verify(
     scores: np.ndarray, same: np.ndarray, folds: np.ndarray, validated: Folds | None = None
 ) -> VerificationMetrics:
-    """Everything that is reported about a set of pairs, as plain numbers (JSON can hold them).
+    """All metrics of scored pairs, as plain numbers that JSON can hold.
 
-    scores (n,) cosines, same (n,) bool, folds (n,) int. accuracy is the mean over folds and
-    threshold the mean of their thresholds; best_accuracy is that of the single threshold fitted on
-    the very pairs it is scored on, hence never lower where folds are equal. Thresholds are cosines
-    and, as *_degrees, angles. validated takes the place of cross_validate's outcome.
-    Raises ValueError for one fold or one kind of pair only.
+    scores (n,) are cosines, same (n,) bool, folds (n,) int. accuracy is the mean over the folds,
+    and threshold the mean of their thresholds. best_accuracy is at the best threshold on the test
+    pairs: it is optimistic, since the threshold is fitted to the pairs that it is scored on, and
+    with folds of equal size it is never below accuracy. validated replaces the result of
+    cross_validate. Raises ValueError for fewer than two folds, or for pairs of one kind only.
     """
-    validated = validated or cross_validate(scores, same, folds)
+    if validated is None:
+        validated = cross_validate(scores, same, folds)
     curve = roc(scores, same)
     best = best_threshold(scores, same)
     threshold = float(validated.thresholds.mean())

@@ -124,9 +124,9 @@ def test_a_pair_that_names_no_image_gets_a_sentence(data):
         load_set(data / "faces_lfw_112x112", data / "pairs.txt")
 
 
-def test_a_damaged_report_gets_a_sentence(data):
+def test_a_corrupt_summary_gets_a_sentence(data):
     (data / "faces_lfw_112x112" / "report.json").write_text("[1, 2")
-    with pytest.raises(UserError, match=r"report\.json is damaged"):
+    with pytest.raises(UserError, match=r"report\.json is corrupt"):
         load_set(data / "faces_lfw_112x112", data / "pairs.txt")
 
 
@@ -134,7 +134,7 @@ def test_a_damaged_report_gets_a_sentence(data):
     ("content", "complaint"),
     [
         (None, "There is no"),
-        (b"\xff\xfe\x00", "not in the form"),
+        (b"\xff\xfe\x00", "not in the format"),
         (b"4\t3\nAnn_0\t1\t2\n", "lines follow"),
         (pairs_text(folds=1).encode(), "one fold"),
     ],
@@ -298,7 +298,7 @@ def save_tiny(path):
 def test_script_without_flags_takes_the_newest_run(data, tmp_path):
     for run_name in ("20250101-000000-r50-s0", "20250601-000000-tiny-s4"):
         save_tiny(tmp_path / "runs" / run_name / "best.pt")
-    # A pair called mismatched that is not: no threshold judges all of them rightly.
+    # A genuine pair labelled impostor: no threshold predicts all of them correctly.
     wrong_label = pairs_text().replace("Ann_0\t1\t李_5\t2", "Ann_0\t1\tAnn_0\t2")
     (data / "pairs.txt").write_text(wrong_label, "utf-8")
     (tmp_path / "images").mkdir()
@@ -450,7 +450,7 @@ def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeyp
     low, high = report["intervals"]["accuracy"]
     assert low <= report["accuracy"] <= high
     assert report["identities"] == PEOPLE
-    assert report["operating_points"] == []  # 12 mismatched pairs support none
+    assert report["operating_points"] == []  # 12 impostor pairs support none
     assert len(report["operating_points_refused"]) == 4
     assert {"slope", "intercept", "ece", "bins"} <= report["calibration"].keys()
     printed = capsys.readouterr().out

@@ -34,7 +34,7 @@ def main(cfg: Settings) -> None:
     # Imported here, so that --help answers at once.
     import numpy as np
 
-    from evaluation.face_folders import open_faces
+    from evaluation.face_folders import open_face_folder
     from evaluation.pair_sets import find_pairs, load_set, set_name
     from fileio.bin_sets import write_bin
     from fileio.safe_files import make_folder
@@ -47,8 +47,8 @@ def main(cfg: Settings) -> None:
         )
     pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
     pairs = load_set(folder, pairs_path).pairs  # decodes every image, so none is corrupt
-    faces = open_faces(folder)
-    records = faces.places[faces.find(pairs.names, pairs_path)]
+    faces = open_face_folder(folder)
+    records = faces.positions[faces.find(pairs.names, pairs_path)]
     images = [faces.reader.encoded(int(i)) for i in records]
     order = np.stack([pairs.first, pairs.second], 1).ravel()
     output = Path(cfg.output or Path(cfg.data_dir, f"{set_name(folder)}.bin"))

@@ -79,7 +79,7 @@ def test_a_name_that_fits_two_images_gets_a_sentence(images):
         (images / folder).mkdir()
         (images / folder / "one.png").write_bytes(encode_jpeg(face_of(0, 1)))
     (images / "pairs.txt").write_text("one.png x/one.png 1\ny/one.png x/one.png 0\n" * 5)
-    with pytest.raises(UserError, match="names one, which several images"):
+    with pytest.raises(UserError, match="names one, but several images"):
         load_set(images, images / "pairs.txt")
 
 
@@ -195,17 +195,17 @@ def test_a_bin_of_one_fold_only_gets_a_sentence(tmp_path):
         load_set(tmp_path / "one.bin", "")
 
 
-# ---------------------------------------------------------------- who is who
+# ---------------------------------------------------------------- identities
 
 
-def test_identities_by_name_and_by_chains_of_matched_pairs(data, tmp_path):  # noqa: F811
+def test_identities_by_name_and_by_chains_of_genuine_pairs(data, tmp_path):  # noqa: F811
     folder = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     groups, how = identity_groups(folder)
     assert how == "by name"
     people = [name.split("/")[0] for name in folder.pairs.names]
     assert (np.equal.outer(groups, groups) == np.equal.outer(people, people)).all()
     faces = [encode_jpeg(face_of(i, 1)) for i in range(6)]
-    order = [0, 1, 1, 2, 3, 4, 0, 3, 5, 0] * 2  # 0, 1, 2 are one; 3, 4 another; 5 stands alone
+    order = [0, 1, 1, 2, 3, 4, 0, 3, 5, 0] * 2  # 0, 1, 2 are one; 3, 4 another; 5 is alone
     same = [True, True, True, False, False] * 2
     write_bin(tmp_path / "chain.bin", [faces[i] for i in order], same)
     groups, how = identity_groups(load_set(tmp_path / "chain.bin", ""))

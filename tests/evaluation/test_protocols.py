@@ -1,4 +1,4 @@
-"""protocols.py: every convention against one written anew from its published description."""
+"""protocols.py: every protocol against an implementation from its published description."""
 
 import numpy as np
 import pytest
@@ -9,15 +9,15 @@ from evaluation import verification
 from evaluation.protocols import (
     PROTOCOLS,
     Protocol,
-    describe,
+    describe_protocol,
     evaluate_views,
     fuse_views,
-    score_by_fold,
+    protocol_scores_by_fold,
 )
 from evaluation.verification import Pairs, contiguous_folds
 
 
-def made_up(seed, people=60, noise=1.0, pairs=400, dimensions=16):
+def synthetic_views(seed, people=60, noise=1.0, pairs=400, dimensions=16):
     """Views (2, n, d) of faces of people, and pairs of both kinds in mixed order."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(0, 1, (people, dimensions))
@@ -71,8 +71,8 @@ def insightface_val(view, mirrored, pairs, far=1e-3):
 
 @pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
 @pytest.mark.parametrize("pairs", [400, 403])
-def test_insightfaces_convention_to_the_last_digit(noise, pairs):
-    views, pairs = made_up(int(noise * 10), noise=noise, pairs=pairs)
+def test_insightfaces_protocol_to_the_last_digit(noise, pairs):
+    views, pairs = synthetic_views(int(noise * 10), noise=noise, pairs=pairs)
     _, report, used = evaluate_views(views, pairs, PROTOCOLS["insightface"])
     expected = insightface_accuracies(*views, pairs)
     assert report["fold_accuracies"] == expected
@@ -83,15 +83,15 @@ def test_insightfaces_convention_to_the_last_digit(noise, pairs):
 
 
 def test_insightfaces_folds_are_tenths_whatever_the_pairs_file_says():
-    views, pairs = made_up(1)
+    views, pairs = synthetic_views(1)
     other = pairs._replace(folds=np.arange(len(pairs.same)) % 4)
     expected = evaluate_views(views, pairs, PROTOCOLS["insightface"])[1]
     found = evaluate_views(views, other, PROTOCOLS["insightface"])[1]
     assert found["fold_accuracies"] == expected["fold_accuracies"]
 
 
-def test_the_papers_convention_is_the_cosine_of_the_face_alone():
-    views, pairs = made_up(2)
+def test_the_papers_protocol_is_the_cosine_of_the_face_alone():
+    views, pairs = synthetic_views(2)
     _, report, _ = evaluate_views(views, pairs, PROTOCOLS["paper"])
     cosines = verification.pair_scores(views[0], pairs.first, pairs.second)
     expected = verification.verify(cosines, pairs.same, pairs.folds)
@@ -100,7 +100,7 @@ def test_the_papers_convention_is_the_cosine_of_the_face_alone():
 
 
 def test_concatenation_is_the_cosine_of_both_embeddings_end_to_end():
-    views, pairs = made_up(3)
+    views, pairs = synthetic_views(3)
     scores, _, _ = evaluate_views(views, pairs, Protocol(fuse="concat"))
     ends = np.concatenate([views[0], views[1]], axis=1)
     np.testing.assert_allclose(
@@ -110,7 +110,7 @@ def test_concatenation_is_the_cosine_of_both_embeddings_end_to_end():
 
 
 def test_distance_and_cosine_order_the_pairs_alike():
-    views, pairs = made_up(4)
+    views, pairs = synthetic_views(4)
     cosine, by_cosine, _ = evaluate_views(views, pairs, Protocol())
     euclidean, by_distance, _ = evaluate_views(views, pairs, Protocol(metric="euclidean"))
     np.testing.assert_allclose(cosine, euclidean, atol=1e-12)
@@ -118,10 +118,10 @@ def test_distance_and_cosine_order_the_pairs_alike():
 
 
 def test_the_mean_that_is_subtracted_has_not_seen_the_fold():
-    views, pairs = made_up(5)
+    views, pairs = synthetic_views(5)
     protocol = Protocol(subtract_mean=True)
     embeddings = fuse_views(views, protocol)
-    found = score_by_fold(embeddings, pairs, protocol)
+    found = protocol_scores_by_fold(embeddings, pairs, protocol)
     for fold in range(10):
         others = pairs.folds != fold
         both = np.concatenate([embeddings[pairs.first[others]], embeddings[pairs.second[others]]])
@@ -140,16 +140,16 @@ def test_the_mean_that_is_subtracted_has_not_seen_the_fold():
 
 
 def test_best_on_all_is_named_and_never_lower():
-    views, pairs = made_up(7)
+    views, pairs = synthetic_views(7)
     protocol = Protocol(threshold="best")
     _, report, _ = evaluate_views(views, pairs, protocol)
     assert report["accuracy"] == pytest.approx(report["best_accuracy"], abs=1e-12)
     assert set(report["fold_thresholds"]) == {report["best_threshold"]}
     assert report["accuracy"] >= evaluate_views(views, pairs, Protocol())[1]["accuracy"]
-    assert "the very pairs" in describe(protocol)
+    assert "best threshold on the test pairs (optimistic)" in describe_protocol(protocol)
 
 
-def test_every_convention_reads_differently():
+def test_every_protocol_reads_differently():
     protocols = [
         *PROTOCOLS.values(),
         Protocol(fuse="concat"),
@@ -157,11 +157,11 @@ def test_every_convention_reads_differently():
         Protocol(metric="euclidean"),
         Protocol(threshold="best"),
     ]
-    assert len({describe(protocol) for protocol in protocols}) == len(protocols)
+    assert len({describe_protocol(protocol) for protocol in protocols}) == len(protocols)
 
 
 def test_numbers_that_are_not_finite_are_refused():
-    views, pairs = made_up(8)
+    views, pairs = synthetic_views(8)
     views[1, [3, 5]] = np.nan
     with pytest.raises(ValueError, match=r"of 2 of 240 faces are not finite"):
         evaluate_views(views, pairs, Protocol())

@@ -92,8 +92,8 @@ def test_pair_scores_stay_within_one():
 
 
 def test_best_threshold_by_hand():
-    # Separable: half way between 0.2 and 0.6. Then, one error (the mismatched 0.8) at best, with
-    # a threshold between mismatched 0.5 and matched 0.7.
+    # Separable: half way between 0.2 and 0.6. Then, one error (the impostor 0.8) at best, with a
+    # threshold between impostor 0.5 and genuine 0.7.
     assert ver.best_threshold(np.array([0.6, 0.1, 0.9, 0.2]), np.array([1, 0, 1, 0], bool)) == 0.4
     scores = np.array([0.5, 0.7, 0.8, 0.9, 0.1])
     same = np.array([False, True, False, True, False])
@@ -101,10 +101,15 @@ def test_best_threshold_by_hand():
 
 
 def test_best_threshold_of_equally_good_ones_has_the_widest_gap():
-    # matched 0.9, mismatched 0.8, matched 0.5, mismatched 0.1: between 0.1 and 0.5 one error,
-    # between 0.8 and 0.9 one error; the first gap is wider.
+    # genuine 0.9, impostor 0.8, genuine 0.5, impostor 0.1: between 0.1 and 0.5 one error, between
+    # 0.8 and 0.9 one error; the first gap is wider.
     scores, same = np.array([0.9, 0.8, 0.5, 0.1]), np.array([True, False, True, False])
     assert ver.best_threshold(scores, same) == pytest.approx(0.3)
+    # The example of best_threshold's docstring.
+    scores, same = np.array([0.3, 0.7, 0.9, 0.1, 0.4]), np.array([1, 1, 1, 0, 0], bool)
+    assert ver.best_threshold(scores, same) == pytest.approx(0.55)
+    correct = [5 * ver.accuracy(scores, same, t) for t in (0.1, 0.2, 0.35, 0.55, 0.8, 0.91)]
+    assert np.rint(correct).tolist() == [3, 4, 3, 4, 3, 2]
 
 
 def test_best_threshold_accepts_all_or_none():
@@ -255,7 +260,7 @@ def test_tar_at_far_against_brute_force(decimals):
 
 @pytest.mark.parametrize("same", [np.ones(4, bool), np.zeros(4, bool)])
 def test_roc_needs_both_kinds(same):
-    with pytest.raises(ValueError, match="matched and mismatched"):
+    with pytest.raises(ValueError, match="genuine and impostor"):
         ver.roc(np.linspace(0, 1, 4), same)
 
 
