@@ -45,7 +45,7 @@ def compress_jpeg(faces: AlignedFaces, quality: int = 30) -> AlignedFaces:
     return _apply_to_each(compress, faces)
 
 
-def gaussian_blur(faces: AlignedFaces, sigma: float = 2.0) -> AlignedFaces:
+def blur_faces(faces: AlignedFaces, sigma: float = 2.0) -> AlignedFaces:
     """Gaussian blur; sigma is in pixels, the eyes are 35 pixels apart."""
     return _apply_to_each(lambda face: cv2.GaussianBlur(face, (0, 0), sigma), faces)
 
@@ -106,7 +106,7 @@ def _apply_to_each(
 # The names are keys of lfw.json.
 CORRUPTIONS: dict[str, Callable[[AlignedFaces], AlignedFaces]] = {
     "JPEG quality 30": compress_jpeg,
-    "blur, 2 pixels": gaussian_blur,
+    "blur, 2 pixels": blur_faces,
     "half resolution": reduce_resolution,
     "quarter resolution": lambda faces: reduce_resolution(faces, 4),
     "grey": to_grayscale,

@@ -18,12 +18,12 @@ from evaluation import verification
 from evaluation.figures import roc_figure
 from evaluation.metrics import Metrics
 from evaluation.pair_sets import SetResult
+from utils import FACE_SIZE
 
 HARDEST = 8  # pairs of each kind in the image grids
 PROJECTED = 1000  # faces in the projector
 SPRITE = 56  # width and height of a face there, in pixels
 
-FACE = 112  # width and height of an aligned face
 # A cell of the grid of pairs: two faces with a gap of 2, a margin of 4, a line of text below.
 CELL_HEIGHT, CELL_WIDTH, MARGIN, SECOND_FACE = 142, 236, 4, 114
 
@@ -68,7 +68,7 @@ def pair_grid(result: SetResult, indices: np.ndarray) -> np.ndarray:
         y = CELL_HEIGHT * (cell // columns) + MARGIN
         x = CELL_WIDTH * (cell % columns) + MARGIN
         for left, face in ((x, pairs.first[pair]), (x + SECOND_FACE, pairs.second[pair])):
-            grid[y : y + FACE, left : left + FACE] = images[face]
+            grid[y : y + FACE_SIZE, left : left + FACE_SIZE] = images[face]
         score = f"{result.scores[pair]:.4f}"
         baseline = (x, y + 128)
         cv2.putText(

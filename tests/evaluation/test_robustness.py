@@ -41,7 +41,7 @@ def test_blur_and_low_resolution_keep_the_mean_and_lose_detail(faces):
         return np.abs(np.diff(batch.astype(float), axis=2)).mean()
 
     for corrupted in (
-        robustness.gaussian_blur(faces),
+        robustness.blur_faces(faces),
         robustness.reduce_resolution(faces),
         robustness.reduce_resolution(faces, 4),
     ):
