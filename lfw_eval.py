@@ -1,4 +1,4 @@
-"""How good is a model on LFW: accuracy, ROC, and the pairs it gets wrong.
+"""Evaluate a model on LFW or other test sets: accuracy, ROC, and the pairs it gets wrong.
 
     python lfw_eval.py                                      # the newest run's best.pt
     python lfw_eval.py --checkpoint runs/<run>/last.pt
@@ -7,16 +7,16 @@
         --input-std 0.229 0.224 0.225                       # any ONNX model of 112x112 faces
     python lfw_eval.py --lfw data/faces_webface_112x112/cfp_fp.bin
     python lfw_eval.py --sets lfw,cfp_fp,agedb_30           # one table, runs/<run>/eval.json
-    python lfw_eval.py --as insightface                     # by the convention of others
-    python lfw_eval.py --against runs/<other>/best.pt       # is the difference more than chance?
+    python lfw_eval.py --as insightface                     # an evaluation protocol preset
+    python lfw_eval.py --against runs/<other>/best.pt       # is the difference significant?
 
-It prints a table: ten-fold accuracy with its standard error, the single best threshold, TAR at FAR,
-AUC and EER, 95 % intervals, thresholds to choose from, and last.pt beside best.pt. The same goes to
-runs/<run>/lfw.json (runs/<file's name>/lfw.json for models of others). Embeddings are kept in
-runs/<run>/embeddings/. Into images/ go theta_dist.png, roc.png and up to ten false positives and
-false negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
-All of it, with more of the pairs and what makes them hard, is on one page, runs/<run>/report.html;
---robustness adds the same pairs under corruptions.
+It prints a table: ten-fold accuracy with its standard error, the best threshold, TAR at FAR, AUC
+and EER, 95 % confidence intervals, operating points, and last.pt beside best.pt. The metrics go to
+runs/<run>/lfw.json (of third-party models to runs/<file name>/lfw.json), and with the hardest pairs
+and what makes them hard to one page, runs/<run>/report.html. Embeddings are cached in
+runs/<run>/embeddings/. images/ gets theta_dist.png, roc.png and up to ten false positives and false
+negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
+--robustness adds the same pairs under JPEG compression, blur, occlusion and so on.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def choose_protocol(cfg: Config) -> Protocol:
     """The protocol of --as, or the one that --flip, --fuse ... spell; UserError if they clash."""
     from evaluation.protocols import PROTOCOLS, Protocol
 
-    settings = ("flip", "fuse", "subtract_mean", "metric", "threshold")
     if not cfg.as_:
-        return Protocol(*(getattr(cfg, name) for name in settings))
-    clash = [name.replace("_", "-") for name in settings if name in cfg.given]
+        return Protocol(cfg.flip, cfg.fuse, cfg.subtract_mean, cfg.metric, cfg.threshold)
+    fixed = ("flip", "fuse", "subtract_mean", "metric", "threshold")
+    clash = [name.replace("_", "-") for name in fixed if name in cfg.given]
     if clash:
         raise UserError(f"--as {cfg.as_} fixes --{clash[0]}; leave one of the two out.")
     return PROTOCOLS[cfg.as_]

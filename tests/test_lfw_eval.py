@@ -34,27 +34,27 @@ from models import build_model
 from tests.helpers.paths import ROOT
 from utils import UserError
 
-PEOPLE = 12  # two images each; 4 folds of 3 matched and 3 mismatched pairs
+IDENTITIES = 12  # two images each; 4 folds of 3 genuine and 3 impostor pairs
 
 
-def face_of(person, shot):
-    """A 112x112 face in the person's colours, a little different in each shot."""
-    rng = np.random.default_rng([person, 9])
+def face_of(identity, shot):
+    """A 112x112 face in the identity's colours, a little different in each shot."""
+    rng = np.random.default_rng([identity, 9])
     cells = rng.integers(0, 256, (7, 7, 3)).astype(np.float32)
-    noise = np.random.default_rng([person, shot]).normal(0, 12, (7, 7, 3))
+    noise = np.random.default_rng([identity, shot]).normal(0, 12, (7, 7, 3))
     return np.kron(np.clip(cells + noise, 0, 255).astype(np.uint8), np.ones((16, 16, 1), np.uint8))
 
 
-def name_of(person):
-    return f"李_{person}" if person % 2 else f"Ann_{person}"
+def name_of(identity):
+    return f"李_{identity}" if identity % 2 else f"Ann_{identity}"
 
 
 def pairs_text(folds=4, each=3):
     lines = [f"{folds}\t{each}"]
     for fold in range(folds):
-        people = range(fold * each, fold * each + each)
-        lines += [f"{name_of(p)}\t1\t2" for p in people]
-        lines += [f"{name_of(p)}\t1\t{name_of((p + 5) % PEOPLE)}\t2" for p in people]
+        identities = range(fold * each, fold * each + each)
+        lines += [f"{name_of(p)}\t1\t2" for p in identities]
+        lines += [f"{name_of(p)}\t1\t{name_of((p + 5) % IDENTITIES)}\t2" for p in identities]
     return "\n".join(lines) + "\n"
 
 
@@ -62,18 +62,18 @@ def pairs_text(folds=4, each=3):
 def data(tmp_path):
     """data/ with a prepared LFW, its pairs, and the archive of 250x250 images it came from."""
     folder = tmp_path / "data" / "faces_lfw_112x112"
-    faces = [(person, shot) for person in range(PEOPLE) for shot in (1, 2)]
+    faces = [(identity, shot) for identity in range(IDENTITIES) for shot in (1, 2)]
     jpegs = [encode_jpeg(face_of(*face)) for face in faces]
-    write_dataset(folder, jpegs, [person for person, _ in faces])
+    write_dataset(folder, jpegs, [identity for identity, _ in faces])
     archive = tmp_path / "data" / "lfw-funneled.tgz"
     rows = [INDEX_HEADER]
     with tarfile.open(archive, "w:gz") as tar:
-        for record, (person, shot) in enumerate(faces, 1):
-            name = f"lfw_funneled/{name_of(person)}/{name_of(person)}_{shot:04d}.jpg"
+        for record, (identity, shot) in enumerate(faces, 1):
+            name = f"lfw_funneled/{name_of(identity)}/{name_of(identity)}_{shot:04d}.jpg"
             status = "central_crop" if record in (2, 5) else "ok"
             points = [[80, 90], [120, 90], [100, 110], [85, 130], [115, 130]]
-            found = () if status == "central_crop" else (0.99, (60, 60, 140, 150), points)
-            row = IndexRow(record, person, name_of(person), name, status, *found)
+            detection = () if status == "central_crop" else (0.99, (60, 60, 140, 150), points)
+            row = IndexRow(record, identity, name_of(identity), name, status, *detection)
             rows.append(format_index_row(row))
             image = encode_jpeg(np.full((250, 250, 3), record, np.uint8))
             member = tarfile.TarInfo(name)
@@ -97,23 +97,23 @@ def mean_colours(faces):
 
 def test_load_a_prepared_folder(data):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    assert len(lfw.images) == len(lfw.pairs.names) == 2 * PEOPLE
+    assert len(lfw.images) == len(lfw.pairs.names) == 2 * IDENTITIES
     assert (lfw.name, lfw.missed, lfw.faces_status.count("central_crop")) == ("lfw", 2, 2)
     assert (lfw.box.shape, lfw.points.shape) == ((24, 4), (24, 5, 2))
     assert lfw.points[3].tolist() == [[80, 90], [120, 90], [100, 110], [85, 130], [115, 130]]
     for name, image in zip(lfw.pairs.names, lfw.images, strict=True):
-        person, shot = int(name.split("/")[0].split("_")[1]), int(name[-4:])
-        assert np.abs(image.numpy().astype(int) - face_of(person, shot)).mean() < 6  # JPEG
-    people = np.array([name.split("/")[0] for name in lfw.pairs.names])
-    assert ((people[lfw.pairs.first] == people[lfw.pairs.second]) == lfw.pairs.same).all()
+        identity, shot = int(name.split("/")[0].split("_")[1]), int(name[-4:])
+        assert np.abs(image.numpy().astype(int) - face_of(identity, shot)).mean() < 6  # JPEG
+    identities = np.array([name.split("/")[0] for name in lfw.pairs.names])
+    assert ((identities[lfw.pairs.first] == identities[lfw.pairs.second]) == lfw.pairs.same).all()
 
 
 def test_faces_that_no_pair_names_are_not_counted(data):
     text = "2\t1\nAnn_0\t1\t2\nAnn_0\t1\tAnn_2\t2\nAnn_4\t1\t2\nAnn_4\t1\t李_3\t2\n"
     (data / "pairs.txt").write_text(text, "utf-8")
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    people = ["Ann_0", "Ann_0", "Ann_2", "Ann_4", "Ann_4", "李_3"]
-    assert [name.split("/")[0] for name in lfw.pairs.names] == people
+    identities = ["Ann_0", "Ann_0", "Ann_2", "Ann_4", "Ann_4", "李_3"]
+    assert [name.split("/")[0] for name in lfw.pairs.names] == identities
     assert lfw.missed == 1  # record 2 is Ann_0's second image, record 5 the first of Ann_2
 
 
@@ -147,7 +147,7 @@ def test_bad_pairs_files_get_a_sentence(data, content, complaint):
 
 
 def test_load_bin_embeds_each_face_once(tmp_path):
-    jpegs = [encode_jpeg(face_of(person, 1)) for person in range(3)]
+    jpegs = [encode_jpeg(face_of(identity, 1)) for identity in range(3)]
     order = [0, 1, 0, 0, 1, 1] + [2, 0] * 8
     same = [False, True, True] + [False] * 8
     write_bin(tmp_path / "lfw.bin", [jpegs[i] for i in order], same)
@@ -209,7 +209,7 @@ def test_worst_errors_come_first():
     positives, negatives = verification.worst_errors(scores, same, 0.6)
     assert positives.tolist() == [0, 2]
     assert negatives.tolist() == [4, 1]
-    assert [len(found) for found in verification.worst_errors(scores, same, 0.9)] == [1, 3]
+    assert [len(errors) for errors in verification.worst_errors(scores, same, 0.9)] == [1, 3]
 
 
 # ---------------------------------------------------------------- galleries
@@ -253,12 +253,12 @@ def test_galleries_fall_back_on_aligned_faces(data, tmp_path):
 
 def test_galleries_turn_other_formats_into_jpeg(data, tmp_path):
     lfw = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    person = tmp_path / "originals" / "lfw" / name_of(0)
-    person.mkdir(parents=True)
+    identity = tmp_path / "originals" / "lfw" / name_of(0)
+    identity.mkdir(parents=True)
     image = np.zeros((250, 250, 3), np.uint8)
     image[..., 2] = 200  # red, in OpenCV's order
-    (person / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
-    (person / "Ann_0_0002.bmp").write_bytes(b"no image")
+    (identity / "Ann_0_0001.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    (identity / "Ann_0_0002.bmp").write_bytes(b"no image")
     errors = {"fp": np.array([], int), "fn": np.array([0])}
     notice = galleries.write_galleries(
         tmp_path, lfw.pairs, lfw.images, errors, str(tmp_path / "originals")
@@ -347,10 +347,10 @@ def test_report_of_others_models_goes_into_a_folder_of_its_own(data, tmp_path, m
 def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
-    order = [person for person in range(20) for _ in (0, 1)]
-    jpegs = [encode_jpeg(face_of(person, i % 2 + 1)) for i, person in enumerate(order)]
-    matched, mismatched = jpegs, jpegs[:1] + jpegs[2:] + jpegs[:1]
-    faces = [x for i in range(0, 40, 2) for x in matched[i : i + 2] + mismatched[i : i + 2]]
+    order = [identity for identity in range(20) for _ in (0, 1)]
+    jpegs = [encode_jpeg(face_of(identity, i % 2 + 1)) for i, identity in enumerate(order)]
+    genuine, impostor = jpegs, jpegs[:1] + jpegs[2:] + jpegs[:1]
+    faces = [x for i in range(0, 40, 2) for x in genuine[i : i + 2] + impostor[i : i + 2]]
     write_bin("data/cfp_fp.bin", faces, [True, False] * 20)
     flags = ("--checkpoint", "theirs.pth", "--network", "tiny", "--sets", "lfw,cfp_fp")
     main(*flags)
@@ -363,9 +363,9 @@ def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, mon
     main(*flags)
     again = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
     assert [r["from_cache"] for r in again["sets"].values()] == [True, True]
-    for name, found in report["sets"].items():
+    for name, metrics in report["sets"].items():
         for key in ("accuracy", "fold_thresholds", "tar_at_far", "auc"):
-            assert again["sets"][name][key] == found[key]
+            assert again["sets"][name][key] == metrics[key]
 
 
 def test_the_protocol_is_named_and_those_of_others_are_fixed(data, tmp_path, monkeypatch, capsys):
@@ -403,11 +403,11 @@ def test_last_epoch_stands_beside_best_epoch(data, tmp_path, monkeypatch, capsys
     report = json.loads((run / "lfw.json").read_text("utf-8"))
     (other,) = report["compared_with"]
     assert (report["epoch"], other["epoch"]) == (2, 9)
-    found = other["sets"]["lfw"]
-    assert found["comparison"]["accuracy_difference"] == pytest.approx(
-        report["accuracy"] - found["accuracy"]
+    metrics = other["sets"]["lfw"]
+    assert metrics["comparison"]["accuracy_difference"] == pytest.approx(
+        report["accuracy"] - metrics["accuracy"]
     )
-    assert found["comparison"]["verdict"] in printed
+    assert metrics["comparison"]["verdict"] in printed
     save_other(run / "last.pt", epoch=2, seed=0)
     main()
     assert "last.pt is of the same epoch, 2." in capsys.readouterr().out
@@ -449,13 +449,13 @@ def test_the_report_holds_intervals_and_operating_points(data, tmp_path, monkeyp
     report = json.loads(next((tmp_path / "runs").glob("*-s4/lfw.json")).read_text("utf-8"))
     low, high = report["intervals"]["accuracy"]
     assert low <= report["accuracy"] <= high
-    assert report["identities"] == PEOPLE
+    assert report["identities"] == IDENTITIES
     assert report["operating_points"] == []  # 12 impostor pairs support none
     assert len(report["operating_points_refused"]) == 4
     assert {"slope", "intercept", "ece", "bins"} <= report["calibration"].keys()
     printed = capsys.readouterr().out
     assert "FAR 1e-1 is not shown: 1.2 of 12 impostor pairs would decide it" in printed
-    assert f"bootstrap over {PEOPLE} identities (known by name), 1,000 resamples" in printed
+    assert f"bootstrap over {IDENTITIES} identities (known by name), 1,000 resamples" in printed
 
 
 def test_lfw_json_has_the_keys_of_its_type_in_their_order(data, tmp_path, monkeypatch):

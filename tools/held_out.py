@@ -60,7 +60,7 @@ class Settings(Config):
     hold_out: str = setting("", "list of the identities; default: data_dir/held_out.txt")
 
 
-def open_checkpoint(cfg: Settings) -> EvaluatedModel:
+def open_evaluated_model(cfg: Settings) -> EvaluatedModel:
     """The model that is tested, or that chooses the hardest impostors."""
     model = open_model(
         Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")),
@@ -82,7 +82,7 @@ def write_held_out_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -
     indices = np.flatnonzero(np.isin(reader.labels, identities))
     embeddings = None
     if cfg.hard_negatives:
-        model = open_checkpoint(cfg)
+        model = open_evaluated_model(cfg)
         decoded, embeddings = embed_records(reader, indices, model.embed, cfg.workers)
         indices = indices[decoded]
     pairs = make_verification_pairs(reader.labels[indices], cfg.make_pairs, cfg.seed, embeddings)
@@ -107,7 +107,7 @@ def write_held_out_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -
 def evaluate_all_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
     """Compare all images of the held-out identities, print the table, write the JSON."""
     identities = read_held_out(list_path, reader)
-    model = open_checkpoint(cfg)
+    model = open_evaluated_model(cfg)
     if model.is_ours and not load_checkpoint(model.checkpoint)["config"].get("hold_out"):
         print("Warning: this model was trained without --hold-out; it may know these identities.")
     indices = np.flatnonzero(np.isin(reader.labels, identities))

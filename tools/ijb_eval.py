@@ -1,14 +1,14 @@
-"""How good is a model on IJB-B or IJB-C: TAR at FAR of templates, and identification.
+"""Evaluate a model on IJB-B or IJB-C: TAR at FAR of templates, and identification.
 
     python -m tools.ijb_eval --ijb data/IJBC                       # the newest run's best.pt
     python -m tools.ijb_eval --ijb data/IJBC --checkpoint backbone.pth --network r50
     python -m tools.ijb_eval --ijb data/IJBC --no-flip --no-norm-weight --no-detector-score
 
-The folder holds meta/ and loose_crop/ as InsightFace passes them around (see ijb_files.py). Every
-image is aligned by the five points that are given for it and embedded once; the features are kept
-in runs/<run>/embeddings/. It prints TAR at FAR 1e-1 to 1e-6 (1:1) and, where the lists for it are
-there, rank-1, rank-5 and TPIR at FPIR 0.1 and 0.01 (1:N); the same goes to runs/<run>/ijbc.json,
-and the ROC to images/ijbc_roc.png.
+The folder holds meta/ and loose_crop/ of InsightFace's download (see evaluation/ijb_files.py).
+Every image is aligned by its five points in the metadata and embedded once; the features are cached
+in runs/<run>/embeddings/. It prints TAR at FAR 1e-1 to 1e-6 (1:1) and, if the folder has the lists
+for it, rank-1, rank-5 and TPIR at FPIR 0.1 and 0.01 (1:N). The metrics go to runs/<run>/ijbc.json,
+the ROC to images/ijbc_roc.png.
 """
 
 from __future__ import annotations

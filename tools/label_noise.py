@@ -1,4 +1,4 @@
-"""Find wrong labels with a trained model: each image's angle to its class centre, and to others'.
+"""Find wrong labels with a trained model, by each image's angle to its own and other classes.
 
     python -m tools.label_noise             # the newest run's last.pt and its training set
     python -m tools.label_noise --checkpoint runs/<run>/best.pt --train-set data/faces_other_112x112

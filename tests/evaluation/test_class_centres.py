@@ -68,11 +68,11 @@ def by_loops(vectors, labels, nearer_by, max_angle):
 def test_images_are_left_out_as_by_plain_loops(crowd, nearer_by, max_angle):
     vectors, labels, truth = crowd
     asked = {"nearer_by": nearer_by, "max_angle": max_angle}
-    found, kept = leave_one_out(vectors, torch.from_numpy(labels), CLASSES, **asked)
+    result, kept = leave_one_out(vectors, torch.from_numpy(labels), CLASSES, **asked)
     (angle, other, other_angle), expected = by_loops(vectors, labels.tolist(), **asked)
-    np.testing.assert_allclose(found.angle, angle, atol=0.02)
-    np.testing.assert_allclose(found.other_angle, other_angle, atol=0.02)
-    assert np.array_equal(found.other, other)
+    np.testing.assert_allclose(result.angle, angle, atol=0.02)
+    np.testing.assert_allclose(result.other_angle, other_angle, atol=0.02)
+    assert np.array_equal(result.other, other)
     assert np.array_equal(kept, expected)
     assert set(labels[kept]) == set(labels)
     if nearer_by == 12:
@@ -85,26 +85,26 @@ def test_classes_of_one_and_of_two():
     east, north, up = np.eye(3)
     near = lambda v: v + 0.1 * np.ones(3)  # noqa: E731
     vectors = unit(np.stack([east, near(east), north, near(north), east, up, up]))
-    # Class 2 has an image of class 0 and one like nobody; class 3 has one image.
+    # Class 2 has an image of class 0 and one like no class; class 3 has one image.
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3])
     vectors[5] = unit(np.array([[-1.0, -1.0, 0.2]]))
-    found, kept = leave_one_out(vectors, labels, 5, nearer_by=12.0)
+    result, kept = leave_one_out(vectors, labels, 5, nearer_by=12.0)
     assert kept.tolist() == [True, True, True, True, False, True, True]
-    assert found.angle[[5, 6]].tolist() == [0.0, 0.0]
-    assert found.other[4] == 0
-    assert 4 not in found.other  # a class without images is nobody's nearest
+    assert result.angle[[5, 6]].tolist() == [0.0, 0.0]
+    assert result.other[4] == 0
+    assert 4 not in result.other  # a class without images is never the nearest
 
 
 def test_a_crowds_dominant_centres_are_those_of_most_images():
     rng = np.random.default_rng(0)
     weight, vectors = unit(rng.normal(size=(3 * CLASSES, 8))), unit(rng.normal(size=(2500, 8)))
     labels = rng.integers(0, CLASSES, 2500)
-    found = dominant_centres(vectors, torch.from_numpy(labels), 5 * weight, CLASSES)
+    result = dominant_centres(vectors, torch.from_numpy(labels), 5 * weight, CLASSES)
     for label in range(CLASSES):
         votes = [0, 0, 0]
         for vector in vectors[labels == label]:
             votes[int(np.argmax([vector @ weight[3 * label + k] for k in range(3)]))] += 1
-        assert torch.allclose(found[label], weight[3 * label + int(np.argmax(votes))], atol=1e-6)
+        assert torch.allclose(result[label], weight[3 * label + int(np.argmax(votes))], atol=1e-6)
 
 
 def test_what_a_noisy_sub_centre_caught_is_far_from_the_dominant_one():
@@ -116,21 +116,23 @@ def test_what_a_noisy_sub_centre_caught_is_far_from_the_dominant_one():
     rows = torch.from_numpy(np.stack([noise, clean], 1).reshape(8, 16)).float()
     centres = dominant_centres(vectors, torch.from_numpy(labels), rows, 4)
     assert torch.equal(centres, torch.from_numpy(clean).float())
-    found = angles_to_centres(vectors, torch.from_numpy(labels), centres)
-    assert np.array_equal(found.keep_mask(nearer_by=180.0, max_angle=75.0), ~wrong)
+    result = angles_to_centres(vectors, torch.from_numpy(labels), centres)
+    assert np.array_equal(result.keep_mask(nearer_by=180.0, max_angle=75.0), ~wrong)
 
 
 def test_scores_are_the_angles_one_by_one():
     rng = np.random.default_rng(0)
     vectors, labels = unit(rng.normal(size=(3000, 8))), rng.integers(0, 30, 3000)
     centres = torch.from_numpy(rng.normal(size=(30, 8))).float()
-    found = angles_to_centres(vectors, torch.from_numpy(labels), centres)
-    whole = centres.double().numpy() / np.linalg.norm(centres.double().numpy(), axis=1)[:, None]
-    angles = np.degrees(np.arccos(np.clip(vectors.double().numpy() @ whole.T, -1, 1)))
+    result = angles_to_centres(vectors, torch.from_numpy(labels), centres)
+    directions = (
+        centres.double().numpy() / np.linalg.norm(centres.double().numpy(), axis=1)[:, None]
+    )
+    angles = np.degrees(np.arccos(np.clip(vectors.double().numpy() @ directions.T, -1, 1)))
     rows = np.arange(3000)
-    np.testing.assert_allclose(found.angle, angles[rows, labels], atol=0.02)
+    np.testing.assert_allclose(result.angle, angles[rows, labels], atol=0.02)
     angles[rows, labels] = 999
-    np.testing.assert_allclose(found.other_angle, angles.min(1), atol=0.02)
-    assert np.mean(found.other == angles.argmin(1)) > 0.999
-    expected = (found.angle - found.other_angle <= 5) & (found.angle <= 60)
-    assert np.array_equal(found.keep_mask(nearer_by=5, max_angle=60), expected)
+    np.testing.assert_allclose(result.other_angle, angles.min(1), atol=0.02)
+    assert np.mean(result.other == angles.argmin(1)) > 0.999
+    expected = (result.angle - result.other_angle <= 5) & (result.angle <= 60)
+    assert np.array_equal(result.keep_mask(nearer_by=5, max_angle=60), expected)

@@ -52,8 +52,8 @@ def test_another_model_or_face_is_embedded(tmp_path, images, changed):
     if changed == "order":
         other = images.flip(0)
     checksum = "b" if changed == "model" else "a"
-    found = EmbeddingCache(tmp_path, "best", checksum).views(network, "lfw", other, flip=False)
-    np.testing.assert_array_equal(found[0], network(other).numpy())
+    result = EmbeddingCache(tmp_path, "best", checksum).views(network, "lfw", other, flip=False)
+    np.testing.assert_array_equal(result[0], network(other).numpy())
     assert network.faces == 15
     assert len(list(tmp_path.iterdir())) == 1  # the old file has gone
 
@@ -93,8 +93,8 @@ def test_a_corrupt_file_gets_a_sentence_and_is_written_again(tmp_path, images, c
         np.savez(path, key=content["key"], embeddings=np.array([Bomb()] * 5, dtype=object))
     else:
         damage(path, how, expected)
-    found = cache.views(network, "lfw", images, flip=False)
-    np.testing.assert_array_equal(found, expected)
+    result = cache.views(network, "lfw", images, flip=False)
+    np.testing.assert_array_equal(result, expected)
     said = capsys.readouterr().out
     assert "lfw-best.npz is corrupt" in said
     assert said.count("\n") == 1
@@ -109,11 +109,11 @@ def test_no_damage_at_any_byte_is_taken_for_an_embedding(tmp_path, images):
     expected = cache.views(Network(), "lfw", images, flip=False)[0]
     with np.load(path) as stored:
         key = str(stored["key"])
-    whole = path.read_bytes()
-    for place in range(0, len(whole), 3):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        found = load_embeddings(path, key, 5)
-        assert found is None or np.array_equal(found, expected)
+    complete = path.read_bytes()
+    for index in range(0, len(complete), 3):
+        path.write_bytes(complete[:index] + bytes([complete[index] ^ 0x55]) + complete[index + 1 :])
+        result = load_embeddings(path, key, 5)
+        assert result is None or np.array_equal(result, expected)
 
 
 def test_a_models_checksum_covers_file_and_settings(tmp_path):

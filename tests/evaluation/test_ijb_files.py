@@ -19,8 +19,8 @@ def test_metadata_is_read_in_the_order_of_the_images(ijb_folder):
     assert ids[first[:7]].tolist() == [10] * 6 + [11]
     assert ids[second[:7]].tolist() == [100, 101, 102, 103, 104, 105, 100]
     assert np.flatnonzero(same).tolist() == [0, 7, 14, 21, 28, 35]
-    place, subjects = read_template_subjects(ijb.meta / "ijbc_1N_probe_mixed.csv", ids)
-    assert (ids[place].tolist(), subjects.tolist()) == (list(range(100, 106)), list(range(6)))
+    index, subjects = read_template_subjects(ijb.meta / "ijbc_1N_probe_mixed.csv", ids)
+    assert (ids[index].tolist(), subjects.tolist()) == (list(range(100, 106)), list(range(6)))
 
 
 @pytest.mark.parametrize("block", [1, 10, 1 << 24])
@@ -29,8 +29,8 @@ def test_pairs_are_read_in_blocks_of_any_size(ijb_folder, edit_ijb, monkeypatch,
     expected = read_template_pairs(read_ijb(ijb_folder), np.r_[10:16, 100:106])
     monkeypatch.setattr("evaluation.ijb_files.READ_BYTES", block)
     folder = edit_ijb("ijbc_template_pair_label.txt", "15 105 1\n", f"15 105 1{newline}")
-    found = read_template_pairs(read_ijb(folder), np.r_[10:16, 100:106])
-    for column, wanted in zip(found, expected, strict=True):
+    result = read_template_pairs(read_ijb(folder), np.r_[10:16, 100:106])
+    for column, wanted in zip(result, expected, strict=True):
         assert (column == wanted).all()
 
 

@@ -12,7 +12,7 @@ from evaluation.pair_sets import find_pairs, find_set, identity_groups, load_set
 from fileio.bin_sets import read_bin, write_bin
 from fileio.images import encode_jpeg
 from tests.helpers.bounded import within
-from tests.test_lfw_eval import PEOPLE, data, face_of, name_of, pairs_text  # noqa: F401
+from tests.test_lfw_eval import IDENTITIES, data, face_of, name_of, pairs_text  # noqa: F401
 from tools import make_bin
 from utils import UserError
 
@@ -32,11 +32,11 @@ def list_text(suffix=".jpg", folder=""):
 def images(tmp_path):
     """A plain folder of aligned faces, as PNG and JPEG, with a list of pairs in it."""
     folder = tmp_path / "plain"
-    for person in range(PEOPLE):
-        (folder / name_of(person)).mkdir(parents=True)
+    for identity in range(IDENTITIES):
+        (folder / name_of(identity)).mkdir(parents=True)
         for shot in (1, 2):
-            path = folder / name_of(person) / f"{name_of(person)}_{shot:04d}.jpg"
-            path.write_bytes(encode_jpeg(face_of(person, shot)))
+            path = folder / name_of(identity) / f"{name_of(identity)}_{shot:04d}.jpg"
+            path.write_bytes(encode_jpeg(face_of(identity, shot)))
     (folder / "pairs.txt").write_text(list_text(), "utf-8")
     return folder
 
@@ -49,12 +49,12 @@ def images(tmp_path):
 def test_a_list_of_pairs_names_the_same_pairs_as_lfws_format(data, suffix, root):  # noqa: F811
     expected = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     (data / "list.txt").write_text(list_text(suffix, root), "utf-8")
-    found = load_set(data / "faces_lfw_112x112", data / "list.txt")
-    assert (found.images == expected.images).all()
+    result = load_set(data / "faces_lfw_112x112", data / "list.txt")
+    assert (result.images == expected.images).all()
     for field in ("first", "second", "same"):
-        assert (getattr(found.pairs, field) == getattr(expected.pairs, field)).all()
-    assert len(np.unique(found.pairs.folds)) == 10
-    assert (np.diff(found.pairs.folds) >= 0).all()
+        assert (getattr(result.pairs, field) == getattr(expected.pairs, field)).all()
+    assert len(np.unique(result.pairs.folds)) == 10
+    assert (np.diff(result.pairs.folds) >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_a_list_that_names_a_missing_image_gets_a_sentence(images):
 
 def test_a_plain_folder_of_aligned_faces_is_a_set(images, data):  # noqa: F811
     expected = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
-    found = load_set(images, find_pairs(images, data))
-    assert (found.images == expected.images).all()
-    assert (found.name, found.identity, found.points) == ("plain", None, None)
+    result = load_set(images, find_pairs(images, data))
+    assert (result.images == expected.images).all()
+    assert (result.name, result.identity, result.points) == ("plain", None, None)
 
 
 def test_images_of_another_size_or_none_get_a_sentence(images, tmp_path):
@@ -202,8 +202,8 @@ def test_identities_by_name_and_by_chains_of_genuine_pairs(data, tmp_path):  # n
     folder = load_set(data / "faces_lfw_112x112", data / "pairs.txt")
     groups, how = identity_groups(folder)
     assert how == "by name"
-    people = [name.split("/")[0] for name in folder.pairs.names]
-    assert (np.equal.outer(groups, groups) == np.equal.outer(people, people)).all()
+    identities = [name.split("/")[0] for name in folder.pairs.names]
+    assert (np.equal.outer(groups, groups) == np.equal.outer(identities, identities)).all()
     faces = [encode_jpeg(face_of(i, 1)) for i in range(6)]
     order = [0, 1, 1, 2, 3, 4, 0, 3, 5, 0] * 2  # 0, 1, 2 are one; 3, 4 another; 5 is alone
     same = [True, True, True, False, False] * 2

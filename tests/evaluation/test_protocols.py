@@ -17,17 +17,17 @@ from evaluation.protocols import (
 from evaluation.verification import Pairs, contiguous_folds
 
 
-def synthetic_views(seed, people=60, noise=1.0, pairs=400, dimensions=16):
-    """Views (2, n, d) of faces of people, and pairs of both kinds in mixed order."""
+def synthetic_views(seed, identities=60, noise=1.0, pairs=400, dimensions=16):
+    """Views (2, n, d) of faces of identities, and pairs of both kinds in mixed order."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(0, 1, (people, dimensions))
-    who = np.repeat(np.arange(people), 4)
-    faces = centres[who] + rng.normal(0, noise, (len(who), dimensions))
+    centres = rng.normal(0, 1, (identities, dimensions))
+    identity_of = np.repeat(np.arange(identities), 4)
+    faces = centres[identity_of] + rng.normal(0, noise, (len(identity_of), dimensions))
     views = np.stack([faces, faces + rng.normal(0, 0.3, faces.shape)]).astype(np.float32) * 7
     same = rng.random(pairs) < 0.5
-    first = rng.integers(0, len(who), pairs)
-    second = np.where(same, first // 4 * 4 + (first + 1) % 4, (first + 4 * 7) % len(who))
-    names = [f"{person}/{face}" for face, person in enumerate(who)]
+    first = rng.integers(0, len(identity_of), pairs)
+    second = np.where(same, first // 4 * 4 + (first + 1) % 4, (first + 4 * 7) % len(identity_of))
+    names = [f"{identity}/{face}" for face, identity in enumerate(identity_of)]
     return views, Pairs(names, first, second, same, contiguous_folds(pairs))
 
 
@@ -86,8 +86,8 @@ def test_insightfaces_folds_are_tenths_whatever_the_pairs_file_says():
     views, pairs = synthetic_views(1)
     other = pairs._replace(folds=np.arange(len(pairs.same)) % 4)
     expected = evaluate_views(views, pairs, PROTOCOLS["insightface"])[1]
-    found = evaluate_views(views, other, PROTOCOLS["insightface"])[1]
-    assert found["fold_accuracies"] == expected["fold_accuracies"]
+    result = evaluate_views(views, other, PROTOCOLS["insightface"])[1]
+    assert result["fold_accuracies"] == expected["fold_accuracies"]
 
 
 def test_the_papers_protocol_is_the_cosine_of_the_face_alone():
@@ -121,18 +121,18 @@ def test_the_mean_that_is_subtracted_has_not_seen_the_fold():
     views, pairs = synthetic_views(5)
     protocol = Protocol(subtract_mean=True)
     embeddings = fuse_views(views, protocol)
-    found = protocol_scores_by_fold(embeddings, pairs, protocol)
+    result = protocol_scores_by_fold(embeddings, pairs, protocol)
     for fold in range(10):
         others = pairs.folds != fold
         both = np.concatenate([embeddings[pairs.first[others]], embeddings[pairs.second[others]]])
         unit = normalize(embeddings - both.mean(0))
         np.testing.assert_allclose(
-            found[fold], np.sum(unit[pairs.first] * unit[pairs.second], 1), atol=1e-12
+            result[fold], np.sum(unit[pairs.first] * unit[pairs.second], 1), atol=1e-12
         )
     scores, report, _ = evaluate_views(views, pairs, protocol)
-    assert all(scores[i] == found[fold, i] for i, fold in enumerate(pairs.folds))
+    assert all(scores[i] == result[fold, i] for i, fold in enumerate(pairs.folds))
     right = [
-        np.mean((found[k] >= report["fold_thresholds"][k])[pairs.folds == k]
+        np.mean((result[k] >= report["fold_thresholds"][k])[pairs.folds == k]
                 == pairs.same[pairs.folds == k])
         for k in range(10)
     ]  # fmt: skip

@@ -22,11 +22,11 @@ def made_up(seed, images=300, dimensions=8):
 def test_a_template_is_the_sum_of_the_means_of_its_media(monkeypatch, unit_length, weighted, rows):
     monkeypatch.setattr(templates, "IMAGES_PER_BLOCK", rows)
     features, template_of, media_of, scores = made_up(0)
-    ids, found = build_templates(
+    ids, result = build_templates(
         features, template_of, media_of, scores if weighted else None, unit_length
     )
     assert ids.tolist() == [3, 5, 7, 12, 900, 901]
-    for template, embedding in zip(ids, found, strict=True):
+    for template, embedding in zip(ids, result, strict=True):
         total = np.zeros(8)
         for media in set(media_of[template_of == template]):
             rows_of = [
@@ -68,8 +68,8 @@ def test_tar_at_far_is_the_best_threshold_that_keeps_to_it(decimals):
     rng = np.random.default_rng(3)
     same = rng.random(3000) < 0.2
     scores = (rng.normal(0, 0.2, 3000) + 0.4 * same).round(decimals).astype(np.float32)
-    found = tar_at_fars(scores, same, ("1e-1", "1e-2", "1e-3", "1e-6"))
-    for far, point in found.items():
+    result = tar_at_fars(scores, same, ("1e-1", "1e-2", "1e-3", "1e-6"))
+    for far, point in result.items():
         best = max(
             np.mean(scores[same] >= threshold)
             for threshold in [*np.unique(scores), 9]
@@ -90,39 +90,39 @@ def naive_identification(similarity, probe_subjects, gallery_subjects):
     """Ranks, mates' scores and false alarms, one probe at a time."""
     ranks, mates, alarms = [], [], []
     for row, subject in zip(similarity, probe_subjects, strict=True):
-        by_person = {}
-        for score, person in zip(row, gallery_subjects, strict=True):
-            by_person[person] = max(score, by_person.get(person, -9))
-        mate = by_person.pop(subject, None)
+        by_identity = {}
+        for score, identity in zip(row, gallery_subjects, strict=True):
+            by_identity[identity] = max(score, by_identity.get(identity, -9))
+        mate = by_identity.pop(subject, None)
         if mate is None:
-            alarms.append(max(by_person.values()))
+            alarms.append(max(by_identity.values()))
         else:
             mates.append(mate)
-            ranks.append(1 + sum(score >= mate for score in by_person.values()))
+            ranks.append(1 + sum(score >= mate for score in by_identity.values()))
     return np.array(ranks), np.array(mates), np.array(alarms)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_identification_is_a_search_of_one_probe_at_a_time(seed):
     rng = np.random.default_rng(seed)
-    gallery_subjects = rng.integers(0, 30, 45)  # some people with several templates, some missing
+    gallery_subjects = rng.integers(0, 30, 45)  # some with several templates, some missing
     probe_subjects = rng.integers(0, 40, 400)
     centres = rng.normal(0, 1, (40, 6))
     gallery, probes = (
         (centres[s] + rng.normal(0, 0.9, (len(s), 6))).astype(np.float32)
         for s in (gallery_subjects, probe_subjects)
     )
-    found = identify(probes, probe_subjects, gallery, gallery_subjects, ("0.1", "0.01", "0.5"))
+    result = identify(probes, probe_subjects, gallery, gallery_subjects, ("0.1", "0.01", "0.5"))
     ranks, mates, alarms = naive_identification(
         probes @ gallery.T, probe_subjects, gallery_subjects
     )
-    assert (found["rank1"], found["rank5"]) == (np.mean(ranks == 1), np.mean(ranks <= 5))
-    assert (found["mated"], found["others"], found["best_non_mates"]) == (
+    assert (result["rank1"], result["rank5"]) == (np.mean(ranks == 1), np.mean(ranks <= 5))
+    assert (result["mated"], result["others"], result["best_non_mates"]) == (
         len(mates),
         len(alarms),
         False,
     )
-    for fpir, rate in found["tpir"].items():
+    for fpir, rate in result["tpir"].items():
         thresholds = [t for t in np.append(alarms, 99) if np.mean(alarms > t) <= float(fpir)]
         assert rate == pytest.approx(max(np.mean(mates > t) for t in thresholds))
 
@@ -130,16 +130,16 @@ def test_identification_is_a_search_of_one_probe_at_a_time(seed):
 def test_without_other_probes_the_best_non_mates_count():
     gallery = np.eye(3, dtype=np.float32)
     probes = np.array([[1, 0.2, 0], [0.3, 1, 0], [0, 0.9, 0.1]], np.float32)
-    found = identify(probes, np.array([5, 6, 7]), gallery, np.array([5, 6, 7]), ("0.4", "0.01"))
-    assert found["best_non_mates"]
-    assert (found["rank1"], found["rank5"]) == (2 / 3, 1)
+    result = identify(probes, np.array([5, 6, 7]), gallery, np.array([5, 6, 7]), ("0.4", "0.01"))
+    assert result["best_non_mates"]
+    assert (result["rank1"], result["rank5"]) == (2 / 3, 1)
     # Best non-mates: 0.2, 0.3, 0.9. One of three may be exceeded at 0.4, none at 0.01.
-    assert found["tpir"] == {"0.4": pytest.approx(2 / 3), "0.01": pytest.approx(2 / 3)}
+    assert result["tpir"] == {"0.4": pytest.approx(2 / 3), "0.01": pytest.approx(2 / 3)}
     with pytest.raises(ValueError, match="no probe has a mate"):
         identify(probes, np.array([8, 9, 9]), gallery, np.array([5, 6, 7]))
 
 
 def test_a_tie_counts_against_the_mate():
     gallery = np.array([[1, 0], [1, 0]], np.float32)
-    found = identify(gallery[:1], np.array([0]), gallery, np.array([0, 1]))
-    assert (found["rank1"], found["rank5"]) == (0, 1)
+    result = identify(gallery[:1], np.array([0]), gallery, np.array([0, 1]))
+    assert (result["rank1"], result["rank5"]) == (0, 1)

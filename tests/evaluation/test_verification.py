@@ -63,8 +63,8 @@ def test_parse_pairs_real_file(real_faces):
     assert (len(pairs.same), pairs.same.sum(), len(pairs.names)) == (6000, 3000, 7701)
     assert np.bincount(pairs.folds).tolist() == [600] * 10
     assert np.bincount(pairs.folds, weights=pairs.same).tolist() == [300] * 10
-    people = [name.split("/")[0] for name in pairs.names]
-    equal = [people[i] == people[j] for i, j in zip(pairs.first, pairs.second, strict=True)]
+    identities = [name.split("/")[0] for name in pairs.names]
+    equal = [identities[i] == identities[j] for i, j in zip(pairs.first, pairs.second, strict=True)]
     assert equal == pairs.same.tolist()
 
 
@@ -153,9 +153,9 @@ def test_cross_validate_by_hand():
     scores = np.array([0.8, 0.4, 0.5, 0.1, 0.9])
     same = np.array([True, False, True, False, True])
     folds = np.array([1, 1, 2, 2, 2])
-    found = ver.cross_validate(scores, same, folds)
-    np.testing.assert_allclose(found.thresholds, [0.3, 0.6])
-    np.testing.assert_allclose(found.accuracies, [1 / 2, 2 / 3])
+    result = ver.cross_validate(scores, same, folds)
+    np.testing.assert_allclose(result.thresholds, [0.3, 0.6])
+    np.testing.assert_allclose(result.accuracies, [1 / 2, 2 / 3])
 
 
 def test_cross_validate_never_looks_at_the_fold_it_scores():
@@ -163,8 +163,8 @@ def test_cross_validate_never_looks_at_the_fold_it_scores():
     folds = ver.contiguous_folds(len(same))
     before = ver.cross_validate(scores, same, folds).thresholds
     for number in range(10):
-        spoilt = np.where(folds == number, -scores, scores)
-        assert ver.cross_validate(spoilt, same, folds).thresholds[number] == before[number]
+        negated = np.where(folds == number, -scores, scores)
+        assert ver.cross_validate(negated, same, folds).thresholds[number] == before[number]
 
 
 def test_cross_validate_refuses_a_single_fold():
