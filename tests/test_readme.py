@@ -23,6 +23,21 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 FOREIGN = ("--nproc-per-node", "--nnodes", "--rdzv-", "--nodes", "--ntasks", "--gpus", "--cpus")
 FOREIGN += ("--array", "--wrap", "--logdir", "--help")
 
+# Words that this project used to say, and what it says instead.
+RETIRED = {
+    r"\bstrangers?\b": "untrusted, third-party",
+    r"\b(gone|goes|going|go) on with\b": "resume",
+    r"\bpassed over\b": "skipped",
+    r"\bpictures?\b": "image",
+    r"\bknobs?\b": "setting",
+    r"\bdrawn\b": "synthetic",
+    r"\b(mis)?matched\b": "genuine, impostor",
+    r"\bdamaged\b": "corrupt",
+    "校准": "对齐",
+    "准确度": "准确率",
+    r"批量 ?\d": "批大小",
+}
+
 
 def read(name):
     """The text of a page."""
@@ -158,6 +173,13 @@ def test_no_file_that_is_named_is_missing(page):
     for name in re.findall(rf"`((?:{folders})/[\w/.-]*)`", read(page)):
         if not name.startswith(("data/", "runs/", "demo/")):
             assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_use_the_terms_of_the_field(page):
+    for pattern, term in RETIRED.items():
+        old = re.search(pattern, read(page), re.IGNORECASE)
+        assert old is None, f"{page}: {old[0]!r} is {term!r} here"
 
 
 @pytest.mark.parametrize(
