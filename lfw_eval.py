@@ -33,6 +33,7 @@ from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, 
 
 if TYPE_CHECKING:
     from evaluation.evaluated_model import EvaluatedModel
+    from evaluation.pair_sets import SetResult
     from evaluation.protocols import Protocol
 
 
@@ -70,7 +71,7 @@ def main(cfg: Config) -> None:
     model = open_checkpoint(Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")))
     print(f"Model: {'' if cfg.checkpoint else 'the newest run, '}{model}")
 
-    results = []
+    results: list[SetResult] = []
     for path in paths:
         test_set = load_set(path, find_pairs(path, cfg.data_dir, cfg.pairs), cfg.workers)
         if test_set.name in [result.test_set.name for result in results]:

@@ -23,7 +23,7 @@ from evaluation.calibration import calibrate, operating_points
 from evaluation.embedders import Embed
 from evaluation.embedding_cache import EmbeddingCache
 from evaluation.evaluated_model import EvaluatedModel
-from evaluation.metrics import Comparison, RobustnessMetrics, SetMetrics, Statistics
+from evaluation.metrics import Comparison, Metrics, RobustnessMetrics, Statistics
 from evaluation.pair_sets import PairSet, SetResult, identity_groups
 from evaluation.protocols import Protocol, evaluate_views, fuse_views
 from evaluation.robustness import evaluate_corruptions
@@ -52,7 +52,7 @@ def evaluate_lfw(embed: Embed, test_set: PairSet) -> SetResult:
     return SetResult(test_set, scores, pair_set_metrics(scores, test_set), embeddings)
 
 
-def pair_set_metrics(scores: np.ndarray, test_set: PairSet) -> SetMetrics:
+def pair_set_metrics(scores: np.ndarray, test_set: PairSet) -> Metrics:
     """The metrics that the cosines of a set's pairs, (pairs,), give."""
     return {
         **verification.verify(scores, test_set.pairs.same, test_set.pairs.folds),
@@ -77,7 +77,7 @@ def evaluate_set(model: EvaluatedModel, test_set: PairSet, protocol: Protocol) -
     false_positives, false_negatives = verification.worst_errors(
         scores, pairs.same, metrics["best_threshold"]
     )
-    set_metrics: SetMetrics = {
+    set_metrics: Metrics = {
         **metrics,
         "faces": len(test_set.images),
         "missed_faces": test_set.missed,

@@ -50,6 +50,7 @@ def load_or_embed(ijb: Ijb, model: EvaluatedModel, flip: bool, workers: int = 0)
     features = open_features(path, key, len(ijb.files))
     if features is None:
         save_features(path, key, embed_ijb(ijb, model.embed, workers))
+        # Opened from the file, so that 1 GB of IJB-C's features need not stay in memory.
         features = open_features(path, key, len(ijb.files))
     return features
 

@@ -36,14 +36,23 @@ class VerificationMetrics(TypedDict):
     fold_thresholds: list[float]
 
 
-class ProtocolMetrics(VerificationMetrics, total=False):
-    """Metrics of a protocol; the last three are InsightFace's and exist under its protocol only."""
+class ProtocolName(TypedDict, total=False):
+    """The protocol by which metrics were computed."""
 
     protocol: dict[str, Any]  # the fields of protocols.Protocol
     protocol_in_words: str
+
+
+class InsightFaceMetrics(TypedDict, total=False):
+    """Further metrics that InsightFace quotes, under its protocol only."""
+
     standard_deviation: float  # of the folds' accuracies
     val: float  # "VAL at FAR val_far"
     val_far: float
+
+
+class ProtocolMetrics(VerificationMetrics, ProtocolName, InsightFaceMetrics):
+    """Metrics of scored pairs by a protocol, computed by protocols.evaluate_views."""
 
 
 class SetMetrics(ProtocolMetrics, total=False):

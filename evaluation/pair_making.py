@@ -54,19 +54,19 @@ def make_verification_pairs(
     folds = []
     for identities in np.array_split(rng.permutation(np.unique(labels)), NUM_FOLDS):
         images = [rng.permutation(np.flatnonzero(labels == identity)) for identity in identities]
-        if embeddings is None:
-            impostors = _random_impostors(images, rng)
-        else:
-            impostors = _hardest_impostors(images, labels, embeddings)
         genuine = _unique_pairs(_genuine_pairs(images, rng), wanted)
-        folds.append((genuine, _unique_pairs(impostors, wanted)))
-    # Equal sizes, so that a mean over folds weighs every pair alike.
-    size = min(len(pairs) for fold in folds for pairs in fold)
-    made = []
+        if embeddings is None:
+            candidates = _random_impostors(images, rng)
+        else:
+            candidates = _hardest_impostors(images, labels, embeddings)
+        folds.append((genuine, _unique_pairs(candidates, wanted)))
+    # Equal sizes, so that a mean over folds gives every pair the same weight.
+    size = min(len(kind) for fold in folds for kind in fold)
+    pairs = []
     for genuine, impostors in folds:
-        made += [(pair, True) for pair in genuine[:size]]
-        made += [(pair, False) for pair in impostors[:size]]
-    return made
+        pairs += [(pair, True) for pair in genuine[:size]]
+        pairs += [(pair, False) for pair in impostors[:size]]
+    return pairs
 
 
 def _genuine_pairs(images: list[np.ndarray], rng: np.random.Generator) -> Iterator[Pair]:

@@ -172,7 +172,7 @@ def _load_folder(path: Path, pairs_path: Path | str, workers: int) -> PairSet:
     if errors:
         raise UserError(f"{next(iter(errors.values()))} Prepare {path} again.")
     test_set = PairSet(path, set_name(path), images, pairs, missed=0)
-    if folder.table is None:
+    if folder.table is None or folder.rows is None:  # a folder of images
         return test_set
     table, rows = folder.table, folder.rows[used]
     status = [table.status[row] for row in rows]

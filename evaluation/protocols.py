@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation import verification
-from evaluation.metrics import ProtocolMetrics
+from evaluation.metrics import InsightFaceMetrics, ProtocolMetrics
 from evaluation.verification import PAIRS_PER_CHUNK, Folds, Pairs
 
 
@@ -143,7 +143,7 @@ def evaluate_views(
         scores = scores_by_fold[fold_index, np.arange(len(fold_index))]
     else:
         scores_by_fold = scores = protocol_scores(embeddings, pairs, protocol)
-    insightface: ProtocolMetrics = {}
+    insightface: InsightFaceMetrics = {}
     if protocol.threshold == "best":
         best = verification.best_threshold(scores, pairs.same)
         correct = (scores >= best) == pairs.same
@@ -167,7 +167,7 @@ def evaluate_views(
 
 def validate_on_grid(
     distances: np.ndarray, same: np.ndarray, folds: np.ndarray, far: float = 1e-3
-) -> tuple[Folds, ProtocolMetrics]:
+) -> tuple[Folds, InsightFaceMetrics]:
     """Cross-validation as InsightFace's verification.py does it, and its three further metrics.
 
     A pair is accepted if its squared distance is below the threshold, which is the first of the

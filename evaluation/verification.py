@@ -69,7 +69,9 @@ def parse_pairs(text: str) -> Pairs:
             f"line 1 promises {num_folds} x 2 x {count} pairs, but {len(lines) - 1} lines follow"
         )
     index: dict[str, int] = {}
-    first, second, same = [], [], []
+    first: list[int] = []
+    second: list[int] = []
+    same: list[bool] = []
     for line_number, line in enumerate(lines[1:], start=2):
         words = line.split("\t") if "\t" in line else line.split()
         genuine = len(words) == 3
