@@ -2,27 +2,38 @@
 
     python -m tools.detect_faces image.jpg ...
 
-prints a line per image: file, status (ok, retried, no_face), score, box and the five points of the
-face, in pixels, tab-separated.
+It prints a line per image: file, status (ok, retried, no_face), score, box and the five points of
+the face, in pixels, tab-separated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from typing import ClassVar
 
-import cv2
-
-from preprocessing.detector import FaceDetector, find_face
+from config import Config, parse_args, setting
 from utils import UserError, exit_on_user_error, get_device
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings(Config):
+    """Detection"""
+
+    SHARED: ClassVar[str] = "device"
+    image: tuple[str, ...] = setting((), "image files", positional="+")
+
+
 @exit_on_user_error
-def main(paths: list[str]) -> None:
-    """Print the faces of the images at `paths`."""
-    if not paths:
-        raise UserError("Name one or more images: python -m tools.detect_faces image.jpg ...")
-    detector = FaceDetector(get_device())
-    for path in paths:
+def main(cfg: Settings) -> None:
+    """Print the face of each image."""
+    # Imported here, so that --help answers at once.
+    import cv2
+
+    from preprocessing.detector import FaceDetector, find_face
+
+    detector = FaceDetector(get_device(cfg.device))
+    for path in cfg.image:
         image = cv2.imread(path, cv2.IMREAD_COLOR_RGB)
         if image is None:
             raise UserError(f"{path} is not an image that OpenCV can read.")
@@ -34,4 +45,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(parse_args(sys.argv[1:], "detect_faces", Settings, __doc__))

@@ -19,27 +19,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from config import Config, parse_args, setting
-from evaluation.all_pairs import all_pairs_table, tar_at_low_fars
-from evaluation.embed_records import embed_records
-from evaluation.embedders import InputSpec
-from evaluation.evaluated_model import EvaluatedModel, open_model
-from evaluation.pair_making import (
-    NUM_FOLDS,
-    choose_held_out_identities,
-    make_verification_pairs,
-)
-from fileio.bin_sets import write_bin
-from fileio.checkpoint_file import load_checkpoint
-from fileio.recordio import RecordReader
-from fileio.safe_files import atomic_write, make_folder
-from fileio.shards import is_sharded
-from training.sample_lists import read_held_out, write_held_out
 from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
+
+# What is heavy is imported in the functions that use it, so that --help answers at once.
+if TYPE_CHECKING:
+    from evaluation.evaluated_model import EvaluatedModel
+    from fileio.recordio import RecordReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +50,9 @@ class Settings(Config):
 
 def open_evaluated_model(cfg: Settings) -> EvaluatedModel:
     """The model that is tested, or that chooses the hardest impostors."""
+    from evaluation.embedders import InputSpec
+    from evaluation.evaluated_model import open_model
+
     model = open_model(
         Path(cfg.checkpoint or newest_run(cfg.runs_dir, "best.pt")),
         runs_dir=cfg.runs_dir,
@@ -78,6 +69,17 @@ def open_evaluated_model(cfg: Settings) -> EvaluatedModel:
 
 def write_held_out_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
     """Choose the identities, write their list and their pairs."""
+    import numpy as np
+
+    from evaluation.embed_records import embed_records
+    from evaluation.pair_making import (
+        NUM_FOLDS,
+        choose_held_out_identities,
+        make_verification_pairs,
+    )
+    from fileio.bin_sets import write_bin
+    from training.sample_lists import write_held_out
+
     identities = choose_held_out_identities(reader.labels, cfg.held_out_identities, cfg.seed)
     indices = np.flatnonzero(np.isin(reader.labels, identities))
     embeddings = None
@@ -106,6 +108,14 @@ def write_held_out_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -
 
 def evaluate_all_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> None:
     """Compare all images of the held-out identities, print the table, write the JSON."""
+    import numpy as np
+
+    from evaluation.all_pairs import all_pairs_table, tar_at_low_fars
+    from evaluation.embed_records import embed_records
+    from fileio.checkpoint_file import load_checkpoint
+    from fileio.safe_files import atomic_write, make_folder
+    from training.sample_lists import read_held_out
+
     identities = read_held_out(list_path, reader)
     model = open_evaluated_model(cfg)
     if model.is_ours and not load_checkpoint(model.checkpoint)["config"].get("hold_out"):
@@ -134,6 +144,9 @@ def evaluate_all_pairs(cfg: Settings, reader: RecordReader, list_path: Path) -> 
 @exit_on_user_error
 def main(cfg: Settings) -> None:
     """Make the pairs, or test on all of them."""
+    from fileio.recordio import RecordReader
+    from fileio.shards import is_sharded
+
     keep_freed_memory()
     folder = Path(cfg.train_set or Path(cfg.data_dir, "faces_webface_112x112"))
     if is_sharded(folder):

@@ -21,13 +21,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from config import Config, parse_args, setting
-from evaluation.embedders import InputSpec
-from evaluation.evaluated_model import open_model
-from evaluation.figures import plot_template_roc
-from evaluation.ijb import evaluate_ijb, ijb_table, load_or_embed
-from evaluation.ijb_files import read_ijb
-from evaluation.templates import IJB_FARS
-from fileio.safe_files import atomic_write, make_folder
 from utils import (
     UserError,
     exit_on_user_error,
@@ -53,6 +46,15 @@ class Settings(Config):
 @exit_on_user_error
 def main(cfg: Settings) -> None:
     """Evaluate a checkpoint by both protocols, print the table, write the JSON and the plot."""
+    # Imported here, so that --help answers at once.
+    from evaluation.embedders import InputSpec
+    from evaluation.evaluated_model import open_model
+    from evaluation.figures import plot_template_roc
+    from evaluation.ijb import evaluate_ijb, ijb_table, load_or_embed
+    from evaluation.ijb_files import read_ijb
+    from evaluation.templates import IJB_FARS
+    from fileio.safe_files import atomic_write, make_folder
+
     keep_freed_memory()
     if not cfg.ijb:
         raise UserError("Name the folder with meta/ and loose_crop/: --ijb data/IJBC.")
