@@ -34,9 +34,9 @@ from bench.common import (
     synchronise,
 )
 from bench.synthetic_inputs import records_or_synthetic
-from data_gen import load_images
 from evaluation.embedders import torch_embedder
 from evaluation.verification import contiguous_folds, pair_scores, verify
+from fileio.image_loader import load_images
 from fileio.recordio import RecordReader
 from models import build_model
 from utils import exit_on_user_error, keep_freed_memory

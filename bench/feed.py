@@ -31,7 +31,8 @@ from bench.common import (
     time_runs,
 )
 from bench.synthetic_inputs import records_or_synthetic
-from data_gen import FACE_BYTES, ImageStore, Split, load_images, normalise, split, train_batches
+from data_gen import FACE_BYTES, ImageStore, Split, make_split, normalise, train_batches
+from fileio.image_loader import load_images
 from fileio.images import decode_image
 from fileio.recordio import RecordReader
 from utils import core_count, exit_on_user_error, keep_freed_memory
@@ -84,7 +85,7 @@ def train_batches_rate(folder: Path, device: torch.device, cache: str) -> tuple[
     """Images per second of train_batches after a first epoch, and peak bytes."""
     keep_freed_memory()
     reader = RecordReader(folder)
-    faces = split(reader.labels, valid_fraction=0)
+    faces = make_split(reader.labels, valid_fraction=0)
     store = ImageStore(reader, faces, device, cache=cache)
     batch_size = min(TRAIN_BATCH, len(faces.train))
     began, count = 0.0, 0

@@ -141,7 +141,7 @@ def measure_set(folder: Path, batch: int, steps: int, workers: int) -> dict:
     torch.set_num_threads(1)
     before, began = resident_memory(), time.perf_counter()
     reader = ShardReader(folder)
-    order = ShardOrder(reader.starts, batch, seed=0, every=50)
+    order = ShardOrder(reader.starts, batch, seed=0, valid_every=50)
     store = ShardStore(reader, order, torch.device("cpu"), workers)
     held_out = order.validation()
     start = time.perf_counter() - began

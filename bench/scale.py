@@ -43,7 +43,7 @@ from config import Config
 from distributed.process_group import process_group, world_size
 from heads.partial_fc import PartialFC
 from heads.softmax_margins import ArcFace
-from training.engine import Learner
+from train import build_engine
 from utils import core_count, exit_on_user_error, keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def training_step_seconds(network: str, batch: int, identities: int, repeats: in
     """Seconds of train.py's step on this process's slice of a global batch."""
     torch.manual_seed(0)
     cfg = Config(network=network, batch_size=batch)
-    engine = Learner(cfg, identities, CPU)
+    engine = build_engine(cfg, identities, CPU)
     engine.train()
     images = torch.randn(batch // world_size(), 3, 112, 112)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -149,7 +149,7 @@ def training_step_seconds(network: str, batch: int, identities: int, repeats: in
 def network_throughput(network: str, size: int, repeats: int) -> tuple[float, int]:
     """Images/s of the network with SGD in batches of `size`, and its number of parameters."""
     # Two classes: the head costs nothing.
-    engine = Learner(Config(network=network, batch_size=size), 2, CPU)
+    engine = build_engine(Config(network=network, batch_size=size), 2, CPU)
     engine.train()
     images = torch.randn(size, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 2, (size,))

@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 from bench.common import RESULTS, describe_machine
 from config import Config, parse_args
-from data_gen import load_images
 from evaluation import verification
 from evaluation.all_pairs import tar_at_low_fars
 from evaluation.embedders import Embed, load_embedder
 from evaluation.evaluate import evaluate_lfw
 from evaluation.pair_making import make_verification_pairs
 from evaluation.pair_sets import PairSet, find_pairs, load_set
+from fileio.image_loader import load_images
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder
 from training.sample_lists import read_held_out

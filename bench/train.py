@@ -35,7 +35,8 @@ from bench.common import (
 from config import Config
 from heads.softmax_margins import ArcFace
 from models import build_model
-from training.engine import Learner
+from train import build_engine
+from training.engine import Engine
 from utils import exit_on_user_error, has_bfloat16, keep_freed_memory, seed_everything
 
 CLASSES = 10572  # CASIA-WebFace
@@ -79,10 +80,10 @@ def project_step(
     return time_steps(lambda: engine.train_step(images, labels, 0.01, 0), device, steps)
 
 
-def make_engine(network: str, size: int, device: torch.device, **settings: Any) -> Learner:
+def make_engine(network: str, size: int, device: torch.device, **settings: Any) -> Engine:
     """Network, head and optimiser for `CLASSES` identities and batches of `size` images."""
     seed_everything(0)
-    return Learner(Config(network=network, batch_size=size, **settings), CLASSES, device)
+    return build_engine(Config(network=network, batch_size=size, **settings), CLASSES, device)
 
 
 def time_steps(step: Callable[[], Any], device: torch.device, steps: int) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_gen import ImageStore, load_images
+from data_gen import ImageStore
 from evaluation.embedders import Embed
+from fileio.image_loader import load_images
 from fileio.recordio import RecordReader
 
 IMAGES_IN_MEMORY = 4096  # 154 MB of pixels

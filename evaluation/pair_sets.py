@@ -22,11 +22,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from data_gen import load_images
 from evaluation import verification
 from evaluation.face_folders import open_face_folder
 from evaluation.metrics import Metrics
 from fileio.bin_sets import read_bin
+from fileio.image_loader import load_images
 from fileio.images import ImageError, decode_image
 from utils import FACE_SIZE, UserError
 

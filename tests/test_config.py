@@ -27,9 +27,8 @@ SCRIPTS = {
 # Where the settings of a script are read, besides in the script itself.
 READERS = {
     "lfw_eval": ["evaluation/evaluate"],
-    "train": ["training/dataset", "training/run", "training/engine", "training/resume"],
+    "train": ["training/run_report"],
     "pre_process": ["preprocessing/prepare", "preprocessing/sources"],
-    "label_noise": ["training/dataset", "training/resume"],
 }
 
 
@@ -128,7 +127,8 @@ def test_a_script_reads_every_setting_it_offers(script):
     own = script if SCRIPTS[script] is Config else f"tools/{script}"
     paths = [ROOT / f"{name}.py" for name in (own, *READERS.get(script, []))]
     code = "".join(path.read_text("utf-8") for path in paths if path.exists())
-    read = set(re.findall(r"\bcfg\.(\w+)", code)) | {"margin_option"}  # by cfg.margin_options
+    read = set(re.findall(r"\b(?:cfg\.|run\.|settings\[')(\w+)", code))
+    read |= {"margin_option"}  # by cfg.margin_options
     unread = set(settings_of(script, SCRIPTS[script])) - read
     assert not unread, f"{own}.py offers {unread} and does not read them"
 

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 import data_gen
-from data_gen import ImageStore, load_images, normalise, split, train_batches, valid_batches
+from data_gen import ImageStore, make_split, normalise, train_batches, valid_batches
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordError, RecordReader
+from fileio.recordio import RecordReader
 from training.augment import build_augmentation
 
 
@@ -26,13 +26,23 @@ def face(number):
 
 def store_of(folder, cache="ram", **options):
     reader = RecordReader(folder)
-    faces = split(reader.labels, valid_fraction=0.2, seed=0, **options)
+    faces = make_split(reader.labels, valid_fraction=0.2, seed=0, **options)
     return ImageStore(reader, faces, torch.device("cpu"), cache=cache, workers=2), faces
 
 
 def number_of(images):
     """Which image each of (n, 3, 112, 112) images in [-1, 1] is, by its green channel."""
     return ((images[:, 1].mean((1, 2)) * 127.5 + 127.5) / 4).round().long()
+
+
+def test_the_example_at_the_top_of_the_module_runs(folder):
+    example = [line[4:] for line in data_gen.__doc__.splitlines() if line.startswith("    ")]
+    assert len(example) == 5
+    code = "\n".join(example).replace("data/faces_webface_112x112", str(folder))
+    code = code.replace("batch_size=512", "batch_size=16")
+    names = vars(data_gen) | {"seen": []}
+    exec(code + "\n    seen.append((batch.images.shape, batch.labels.shape))", names)
+    assert names["seen"] == [((16, 3, 112, 112), (16,))] * 3
 
 
 @pytest.mark.parametrize("cache", ["ram", "none", "auto", "gpu"])
@@ -116,24 +126,24 @@ def test_chosen_images_come_as_their_mirror_images(folder, cache):
 
 def test_split_is_by_image_within_identities():
     labels = np.repeat(np.arange(200), np.arange(200) % 13 + 1)
-    faces = split(labels, valid_fraction=0.1, seed=0)
+    faces = make_split(labels, valid_fraction=0.1, seed=0)
     both = np.concatenate([faces.train, faces.valid])
     assert np.array_equal(np.sort(both), np.arange(len(labels)))
     assert set(faces.labels[faces.train]) == set(range(200))  # everybody keeps an image
     assert len(faces.valid) == pytest.approx(0.1 * len(labels), rel=0.15)
-    again = split(labels, valid_fraction=0.1, seed=0)
+    again = make_split(labels, valid_fraction=0.1, seed=0)
     assert np.array_equal(again.valid, faces.valid)
-    assert not np.array_equal(split(labels, valid_fraction=0.1, seed=1).valid, faces.valid)
-    assert len(split(labels, valid_fraction=0, seed=0).valid) == 0
+    assert not np.array_equal(make_split(labels, valid_fraction=0.1, seed=1).valid, faces.valid)
+    assert len(make_split(labels, valid_fraction=0, seed=0).valid) == 0
 
 
 def test_max_classes_keeps_the_largest_and_renumbers_them():
     labels = np.array([0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 5])
-    faces = split(labels, valid_fraction=0, max_classes=2)
+    faces = make_split(labels, valid_fraction=0, max_classes=2)
     assert faces.num_classes == 2
     assert labels[faces.indices].tolist() == [1, 1, 1, 3, 3, 3, 3]
     assert faces.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    everyone = split(labels, valid_fraction=0)
+    everyone = make_split(labels, valid_fraction=0)
     assert everyone.num_classes == 5  # nobody has label 4: no class without images
     assert everyone.labels.max() == 4
 
@@ -167,22 +177,15 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path, cache):
     jpegs[3] = jpegs[3][:40]
     write_dataset(tmp_path, jpegs, [i // 3 for i in range(12)])
     reader = RecordReader(tmp_path)
-    faces = split(reader.labels, valid_fraction=0)
+    faces = make_split(reader.labels, valid_fraction=0)
     store = ImageStore(reader, faces, torch.device("cpu"), cache=cache, workers=2)
-    positions = store.good(faces.train)
+    positions = store.readable(faces.train)
     batches = list(train_batches(store, positions, batch_size=len(positions), seed=0, epoch=0))
     assert 3 not in batches[0].positions
     assert len(batches[0].images) == len(batches[0].labels) == 11
-    assert list(store.bad) == [3]
-    assert "Record 4 of" in store.bad[3]  # ids of records begin at 1
-    assert store.names(np.array([0, 3])) == [1, 4]
-
-
-def test_images_of_another_size_are_an_error(tmp_path):
-    write_dataset(tmp_path, [encode_jpeg(np.zeros((96, 96, 3), np.uint8))] * 4, [0, 0, 1, 1])
-    (tmp_path / "property").unlink()
-    with pytest.raises(RecordError, match=r"96x96.*pre_process"):
-        load_images(RecordReader(tmp_path), np.arange(4))
+    assert list(store.corrupt) == [3]
+    assert "Record 4 of" in store.corrupt[3]  # ids of records begin at 1
+    assert store.record_ids(np.array([0, 3])) == [1, 4]
 
 
 def test_cache_goes_where_the_images_fit(monkeypatch):
@@ -193,9 +196,9 @@ def test_cache_goes_where_the_images_fit(monkeypatch):
 
 def test_real_records_feed(real_faces):
     reader = RecordReader(real_faces / "faces_mixed_112x112")
-    faces = split(reader.labels, valid_fraction=0.02, max_classes=20)
+    faces = make_split(reader.labels, valid_fraction=0.02, max_classes=20)
     store = ImageStore(reader, faces, torch.device("cpu"))
     batch = next(iter(train_batches(store, faces.train, batch_size=64, seed=0, epoch=0)))
-    assert not store.bad
+    assert not store.corrupt
     assert 0.2 < batch.images.std() < 0.9
     assert abs(batch.images.mean()) < 0.5

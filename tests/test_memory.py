@@ -63,20 +63,20 @@ print("megabytes", peak - before)
 TRAIN = """
 import sys
 import train
-from training import engine as learner
-from training import run as trainer
+import models
+from training.run import Run
 from config import parse_args
 from torch import nn
 
 layers = nn.AvgPool2d(16), nn.Flatten(), nn.Linear(147, 8)
-learner.build_model = lambda *_, **__: nn.Sequential(*layers)
-before, sizes, log = megabytes(), [], trainer.Trainer.log
+models.build_model = lambda *_, **__: nn.Sequential(*layers)
+before, sizes, log = megabytes(), [], Run._log_point
 
 def log_and_look(self, *args):
     log(self, *args)
     sizes.append(megabytes() - before)
 
-trainer.Trainer.log = log_and_look
+Run._log_point = log_and_look
 source, output = sys.argv[1:]
 flags = f"--cache none --train-set {source} --data-dir {output} --runs-dir {output}/runs --epochs 1"
 flags += f" --images-dir {output}/images --device cpu --workers 2 --checkpoint-minutes 0.02"

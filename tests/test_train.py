@@ -11,15 +11,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from config import parse_args
-from data_gen import ImageStore, normalise, split, train_batches
+from data_gen import normalise, train_batches
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
-from fileio.recordio import RecordReader
 from heads.softmax_margins import ArcFace
 from models import build_model
-from training.run import Trainer, TrainingError
+from training import engine
+from training.run import Run
 from training.schedule import learning_rate
+from training.step_errors import TrainingError
 
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 2 --device cpu"
@@ -47,11 +48,8 @@ def configure(folder, tmp_path):
     return make
 
 
-def make_trainer(cfg):
-    reader = RecordReader(cfg.train_set)
-    faces = split(reader.labels, valid_fraction=cfg.valid_fraction, seed=cfg.seed)
-    torch.manual_seed(cfg.seed)
-    return Trainer(cfg, ImageStore(reader, faces, torch.device("cpu")), faces)
+def make_run(cfg):
+    return train.build_run(cfg, Path(cfg.runs_dir))
 
 
 # ------------------------------------------------------------------------------ the schedule
@@ -85,18 +83,18 @@ def test_cosine_and_poly_schedules_with_warm_up():
 
 def test_a_step_is_sgd_on_the_arcface_loss(configure):
     cfg = configure("--no-amp --dropout 0 --clip-norm 0.5 --momentum 0.8 --weight-decay 0.01")
-    trainer = make_trainer(cfg)
+    run = make_run(cfg)
     torch.manual_seed(cfg.seed)
     model = build_model("tiny", 16)
     head = ArcFace(16, 4, 16.0, 0.2)
-    model.load_state_dict(trainer.learner.model.state_dict())
-    head.load_state_dict(trainer.learner.head.state_dict())
+    model.load_state_dict(run.engine.model.state_dict())
+    head.load_state_dict(run.engine.head.state_dict())
     parameters = [p for m in (model, head) for p in m.parameters() if p.requires_grad]
     speeds = [torch.zeros_like(p) for p in parameters]
 
     for number in range(2):
         images, labels = torch.randn(8, 3, 112, 112), torch.arange(8) % 4
-        loss, accuracy, norm_found = trainer.train_step(images, labels, lr=0.05 / (number + 1))
+        loss, accuracy, norm_found = run.train_step(images, labels, lr=0.05 / (number + 1))
 
         model.train()
         cosine = head.cosine(model(images))
@@ -110,26 +108,26 @@ def test_a_step_is_sgd_on_the_arcface_loss(configure):
                 p.sub_(0.05 / (number + 1) * v)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
         assert accuracy.item() == (cosine.argmax(1) == labels).float().mean()
-    for p, q in zip(parameters, trainer.learner.parameters, strict=True):
+    for p, q in zip(parameters, run.engine.parameters, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
 def test_embedding_scale_is_not_trained(configure):
-    trainer = make_trainer(configure())
-    before = trainer.learner.model.features.weight.clone()
-    trainer.train_step(torch.randn(8, 3, 112, 112), torch.arange(8) % 4, lr=0.1)
-    assert torch.equal(trainer.learner.model.features.weight, before)
+    run = make_run(configure())
+    before = run.engine.model.features.weight.clone()
+    run.train_step(torch.randn(8, 3, 112, 112), torch.arange(8) % 4, lr=0.1)
+    assert torch.equal(run.engine.model.features.weight, before)
 
 
 def test_bfloat16_step_is_close_to_float32(configure):
     losses, grads = [], []
     images, labels = torch.randn(16, 3, 112, 112), torch.arange(16) % 4
     for amp in (False, True):
-        trainer = make_trainer(configure("--dropout 0"))
-        trainer.learner.amp = amp
-        loss, _, norm = trainer.train_step(images, labels, lr=0.0)
+        run = make_run(configure("--dropout 0"))
+        run.engine.amp = amp
+        loss, _, norm = run.train_step(images, labels, lr=0.0)
         losses.append(loss.item())
-        grads.append(torch.cat([p.grad.flatten() for p in trainer.learner.parameters]))
+        grads.append(torch.cat([p.grad.flatten() for p in run.engine.parameters]))
         assert norm.item() == pytest.approx(grads[-1].norm().item(), rel=1e-4)
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert (grads[1] - grads[0]).norm() / grads[0].norm() < 0.25
@@ -179,18 +177,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(configure, tmp_path, mon
     expected = load_checkpoint(only_run(straight) / "last.pt")
 
     broken = configure(f"--runs-dir {tmp_path}/broken")
-    step = Trainer.train_step
+    step = Run.train_step
 
     def interrupted(self, *args):
         if self.global_step == 4:  # in the second epoch
             signal.raise_signal(signal.SIGINT)
         return step(self, *args)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(Run, "train_step", interrupted)
     with pytest.raises(SystemExit) as ended:
         train.main(broken)
     assert ended.value.code == 130
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Run, "train_step", step)
     stopped = load_checkpoint(only_run(broken) / "last.pt")
     assert (stopped["epoch"], stopped["step"]) == (1, 2)
 
@@ -239,24 +237,24 @@ def test_more_epochs_may_follow(configure):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_records(configure, capsys, monkeypatch):
     cfg = configure()
-    step = Trainer.train_step
+    step = Run.train_step
 
     def poisoned(self, images, labels, lr):
         if self.global_step == 5:
             images = images * math.nan
         return step(self, images, labels, lr)
 
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    monkeypatch.setattr(Run, "train_step", poisoned)
     with pytest.raises(SystemExit) as ended:
         train.main(cfg)
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    trainer = make_trainer(cfg)
+    run = make_run(cfg)
     batches = train_batches(
-        trainer.store, trainer.train_positions, batch_size=8, seed=0, epoch=1, first_step=2
+        run.store, run.train_positions, batch_size=8, seed=0, epoch=1, first_step=2
     )
     batch = next(batches)
-    records = trainer.store.names(batch.positions)
+    records = run.store.record_ids(batch.positions)
     assert (
         f"loss is nan at epoch 2, step 3 of 3 (loss nan, lr 0.1, scale 16), on records {records}"
         in error
@@ -275,12 +273,12 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(configure, capsys
 
 
 def test_weights_that_are_not_finite_are_not_saved(configure, tmp_path):
-    trainer = make_trainer(configure())
+    run = make_run(configure())
     with torch.no_grad():
-        trainer.learner.parameters[0].fill_(math.inf)
+        run.engine.parameters[0].fill_(math.inf)
     with pytest.raises(TrainingError, match="not finite"):
-        trainer.save(tmp_path / "last.pt")
-    assert not (tmp_path / "last.pt").exists()
+        run.save("last.pt")
+    assert not list(tmp_path.rglob("last.pt"))
 
 
 def test_sentences_for_sets_that_cannot_be_trained_on(configure, capsys, tmp_path):
@@ -297,11 +295,11 @@ def test_sentences_for_sets_that_cannot_be_trained_on(configure, capsys, tmp_pat
         assert text in capsys.readouterr().err
 
 
-def test_focal_loss_and_easy_margin_reach_the_trainer(configure):
-    trainer = make_trainer(configure("--focal-loss 1.5 --easy-margin"))
-    assert trainer.learner.criterion.gamma == 1.5
-    assert trainer.learner.head.easy_margin
-    assert isinstance(make_trainer(configure()).learner.criterion, torch.nn.CrossEntropyLoss)
+def test_focal_loss_and_easy_margin_reach_the_engine(configure):
+    run = make_run(configure("--focal-loss 1.5 --easy-margin"))
+    assert run.engine.criterion.gamma == 1.5
+    assert run.engine.head.easy_margin
+    assert isinstance(make_run(configure()).engine.criterion, torch.nn.CrossEntropyLoss)
 
 
 def test_a_network_that_does_not_exist_is_a_sentence(configure, capsys):
@@ -327,7 +325,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(configure, capsys,
         raise AssertionError("the second Ctrl-C did not stop it")
 
     cfg = configure()
-    monkeypatch.setattr(Trainer, "train_step", impatient)
+    monkeypatch.setattr(Run, "train_step", impatient)
     with pytest.raises(SystemExit) as ended:
         train.main(cfg)
     assert ended.value.code == 130
@@ -340,12 +338,11 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(configure, capsys,
     [("auto", 1999, "off"), ("auto", 2000, "on"), ("on", 1, "on"), ("off", 10**6, "off")],
 )
 def test_long_runs_are_compiled(asked, steps, decided, monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda name: f"/usr/bin/{name}")
-    cfg = parse_args(["--compile", asked], "train")
-    assert train.choose_compile(cfg, torch.device("cpu"), steps) == decided
+    monkeypatch.setattr(engine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert engine.choose_compile(asked, torch.device("cpu"), steps) == decided
 
 
 def test_a_long_run_without_a_compiler_goes_on_without(monkeypatch, capsys):
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
-    assert train.choose_compile(parse_args([], "train"), torch.device("cpu"), 10**6) == "off"
+    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    assert engine.choose_compile("auto", torch.device("cpu"), 10**6) == "off"
     assert "faster with a C++ compiler" in capsys.readouterr().out

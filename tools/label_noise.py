@@ -44,10 +44,9 @@ from evaluation.embed_records import embed_store
 from evaluation.embedders import InputSpec
 from evaluation.evaluated_model import EvaluatedModel, open_model
 from fileio.checkpoint_file import load_checkpoint
-from training.dataset import open_training_set
-from training.resume import check_run, fingerprint, resumed_config
+from training.dataset import DEFAULT_SET, open_training_set
+from training.resume import check_run, resumed_config
 from training.sample_lists import KeepList, write_keep_list
-from training.sharded_dataset import ShardStore
 from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
 
 
@@ -91,7 +90,7 @@ def open_run(cfg: Settings, model: EvaluatedModel) -> tuple[dict[str, Any], Conf
                 f"{path} was written by train.py and has its own --{name.replace('_', '-')} "
                 f"({own}); leave the flag out, it is for third-party state dicts."
             )
-    run = resumed_config(cfg, checkpoint, path)
+    run = resumed_config(cfg, checkpoint["config"], path)
     if "train_set" in cfg.given and run.margin != "subcenter":
         run = dataclasses.replace(run, keep="", hold_out="", max_classes=0)
     return checkpoint, run
@@ -104,7 +103,7 @@ def head_rows(
 
     UserError unless they are those of these images' classes.
     """
-    images = fingerprint(store, store.good(faces.train), store.good(faces.valid))
+    images = store.fingerprint(store.readable(faces.train), store.readable(faces.valid))
     if checkpoint["pictures"] != images:
         raise UserError(
             f"{path} was trained on other images than {store.reader.path} gives it now, and its "
@@ -155,18 +154,29 @@ def main(cfg: Settings) -> None:
     )
     print(f"Model: {model}")
     checkpoint, run = open_run(cfg, model)
-    store, faces = open_training_set(run, get_device(cfg.device))
-    if isinstance(store, ShardStore):
+    store, faces = open_training_set(
+        Path(run.train_set or Path(run.data_dir, DEFAULT_SET)),
+        get_device(cfg.device),
+        batch_size=run.batch_size,
+        seed=run.seed,
+        valid_fraction=run.valid_fraction,
+        max_classes=run.max_classes,
+        keep=run.keep,
+        hold_out=run.hold_out,
+        cache=run.cache,
+        workers=run.workers,
+    )
+    if store.labels is None:
         raise UserError("tools.label_noise needs a training set in one train.rec, not shards.")
     head = None
     if checkpoint and run.margin == "subcenter":
         head = head_rows(checkpoint, path, store, faces, int(run.margin_options["subcenters"]))
         if "max_angle" not in cfg.given:
             cfg = dataclasses.replace(cfg, max_angle=DOMINANT_ANGLE)
-    positions = store.good(np.arange(len(faces.indices)))
+    positions = store.readable(np.arange(len(faces.indices)))
     embeddings = embed_store(store, positions, model.embed)
     # Without a cache, images that cannot be decoded are found only while they are embedded.
-    decoded = np.isin(positions, store.good(positions))
+    decoded = np.isin(positions, store.readable(positions))
     positions, embeddings = positions[decoded], embeddings[torch.from_numpy(decoded)]
     labels = torch.from_numpy(faces.labels[positions])
     angles, keep = judge(cfg, embeddings, labels, faces.num_classes, head)

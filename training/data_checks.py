@@ -26,14 +26,15 @@ def check_training_set(
     `positions` (n,) are the images to train on, `num_classes` the head's classes. Raises
     UserError where training could not work.
     """
-    check_labels(store.labels, num_classes)
-    check_shuffled(store.labels[torch.from_numpy(positions).to(store.device)].cpu().numpy(), seed)
-    warning = missing_classes_warning(
-        store.reader.num_classes, num_classes, len(store.reader.labels)
-    )
-    if warning:
-        print(f"Warning: {warning}")
-    check_images(store, np.random.default_rng([seed, 2]).permutation(positions)[:SAMPLE_SIZE])
+    if store.labels is not None:  # those of a sharded set are read with its images
+        check_labels(store.labels, num_classes)
+        check_shuffled(store.labels_of(positions).cpu().numpy(), seed)
+        warning = missing_classes_warning(
+            store.reader.num_classes, num_classes, len(store.reader.labels)
+        )
+        if warning:
+            print(f"Warning: {warning}")
+    check_images(store, store.sample(positions, SAMPLE_SIZE, seed))
 
 
 def check_images(store: ImageStore, chosen: np.ndarray) -> None:
@@ -41,9 +42,10 @@ def check_images(store: ImageStore, chosen: np.ndarray) -> None:
 
     Raises UserError where training could not work.
     """
-    chosen = store.good(np.sort(chosen))
+    chosen = store.readable(np.sort(chosen))
     images = store.fetch(chosen).cpu().numpy()
-    images = images[np.isin(chosen, store.good(chosen))]  # without a cache, bad ones show only now
+    # Without a cache, corrupt images are found only now.
+    images = images[np.isin(chosen, store.readable(chosen))]
     if not len(images):
         raise UserError(f"None of {len(chosen)} sampled images can be decoded; see --train-set.")
     warnings = [check_not_constant(images), bgr_warning(images), alignment_warning(images)]

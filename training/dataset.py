@@ -1,6 +1,6 @@
 """The images of a run: opened, chosen, split and decoded, from one train.rec or from shards.
 
-store, faces = open_training_set(cfg, device)
+store, split = open_training_set(folder, device, batch_size=512, seed=0, valid_fraction=0.02)
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import Config
-from data_gen import ImageStore, Split, split
+from data_gen import ImageStore, Split, make_split
 from distributed.process_group import is_main
 from fileio.recordio import RecordReader
 from fileio.shards import ShardReader, is_sharded
@@ -19,51 +18,72 @@ from training.sample_lists import training_mask
 from training.sharded_dataset import ShardOrder, ShardStore
 from utils import UserError
 
+DEFAULT_SET = "faces_webface_112x112"  # in data_dir
+NAMED_CORRUPT = 5  # corrupt images that are named before training; the rest is counted
 
-def open_training_set(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
-    """The images to train on, decoded into their cache, and their split."""
-    folder = Path(cfg.train_set or Path(cfg.data_dir, "faces_webface_112x112"))
+
+def open_training_set(
+    folder: Path,
+    device: torch.device,
+    *,
+    batch_size: int,
+    seed: int,
+    valid_fraction: float,
+    max_classes: int = 0,
+    keep: str = "",
+    hold_out: str = "",
+    cache: str = "auto",
+    workers: int = 0,
+) -> tuple[ImageStore, Split]:
+    """The images to train on, decoded into their cache, and their split.
+
+    `keep` and `hold_out` are lists of sample_lists.py. Raises UserError if the folder is not a
+    training set, or if too little of it is left to train on.
+    """
     if not folder.exists():
         raise UserError(
             f"There is no training set at {folder}; prepare one (python pre_process.py), name one "
             "with --train-set, or try everything on synthetic faces (make demo)."
         )
     if is_sharded(folder):
-        return open_shards(cfg, folder, device)
+        for flag, value in {"max-classes": max_classes, "keep": keep, "hold-out": hold_out}.items():
+            if value:
+                raise UserError(f"--{flag} needs a set in one train.rec; leave it out for shards.")
+        return open_shards(folder, device, batch_size, seed, valid_fraction, workers)
     reader = RecordReader(folder)
-    used = training_mask(reader, keep=cfg.keep, hold_out=cfg.hold_out)
-    if used is not None:
-        print(f"Left out by lists: {np.sum(~used):,} of {len(used):,} images.")
-    faces = split(
-        reader.labels,
-        valid_fraction=cfg.valid_fraction,
-        max_classes=cfg.max_classes,
-        seed=cfg.seed,
-        used=used,
-    )
-    if faces.num_classes < 2:
+    mask = training_mask(reader, keep=keep, hold_out=hold_out)
+    if mask is not None:
+        print(f"Left out by lists: {np.sum(~mask):,} of {len(mask):,} images.")
+    options = {"valid_fraction": valid_fraction, "max_classes": max_classes, "seed": seed}
+    split = make_split(reader.labels, **options, used=mask)
+    if split.num_classes < 2:
         raise UserError(f"{folder} has one identity only; a classifier needs two or more.")
-    store = ImageStore(
-        reader, faces, device, cache=cfg.cache, workers=cfg.workers, progress="decoding" * is_main()
-    )
-    for why in list(store.bad.values())[:5]:
-        print(f"Left out: {why}")
-    if len(store.bad) > 5:
-        print(f"Left out: {len(store.bad) - 5} images more.")
-    if len(store.good(faces.train)) < 2:
+    progress = "decoding" if is_main() else ""
+    store = ImageStore(reader, split, device, cache=cache, workers=workers, progress=progress)
+    for reason in list(store.corrupt.values())[:NAMED_CORRUPT]:
+        print(f"Left out: {reason}")
+    if len(store.corrupt) > NAMED_CORRUPT:
+        print(f"Left out: {len(store.corrupt) - NAMED_CORRUPT} images more.")
+    if len(store.readable(split.train)) < 2:
         raise UserError(f"{folder} has no images left to train on.")
-    return store, faces
+    return store, split
 
 
-def open_shards(cfg: Config, folder: Path, device: torch.device) -> tuple[ShardStore, Split]:
-    """A training set of many record files, of which nothing is decoded ahead."""
-    for flag in ("max_classes", "keep", "hold_out"):
-        if getattr(cfg, flag):
-            flag = f"--{flag.replace('_', '-')}"
-            raise UserError(f"{flag} needs a set in one train.rec; leave it out for shards.")
+def open_shards(
+    folder: Path,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    valid_fraction: float,
+    workers: int = 0,
+) -> tuple[ShardStore, Split]:
+    """A training set of many record files, of which nothing is decoded in advance.
+
+    A fraction of 0.02 holds out every 50th image of each file.
+    """
     reader = ShardReader(folder)
-    every = max(2, round(1 / cfg.valid_fraction)) if cfg.valid_fraction else 0
-    order = ShardOrder(reader.starts, cfg.batch_size, cfg.seed, every)
-    store = ShardStore(reader, order, device, cfg.workers)
-    nothing = np.zeros(0, np.int64)
-    return store, Split(nothing, nothing, reader.num_classes, order, order.validation())
+    every = max(2, round(1 / valid_fraction)) if valid_fraction else 0
+    order = ShardOrder(reader.starts, batch_size, seed, every)
+    store = ShardStore(reader, order, device, workers)
+    none = np.zeros(0, np.int64)
+    return store, Split(none, none, reader.num_classes, order, order.validation())

@@ -1,203 +1,187 @@
-"""Network, head and optimiser, in one process or many, and the step of SGD that changes them."""
+"""The network, its head and its optimiser, and the step of SGD that updates all three.
+
+    engine = Engine(model, head, nn.CrossEntropyLoss(), optimizer, device=device, slice_size=512)
+    engine.train()
+    result = engine.train_step(images, labels, lr=0.1, step=0)
+    result.loss, result.accuracy, result.gradient_norm    # tensors, still on the device
+
+In a group of processes each computes its slice of the batch: `images` and `labels` are the slice,
+losses and numbers of correct predictions are those of the whole batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from data_gen import Batch
 from distributed.collectives import all_reduce_sum, even_slice
-from distributed.data_parallel import convert_sync_batch_norm, no_gradient_sync, wrap_ddp
+from distributed.data_parallel import broadcast_buffers, no_gradient_sync, wrap_ddp
 from distributed.process_group import world_size
-from focal_loss import FocalLoss
-from heads.base import Head, HeadLoss
-from heads.registry import HEADS, build_head
-from models import build_model
-from training.activation_checkpointing import enable_activation_checkpointing
+from heads.base import Criterion, Head, HeadLoss
 from training.checkpoints import load_momentum
-from training.cpu_kernels import use_fast_cpu_kernels
 from training.ema import ModelEMA
-from utils import UserError, has_bfloat16
+from utils import UserError
+
+COMPILED_STEPS = 2000  # compiling takes a minute, which pays off in runs of that many steps
 
 
-class Learner:
-    """All that a step changes but its counters.
+class StepResult(NamedTuple):
+    """The result of a step on the whole batch; scalar tensors on the device."""
 
-    With one process the head is one of margins.py; with many, or for very many classes, its centres
-    are sharded (partial_fc.py) and each process computes its slice of the batch.
-    """
+    loss: Tensor  # mean, with the margin
+    accuracy: Tensor  # share of images whose nearest class centre is their own
+    gradient_norm: Tensor  # before clipping
 
-    def __init__(self, cfg: Config, num_classes: int, device: torch.device) -> None:
-        self.cfg, self.device, self.num_classes = cfg, device, num_classes
-        try:
-            options = {"dropout": cfg.dropout, "use_se": cfg.use_se, "zero_init": cfg.zero_init}
-            model = build_model(cfg.network, cfg.emb_size, **options)
-        except ValueError as error:  # a combination of settings that no network has
-            raise UserError(str(error)) from None
-        if cfg.batch_size < 2 * world_size() * cfg.accumulate:
-            raise UserError(
-                f"--batch-size {cfg.batch_size} leaves fewer than two images to each of "
-                f"{world_size()} processes in {cfg.accumulate} parts; take a larger one."
-            )
-        if device.type == "cpu":
-            use_fast_cpu_kernels(model)
-        if cfg.checkpoint_activations:
-            enable_activation_checkpointing(model)
-        if cfg.sync_bn:
-            model = convert_sync_batch_norm(model, device)
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.head = self._build_head().to(device)
-        self.replica = wrap_ddp(self.model)
-        self.forward = torch.compile(self.replica) if cfg.compile == "on" else self.replica
-        self.criterion = FocalLoss(cfg.focal_loss) if cfg.focal_loss else nn.CrossEntropyLoss()
-        modules = (self.model, self.head)
-        # The head's weight comes last: see `state`.
-        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self._groups(),
-            lr=cfg.lr,
-            momentum=cfg.momentum,
-            fused=device.type in ("cpu", "cuda"),
-        )
-        self.ema = ModelEMA(self.model, cfg.ema) if cfg.ema else None
-        self.amp = cfg.amp and has_bfloat16(device)
-        self.width = -(-cfg.batch_size // world_size())  # most images of a batch for a process
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups: what --no-decay-bn spares first, the head's weight last."""
-        decay, spared = self.cfg.weight_decay, []
-        if not self.cfg.decay_bn:
-            spared = [p for p in self.parameters if p.dim() <= 1]
-        others = [p for p in self.parameters if self.cfg.decay_bn or p.dim() > 1]
-        groups = [{"params": spared, "weight_decay": 0.0}] if spared else []
-        return [*groups, {"params": others, "weight_decay": decay}]
+class Engine:
+    """All that a step changes, except for the counters of a run."""
 
-    def _build_head(self) -> Head:
-        """The head with the margin that is asked for; UserError where that cannot be."""
-        cfg = self.cfg
-        options = dict(cfg.margin_options)
-        if cfg.easy_margin:
-            if "easy_margin" not in HEADS[cfg.margin].options:
-                raise UserError(f"--margin {cfg.margin} has no --easy-margin; leave it out.")
-            options["easy_margin"] = True
-        if cfg.focal_loss and not HEADS[cfg.margin].is_softmax:
-            raise UserError(
-                f"--focal-loss weights a softmax, and --margin {cfg.margin} has a loss of its own; "
-                "leave one of them out."
-            )
-        try:
-            return build_head(
-                cfg.margin,
-                cfg.emb_size,
-                self.num_classes,
-                margin_s=cfg.margin_s,
-                margin_m=cfg.margin_m,
-                options=options,
-                batch_size=cfg.batch_size,
-                sample_rate=cfg.sample_rate,
-                seed=cfg.seed,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Head,
+        criterion: Criterion,
+        optimizer: torch.optim.SGD,
+        *,
+        device: torch.device,
+        slice_size: int,
+        accumulate: int = 1,
+        clip_norm: float = 0.0,
+        ema_decay: float = 0.0,
+        amp: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        """`model` and `head` are on `device`, `optimizer` is build_optimizer's for the two.
+
+        `slice_size` is the size of the largest slice of a batch, `accumulate` the number of
+        micro-batches that a slice is computed in, one after the other. `clip_norm` 0 clips nothing,
+        `ema_decay` 0 keeps no average.
+        """
+        self.model, self.head, self.criterion = model, head, criterion
+        self.optimizer, self.device = optimizer, device
+        self.slice_size, self.accumulate = slice_size, accumulate
+        self.clip_norm, self.amp = clip_norm, amp
+        self.replica = wrap_ddp(model)  # the model itself in one process
+        self.forward = torch.compile(self.replica) if compiled else self.replica
+        self.parameters = trainable_parameters(model, head)
+        self.ema = ModelEMA(model, ema_decay) if ema_decay else None
 
     @property
     def precision(self) -> str:
-        """What it computes in, on what and by what: the same bits come of the same only."""
-        kind = "bfloat16" if self.amp else "float32"
+        """Number format, device and version: runs differ in the last digits where this differs."""
+        number = "bfloat16" if self.amp else "float32"
         threads = f", {torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else ""
-        return f"{kind} on {self.device.type}{threads}, PyTorch {torch.__version__}"
+        return f"{number} on {self.device.type}{threads}, PyTorch {torch.__version__}"
 
     # -------------------------------------------------------------------------- a step
 
     def train(self, mode: bool = True) -> None:
-        """Be in training mode, or in evaluation mode: network and head."""
+        """Put network and head into training mode, or into evaluation mode."""
         self.model.train(mode)
         self.head.train(mode)
 
-    def loss(self, images: Tensor, labels: Tensor, width: int) -> HeadLoss:
-        """The mean loss (with the margin) of a batch and who is right (without it).
+    def loss(self, images: Tensor, labels: Tensor, slice_size: int) -> HeadLoss:
+        """The mean loss (with the margin) and the number of correct predictions (without).
 
-        `images` and `labels` are this process's slice, `width` the largest slice's length.
+        `images` (n, 3, 112, 112) and `labels` (n,) are this process's slice of a batch, n <=
+        slice_size, which is the same in all processes.
         """
         # Batches of validation vary in size, and each size would be compiled anew.
         forward = self.forward if self.model.training else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            embedding = forward(images)
-        return self.head.loss(embedding, labels, self.criterion, width)
+            embedding = forward(images)  # (n, emb_size)
+        return self.head.loss(embedding, labels, self.criterion, slice_size)
 
-    def train_step(
-        self, images: Tensor, labels: Tensor, lr: float, step: int
-    ) -> tuple[Tensor, ...]:
-        """One step of SGD; loss, accuracy and the gradient's norm, still on the device.
+    def train_step(self, images: Tensor, labels: Tensor, lr: float, step: int) -> StepResult:
+        """One step of SGD on a batch, of which (n, 3, 112, 112) and (n,) are this slice.
 
-        All three are the whole batch's, of which `images` and `labels` are this process's slice.
+        `step` counts from the beginning of the run. Nothing here waits for a GPU.
         """
         self.optimizer.zero_grad()
-        count = self.head.sample(labels, self.width, step)  # images in the whole batch
-        losses, correct, parts = [], [], self.cfg.accumulate
-        for number in range(parts):
-            rows = even_slice(len(labels), number, parts)
-            with no_gradient_sync(self.replica, number < parts - 1):
-                result = self.loss(images[rows], labels[rows], -(-self.width // parts))
-                loss = result.loss if parts == 1 else result.loss * (result.count / count)
+        count = self.head.sample(labels, self.slice_size, step)  # images in the whole batch
+
+        losses, correct = [], []
+        for number in range(self.accumulate):
+            # 10 images in 3 micro-batches: 0 to 3, 3 to 6, 6 to 10.
+            rows = even_slice(len(labels), number, self.accumulate)
+            largest = -(-self.slice_size // self.accumulate)
+            # Gradients add up in .grad; processes exchange them once, with the last micro-batch.
+            is_last = number == self.accumulate - 1
+            with no_gradient_sync(self.replica, not is_last):
+                result = self.loss(images[rows], labels[rows], largest)
+                loss = result.loss
+                if self.accumulate > 1:  # its mean counts by its share of the batch's images
+                    loss = loss * (result.count / count)
                 loss.backward()
             losses.append(loss.detach())
             correct.append(result.num_correct)
-        norm = self._clip()
+
+        gradient_norm = self.clip_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.head.update(self.optimizer)
+        self.head.update(self.optimizer)  # the centres that Partial FC has sampled
         if self.ema is not None:
             self.ema.update(step)
-        return sum(losses[1:], losses[0]), sum(correct[1:], correct[0]) / count, norm.detach()
+        accuracy = sum(correct[1:], correct[0]) / count
+        return StepResult(sum(losses[1:], losses[0]), accuracy, gradient_norm.detach())
 
-    def _clip(self) -> Tensor:
-        """The norm of the whole gradient, which is then shortened to --clip-norm."""
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], slice_size: int) -> tuple[float, float]:
+        """Mean loss (with the margin) and accuracy (without) over batches, in evaluation mode."""
+        broadcast_buffers(self.model)  # processes keep running statistics of their own slices
+        self.train(False)
+        loss = correct = count = 0.0
+        for batch in batches:
+            result = self.loss(batch.images, batch.labels, slice_size)
+            loss += float(result.loss) * int(result.count)
+            correct += float(result.num_correct)
+            # Not the batch size: without a cache, corrupt images are left out only here.
+            count += int(result.count)
+        return loss / max(count, 1), correct / max(count, 1)
+
+    def clip_gradients(self) -> Tensor:
+        """Scale the whole gradient down to clip_norm if it is longer; returns its norm before."""
+        # Of a sharded head each process has the gradient of its own centres. All other gradients
+        # are the same in all processes and count once. The head's weight is the last parameter.
         sharded = self.head.sharded_parameters()
         replicated = self.parameters[:-1] if sharded else self.parameters
         norm = nn.utils.get_total_norm([p.grad for p in replicated])
         if sharded:
             local = nn.utils.get_total_norm([p.grad for p in sharded])
             norm = (norm.square() + all_reduce_sum(local.square())).sqrt()
-        if self.cfg.clip_norm > 0:
-            nn.utils.clip_grads_with_norm_([*replicated, *sharded], self.cfg.clip_norm, norm)
+        if self.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_([*replicated, *sharded], self.clip_norm, norm)
         return norm
 
     # -------------------------------------------------------------------------- checkpoints
 
-    def state(self) -> dict[str, Any]:
-        """Network, head and optimiser as one process would have them; whole in rank 0 only.
+    def state_dict(self) -> dict[str, Any]:
+        """Network, head, optimiser and EMA, whatever the number of processes; complete in rank 0.
 
-        Every process must call it: the shards of the head and of its momentum are put together.
+        Every process must call it: the class shards and their momentum are gathered.
         """
         optimizer = self.optimizer.state_dict()
-        self._replace_momentum(optimizer, self.head.gather_rows)
+        self._replace_head_momentum(optimizer, self.head.gather_rows)
         head = {name: self.head.gather_rows(v) for name, v in self.head.state_dict().items()}
         state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
         return state if self.ema is None else {**state, "ema": self.ema.state_dict()}
 
-    def _replace_momentum(
-        self, optimizer: dict[str, Any], change: Callable[[Tensor], Tensor | None]
-    ) -> None:
-        """Apply `change` to the momentum of the head's weight in an optimiser's state."""
-        last = len(self.parameters) - 1
-        state = optimizer["state"].get(last, {})
-        if state.get("momentum_buffer") is not None:
-            changed = {**state, "momentum_buffer": change(state["momentum_buffer"])}
-            optimizer["state"] = {**optimizer["state"], last: changed}
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Go back to what `state_dict` returned, in any number of processes; `path` is its file.
 
-    def load(self, state: dict[str, Any], path: Path) -> None:
-        """Go back to what `state` returned, in however many processes that was.
-
-        Raises one of checkpoints.INCOMPATIBLE, or UserError, where the state is another one's.
+        Raises one of checkpoints.INCOMPATIBLE, or UserError, if it is not a state of this engine.
         """
         optimizer = dict(state["optimizer"])
-        self._replace_momentum(optimizer, self.head.local_rows)
+        self._replace_head_momentum(optimizer, self.head.local_rows)
         self.model.load_state_dict(state["model"])
         head = {name: self.head.local_rows(v) for name, v in state["head"].items()}
         self.head.load_state_dict(head)
@@ -205,9 +189,85 @@ class Learner:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
+    def _replace_head_momentum(
+        self, optimizer: dict[str, Any], change: Callable[[Tensor], Tensor | None]
+    ) -> None:
+        """Apply `change` to the momentum of the head's weight in an optimiser's state dict.
+
+        Parameters are numbered there, and the head's weight comes last.
+        """
+        last = len(self.parameters) - 1
+        state = optimizer["state"].get(last, {})
+        if state.get("momentum_buffer") is not None:  # before the first step there is none
+            changed = {**state, "momentum_buffer": change(state["momentum_buffer"])}
+            optimizer["state"] = {**optimizer["state"], last: changed}
+
     def is_finite(self) -> bool:
-        """Whether all weights and running statistics, of all processes, are numbers."""
+        """Whether all weights and running statistics, of all processes, are finite."""
         tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-        bad = all_reduce_sum((~finite).float())
-        return not bool(bad)
+        return not bool(all_reduce_sum((~finite).float()))
+
+
+def trainable_parameters(model: nn.Module, head: Head) -> list[nn.Parameter]:
+    """Those of the network, then those of the head; the weight of a sharded head comes last."""
+    return [p for module in (model, head) for p in module.parameters() if p.requires_grad]
+
+
+def build_optimizer(
+    model: nn.Module,
+    head: Head,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    decay_bn: bool = True,
+) -> torch.optim.SGD:
+    """SGD with momentum on network and head.
+
+    `decay_bn` false: no weight decay on parameters of one dimension, which are those of batch
+    normalisation and PReLU, and biases.
+    """
+    decayed, not_decayed = trainable_parameters(model, head), []
+    if not decay_bn:
+        not_decayed = [p for p in decayed if p.dim() <= 1]
+        decayed = [p for p in decayed if p.dim() > 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if not_decayed:  # first, so that the head's weight stays last
+        groups.insert(0, {"params": not_decayed, "weight_decay": 0.0})
+    fused = head.weight.device.type in ("cpu", "cuda")
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+
+
+def check_batch_size(batch_size: int, accumulate: int) -> None:
+    """Raise UserError if a micro-batch could have one image, of which BN has no variance."""
+    if batch_size < 2 * world_size() * accumulate:
+        raise UserError(
+            f"--batch-size {batch_size} leaves fewer than two images to each of {world_size()} "
+            f"processes in {accumulate} gradient accumulation steps; take a larger one."
+        )
+
+
+def choose_compile(asked: str, device: torch.device, steps: int) -> str:
+    """Whether a run of `steps` steps is compiled, "on" or "off"; `asked` is --compile.
+
+    Raises UserError if it is "on" and there is no compiler.
+    """
+    missing = ""
+    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
+        missing = "a C++ compiler (g++)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "the triton package"
+    if missing and asked == "on":
+        raise UserError(
+            f"--compile on, given now or when the run began, needs {missing}; install it, or start "
+            "a run without."
+        )
+    if asked == "off" or (asked == "auto" and steps < COMPILED_STEPS):
+        return "off"
+    if missing:
+        print(f"Training would be faster with {missing}, which torch.compile needs.")
+        return "off"
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs uncompiled
+    return "on"

@@ -1,62 +1,118 @@
-"""What a run says of its averaged weights after an epoch, and best_ema.pt.
+"""The end of an epoch: evaluation of the raw and of the EMA weights, logging, best.pt, last.pt.
 
-TensorBoard's tags begin with "valid/" and "lfw/" like those of the raw weights, by which
-event_log.truncate_events knows them.
+    lfw = open_lfw("", data_dir="data", train_set="", workers=0)
+    finish_epoch(run, log, lfw, train_loss, train_accuracy)
+
+TensorBoard's tags begin with "valid/" and "lfw/", by which event_log.truncate_events knows them.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from distributed.collectives import run_on_main
-from evaluation.embedders import Embed
+from evaluation.embedders import torch_embedder
 from evaluation.evaluate import evaluate_lfw
-from evaluation.pair_sets import PairSet
+from evaluation.pair_sets import PairSet, find_pairs, find_set, load_set
+from evaluation.tensorboard_log import log_evaluation, log_projector
 from fileio.checkpoint_file import save_checkpoint
+from training.data_checks import warn_if_lfw_at_chance
 from training.event_log import EventLog
-from training.run import Trainer
+from training.run import Run
+from training.run_state import Points
 
-# What going on with a run needs and evaluation does not; with averaged weights it would be wrong.
-NOT_KEPT = {"head", "optimizer", "ema", "random", "random_of_others", "window"}
+# What resuming needs and evaluation does not; beside EMA weights it would be wrong.
+NOT_IN_BEST_EMA = {"head", "optimizer", "ema", "random", "random_of_others", "window"}
 
 
-def log_average(
-    trainer: Trainer,
-    writer: EventLog,
-    embed: Embed,
-    lfw: PairSet | None,
-    points: dict[str, list[tuple[float, ...]]],
-) -> str:
-    """Evaluate the averaged weights at an epoch's end; what the epoch's line says of them.
+class EpochResult(NamedTuple):
+    """What one set of weights, raw or EMA, achieves at the end of an epoch."""
 
-    `embed` must use the trainer's network. `points`, which go into the history, get "ema" (epoch,
-    loss, accuracy) on the held-out images and "ema_lfw" (epoch, accuracy, threshold).
+    text: str  # for the line that is printed
+    points: dict[str, Points]  # for the history
+    valid: tuple[float, float] | None  # loss and accuracy on the held-out images
+
+
+def open_lfw(lfw: str, *, data_dir: str, train_set: str, workers: int = 0) -> PairSet | None:
+    """The test set that is evaluated after each epoch, None if it is not prepared.
+
+    `lfw` is --lfw, a folder or a .bin set; empty: LFW in data_dir or beside the training set.
     """
-    epoch, step, line = trainer.epoch + 1, trainer.global_step, ""
-    with trainer.learner.ema.applied():
-        if len(trainer.valid_positions):
-            loss, accuracy = trainer.validate()
-            points["ema"] = [(epoch, loss, accuracy)]
-            writer.add_scalar("valid/ema_loss", loss, step)
-            writer.add_scalar("valid/ema_accuracy", accuracy, step)
-            line += f"  ema valid loss {loss:.3f}  ema valid accuracy {accuracy:.2%}"
-        if lfw is not None:
-            report = evaluate_lfw(embed, lfw).metrics
-            points["ema_lfw"] = [(epoch, report["accuracy"], report["threshold"])]
-            writer.add_scalar("lfw/ema_accuracy", report["accuracy"], step)
-            writer.add_scalar("lfw/ema_threshold", report["threshold"], step)
-            line += f"  ema lfw {report['accuracy']:.2%}"
-    return line
+    path = Path(lfw) if lfw else find_set("lfw", data_dir, train_set)
+    if path is None:
+        print("LFW is not prepared, so there will be no LFW accuracy after each epoch.")
+        return None
+    return load_set(path, find_pairs(path, data_dir), workers)
 
 
-def save_best_average(trainer: Trainer, path: Path) -> None:
-    """Write the averaged weights, to be evaluated, if they are the best on the held-out images.
+def finish_epoch(
+    run: Run, log: EventLog, lfw: PairSet | None, train_loss: float, train_accuracy: float
+) -> None:
+    """Evaluate, log, print and save an epoch whose last step is done.
+
+    Every process must call it; rank 0 alone has `lfw` and evaluates it.
+    """
+    epoch, ema = run.epoch + 1, run.engine.ema
+    text = f"epoch {epoch}/{run.epochs}  loss {train_loss:.3f}  accuracy {train_accuracy:.2%}"
+    result = evaluate_weights(run, log, lfw)
+    text, points = text + result.text, result.points
+    if ema is not None:
+        with ema.applied():
+            ema_result = evaluate_weights(run, log, lfw, ema=True)
+        text, points = text + ema_result.text, points | ema_result.points
+    print(text, flush=True)
+    loss, accuracy = result.valid or (train_loss, train_accuracy)
+    # Up to here a checkpoint has the epoch's last step: a resumed run evaluates it again.
+    with run.finishing_epoch(points):
+        warn_if_lfw_at_chance(accuracy, [point[1] for point in run.history["lfw"]])
+        if run.update_best(loss, accuracy):
+            run.save("best.pt")
+        if ema is not None:
+            save_best_ema(run)
+    run.save_last(log)
+
+
+def evaluate_weights(
+    run: Run, log: EventLog, lfw: PairSet | None, ema: bool = False
+) -> EpochResult:
+    """Evaluate the weights that the network has now, and log the result.
+
+    `ema` says that they are the EMA weights, for the names of what is logged.
+    """
+    epoch, step = run.epoch + 1, run.global_step
+    name, tag = ("ema ", "ema_") if ema else ("", "")
+    text, valid, points = "", None, {}
+    if len(run.valid_positions):
+        loss, accuracy = valid = run.validate()
+        points["ema" if ema else "valid"] = [(epoch, loss, accuracy)]
+        log.add_scalar(f"valid/{tag}loss", loss, step)
+        log.add_scalar(f"valid/{tag}accuracy", accuracy, step)
+        text += f"  {name}valid loss {loss:.3f}  {name}valid accuracy {accuracy:.2%}"
+    if lfw is not None:
+        embed = torch_embedder(run.engine.model, run.device, batch=run.eval_batch)
+        result = evaluate_lfw(embed, lfw)
+        accuracy, threshold = result.metrics["accuracy"], result.metrics["threshold"]
+        points["ema_lfw" if ema else "lfw"] = [(epoch, accuracy, threshold)]
+        if ema:
+            log.add_scalar("lfw/ema_accuracy", accuracy, step)
+            log.add_scalar("lfw/ema_threshold", threshold, step)
+        else:
+            log_evaluation(log, result, step)
+            if epoch == run.epochs:
+                log_projector(log, result, step)
+        text += f"  {name}lfw {accuracy:.2%}"
+    return EpochResult(text, points, valid)
+
+
+def save_best_ema(run: Run) -> None:
+    """Write best_ema.pt if the EMA weights are the best so far on the held-out images.
 
     Without such images they are the newest. Every process must call it.
     """
-    ranks = [(accuracy, -loss) for _, loss, accuracy in trainer.history.get("ema", [])]
-    if ranks and any(earlier >= ranks[-1] for earlier in ranks[:-1]):
+    ranking = [(accuracy, -loss) for _, loss, accuracy in run.history.get("ema", [])]
+    if ranking and any(earlier >= ranking[-1] for earlier in ranking[:-1]):
         return
-    with trainer.learner.ema.applied():
-        state = {k: v for k, v in trainer.state().items() if k not in NOT_KEPT}
-        run_on_main(lambda: save_checkpoint(path, state))
+    with run.engine.ema.applied():
+        state = {k: v for k, v in run.state_dict().items() if k not in NOT_IN_BEST_EMA}
+        run_on_main(lambda: save_checkpoint(run.folder / "best_ema.pt", state))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 
+from distributed.process_group import is_main
 from fileio.safe_files import atomic_write, describe_write_errors
 from utils import UserError
 
@@ -111,3 +113,18 @@ def fsync_events(run_dir: Path) -> None:
     for path in files[-1:]:
         with describe_write_errors(path), path.open("rb") as file:
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def open_log(run_dir: Path, step: int, epoch_is_open: bool) -> Iterator[EventLog | NullEventLog]:
+    """The log of a run at global step `step`; rank 0 alone writes it.
+
+    What was logged after that step is removed first, see `truncate_events`.
+    """
+    if not is_main():
+        yield NullEventLog()
+        return
+    truncate_events(run_dir, step, epoch_is_open)
+    # purge_step: a TensorBoard that is open forgets those points, too.
+    with EventLog(run_dir, purge_step=step + 1) as log:
+        yield log

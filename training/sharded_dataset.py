@@ -1,4 +1,7 @@
-"""The order in which an epoch shows a data set of many files, and its images: no lists."""
+"""A training set of many record files: its images, and their order, worked out on the fly.
+
+No list of all images is ever made, so that 42 million images start as fast as a thousand.
+"""
 
 from __future__ import annotations
 
@@ -10,103 +13,119 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_gen import ImageStore, Parts, Split
+from data_gen import BatchSlices, ImageStore, Split
 from distributed.collectives import rank_slice
 from distributed.process_group import world_size
 from fileio.shards import ShardReader
 from utils import UserError, splitmix64
 
-LANES = 1024  # most places of the data set that a batch is taken from
-BUFFER = 1 << 16  # images within which all lanes together shuffle
+MAX_LANES = 1024  # largest number of places in the data set that a batch is taken from
+SHUFFLE_BUFFER = 1 << 16  # images within which all lanes together shuffle
 
 
 class ShardOrder:
-    """Which images an epoch shows and when, worked out as it goes.
+    """Which images an epoch shows, and when.
 
     The shards are shuffled and laid end to end, without the held-out images (every k-th of a
-    shard). That line is cut into lanes, as many as divide the batch size; every batch takes as
-    many images from each, from runs that are shuffled within themselves. A lane is one
-    process's, so that each reads its own part; and since lanes do not depend on how many processes
-    there are, neither do the batches.
+    shard). This line is cut into equal lanes, whose number divides the batch size. Every batch
+    takes the same number of images from each lane, in runs that are shuffled within themselves. A
+    lane belongs to one process, so that each process reads its own part of the files; and since the
+    lanes do not depend on the number of processes, neither do the batches.
+
+    Example: three shards with 5, 3 and 4 images, no validation, batches of 4. An epoch puts the
+    shards in the order 2, 0, 1; on the line they end at 4, 9 and 12. There are 4 lanes of 3 images,
+    0-2, 3-5, 6-8 and 9-11, and each batch has one image of each lane. Position 7 of the line is in
+    the second shard of this order, image 7 - 4 = 3 of shard 0. With 2 processes the first has the
+    lanes 0 and 1 of each batch.
     """
 
-    def __init__(self, starts: np.ndarray, batch_size: int, seed: int, every: int = 0) -> None:
-        """`starts` (shards + 1,): each shard's first image; `every`: 0, none is held out."""
-        self.starts, self.seed, self.every = starts, seed, every
+    def __init__(
+        self, starts: np.ndarray, batch_size: int, seed: int, valid_every: int = 0
+    ) -> None:
+        """`starts` (shards + 1,): each shard's first image, then the number of all images.
+
+        `valid_every` 50 holds out every 50th image of a shard, 0 none.
+        """
+        self.starts, self.seed, self.valid_every = starts, seed, valid_every
         counts = np.diff(starts)
-        self.held_out = counts // every if every else np.zeros_like(counts)
-        self.counts = counts - self.held_out
-        # Eight images a lane keep the files few that are open at a time.
-        most = min(max(batch_size // 8, 16), LANES)
-        self.lanes = max(n for n in range(1, most + 1) if batch_size % n == 0)
-        self.each = batch_size // self.lanes
+        self.held_out = counts // valid_every if valid_every else np.zeros_like(counts)
+        self.counts = counts - self.held_out  # to train on, per shard
+        # Eight images per lane, so that not too many files are open at the same time.
+        limit = min(max(batch_size // 8, 16), MAX_LANES)
+        self.lanes = max(n for n in range(1, limit + 1) if batch_size % n == 0)
+        self.lane_images = batch_size // self.lanes  # of one lane in a batch
+        self.run_size = max(1, SHUFFLE_BUFFER // self.lanes)
         self._line = functools.lru_cache(2)(self._shuffled_shards)
         self._run = functools.lru_cache(4 * self.lanes)(self._shuffled_run)
 
     def __len__(self) -> int:
-        """Images an epoch."""
+        """Images per epoch."""
         return int(self.counts.sum())
 
     def validation(self) -> np.ndarray:
-        """The held-out images (n,)."""
-        places = [
-            start + (np.arange(held) + 1) * self.every - 1
-            for start, held in zip(self.starts.tolist(), self.held_out.tolist(), strict=False)
+        """The held-out images (n,): with valid_every 5, numbers 4, 9, 14 ... of each shard."""
+        images = [
+            start + (np.arange(held_out) + 1) * self.valid_every - 1
+            for start, held_out in zip(self.starts.tolist(), self.held_out.tolist(), strict=False)
         ]
-        return np.concatenate([*places, np.zeros(0, np.int64)])
+        return np.concatenate([*images, np.zeros(0, np.int64)])
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's order of the shards, and where on the line each ends."""
         shards = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.counts))
         return shards, np.cumsum(self.counts[shards])
 
+    def _lane_bounds(self, lane: int) -> tuple[int, int]:
+        """The part of the line that is a lane: begin, end."""
+        return lane * len(self) // self.lanes, (lane + 1) * len(self) // self.lanes
+
     def _shuffled_run(self, epoch: int, lane: int, run: int) -> np.ndarray:
-        """The images of one run of a lane."""
-        begin, end = (k * len(self) // self.lanes for k in (lane, lane + 1))
-        size = max(1, BUFFER // self.lanes)
-        first, last = begin + run * size, min(begin + (run + 1) * size, end)
-        shuffle = np.random.default_rng([self.seed, 5, epoch, lane, run])
-        line = first + shuffle.permutation(last - first)
+        """The images of one run of a lane, shuffled."""
+        begin, end = self._lane_bounds(lane)
+        first, last = begin + run * self.run_size, min(begin + (run + 1) * self.run_size, end)
+        rng = np.random.default_rng([self.seed, 5, epoch, lane, run])
+        line = first + rng.permutation(last - first)  # positions on the line
         shards, ends = self._line(epoch)
-        at = np.searchsorted(ends, line, "right")
-        place = line - (ends - self.counts[shards])[at]
-        if self.every:
-            place += place // (self.every - 1)  # step over the held-out ones
-        return self.starts[shards[at]] + place
+        shard = np.searchsorted(ends, line, "right")  # its place in this epoch's order
+        image = line - (ends - self.counts[shards])[shard]
+        if self.valid_every:
+            # Step over the held-out ones: with valid_every 5, the fifth to train on is image 5,
+            # since image 4 is held out.
+            image += image // (self.valid_every - 1)
+        return self.starts[shards[shard]] + image
 
     def lane(self, epoch: int, number: int, low: int, high: int) -> np.ndarray:
-        """Images `low` to `high` - 1 of a lane, in order of their coming; fewer at its end."""
-        size = max(1, BUFFER // self.lanes)
-        begin, end = (k * len(self) // self.lanes for k in (number, number + 1))
+        """Images `low` to `high` - 1 of a lane in their shuffled order; fewer at its end."""
+        begin, end = self._lane_bounds(number)
         high = min(high, end - begin)
-        found = [np.zeros(0, np.int64)]
-        for run in range(low // size, -(-high // size)):
-            images = self._run(epoch, number, run)
-            found.append(images[max(low - run * size, 0) : high - run * size])
-        return np.concatenate(found)
+        pieces = [np.zeros(0, np.int64)]
+        for run in range(low // self.run_size, -(-high // self.run_size)):
+            images, offset = self._run(epoch, number, run), run * self.run_size
+            pieces.append(images[max(low - offset, 0) : high - offset])
+        return np.concatenate(pieces)
 
-    def batch(self, epoch: int, step: int, part: slice) -> tuple[np.ndarray, np.ndarray]:
-        """The images of a step that the lanes `part` bring, and which are mirrored: (n,) both."""
-        low = step * self.each
-        lanes = range(part.start, part.stop)
-        found = [self.lane(epoch, number, low, low + self.each) for number in lanes]
-        positions = np.concatenate([*found, np.zeros(0, np.int64)])
-        return positions, mirrored(positions, self.seed, epoch)
+    def batch(self, epoch: int, step: int, lanes: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The images of a step that some of the lanes give, and which are mirrored: (n,) both."""
+        low = step * self.lane_images
+        numbers = range(lanes.start, lanes.stop)
+        pieces = [self.lane(epoch, number, low, low + self.lane_images) for number in numbers]
+        images = np.concatenate([*pieces, np.zeros(0, np.int64)])
+        return images, mirror_mask(images, self.seed, epoch)
 
 
-def mirrored(numbers: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Which images an epoch shows mirrored, about half: a hash of their number."""
+def mirror_mask(images: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Which images an epoch shows mirrored, about half: a hash of their number decides."""
     salt = np.random.default_rng([seed, 6, epoch]).integers(2**64, dtype=np.uint64)
-    return splitmix64(numbers.astype(np.uint64) + salt) & np.uint64(1) == 1
+    return splitmix64(images.astype(np.uint64) + salt) & np.uint64(1) == 1
 
 
-class LazyParts(Sequence):
-    """A process's part of an epoch's batches, each worked out when it is asked for."""
+class LazyBatchSlices(Sequence):
+    """A process's slice of an epoch's batches, each worked out when it is asked for."""
 
-    def __init__(self, order: ShardOrder, epoch: int, steps: range, part: slice, flip: bool):
+    def __init__(self, order: ShardOrder, epoch: int, steps: range, lanes: slice, flip: bool):
         self.steps, self.flip = steps, flip
-        # It is asked for when it is fetched and when it is used.
-        self.batch = functools.lru_cache(4)(lambda step: order.batch(epoch, step, part))
+        # Each is asked for twice: when its images are fetched and when they are used.
+        self._batch = functools.lru_cache(4)(lambda step: order.batch(epoch, step, lanes))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -114,25 +133,29 @@ class LazyParts(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        positions, turned = self.batch(self.steps[index])
-        return positions, turned if self.flip else None
+        positions, mirrored = self._batch(self.steps[index])
+        return positions, mirrored if self.flip else None
 
 
-class _Same:
-    """Stands for a list of the numbers 0, 1, 2 ...; takes no memory."""
+class _AllIndices:
+    """Stands for np.arange(n), the indices of a set that is used entirely; takes no memory."""
 
-    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
-        return numbers
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        return positions
 
 
 class ShardStore(ImageStore):
-    """Images of many record files; a position is an image's number, and nothing is cached."""
+    """Images of many record files; a position is an image's number through all files.
+
+    Nothing is cached, and labels are read with the images.
+    """
 
     def __init__(
         self, reader: ShardReader, order: ShardOrder, device: torch.device, workers: int = 0
     ) -> None:
-        everything = Split(_Same(), np.zeros(0, np.int64), reader.num_classes, order, order)
-        super().__init__(reader, everything, device, cache="none", workers=workers)
+        split = Split(_AllIndices(), np.zeros(0, np.int64), reader.num_classes, order, order)
+        super().__init__(reader, split, device, cache="none", workers=workers)
+        self.labels = None
         self.order = order
         if world_size() > order.lanes:
             raise UserError(
@@ -144,21 +167,21 @@ class ShardStore(ImageStore):
         """The classes (n,) of images (n,), on the device."""
         return torch.from_numpy(self.reader.labels_of(positions)).to(self.device)
 
-    def good(self, positions: Any) -> Any:
-        """The same: damaged images are met as they come."""
+    def readable(self, positions: Any) -> Any:
+        """All positions: corrupt images are left out as they are encountered."""
         return positions
 
-    def names(self, positions: np.ndarray) -> list[int]:
+    def record_ids(self, positions: np.ndarray) -> list[int]:
         """Image numbers, counted through all files."""
         return positions.tolist()
 
-    def whole_batch(
+    def global_batch(
         self, positions: ShardOrder, batch_size: int, seed: int, epoch: int, step: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All processes' part of a batch."""
+        """A step's images, those of all processes, and which are mirrored: (batch_size,) both."""
         return self.order.batch(epoch, step, slice(0, self.order.lanes))
 
-    def parts(
+    def batch_slices(
         self,
         positions: ShardOrder,
         batch_size: int,
@@ -166,15 +189,19 @@ class ShardStore(ImageStore):
         epoch: int,
         steps: range,
         flip: bool,
-    ) -> Parts:
-        """This process's part of each batch."""
-        lanes = rank_slice(self.order.lanes)
-        return LazyParts(self.order, epoch, steps, lanes, flip)
+    ) -> BatchSlices:
+        """This process's slice of the batches of an epoch's `steps`: those of its lanes."""
+        return LazyBatchSlices(self.order, epoch, steps, rank_slice(self.order.lanes), flip)
 
-    def width(self, batch_size: int) -> int:
-        """The most images of a batch that a process computes."""
-        return -(-self.order.lanes // world_size()) * self.order.each
+    def slice_size(self, batch_size: int) -> int:
+        """The size of the largest slice of a batch: of 16 lanes on 3 processes, 6 lanes' images."""
+        return -(-self.order.lanes // world_size()) * self.order.lane_images
 
-    def fingerprint(self) -> str:
+    def sample(self, positions: ShardOrder, count: int, seed: int) -> np.ndarray:
+        """The first images of the first epoch, at most `count` and a batch of them."""
+        images, _ = self.order.batch(0, 0, slice(0, self.order.lanes))
+        return images[:count]
+
+    def fingerprint(self, train: ShardOrder, valid: np.ndarray) -> str:
         """What identifies the images of a run."""
-        return f"{self.reader.fingerprint()} every {self.order.every}"
+        return f"{self.reader.fingerprint()} every {self.order.valid_every}"

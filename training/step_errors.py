@@ -44,8 +44,8 @@ def non_finite_error(
     return TrainingError(
         f"The {what} at epoch {step['epoch'] + 1}, step {step['step'] + 1} of {step['steps']} "
         f"(loss {loss:g}, lr {step['lr']:g}, scale {step['scale']:g}), on records "
-        f"{store.names(store.good(positions))}; {where}, the last good state in last.pt. From "
-        "there it would come to the same; start a new run with a lower --lr, a longer "
+        f"{store.record_ids(store.readable(positions))}; {where}, the last good state in last.pt. "
+        "From there it would come to the same; start a new run with a lower --lr, a longer "
         "--warmup-epochs or a --clip-norm."
     )
 
@@ -66,10 +66,11 @@ def save_bad_batch(
     images = store.fetch(positions, flipped).cpu()
     if augment is not None:
         images = augment(images, positions)
-    good = np.isin(positions, store.good(positions))  # the others were left out of the step, too
+    # Corrupt images were left out of the step, too.
+    good = np.isin(positions, store.readable(positions))
     kept = torch.from_numpy(good)
     labels = store.labels_of(positions).cpu()[kept]
-    records = store.names(positions[good])
+    records = store.record_ids(positions[good])
     save_checkpoint(path, {"images": images[kept], "labels": labels, "records": records} | step)
 
 

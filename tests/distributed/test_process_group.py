@@ -114,12 +114,10 @@ def test_a_run_goes_on_with_another_number_of_processes(groups, folder, tmp_path
     # Five of the eight steps, the rest by another number: the schedule is that of both epochs.
     printed, codes = groups.run(cwd, 3, "train_until", flags, 5, fails=True)
     assert codes == [130, 130, 130]
-    assert "Stopped at epoch 2, step 1; go on with: torchrun --nproc-per-node=3" in printed[0]
+    assert "Stopped at epoch 2, step 1; resume with: torchrun --nproc-per-node=3" in printed[0]
     assert newest(cwd)["processes"] == 3
     printed = groups.run(cwd, 2, "run_train", ["--resume"])
-    both = (
-        r"in (float32 on cpu, .+), 3 processes; it goes on in \1, 2 processes, so its numbers may"
-    )
+    both = r"in (float32 on cpu, .+), 3 processes; the run continues in \1, 2 processes, so its num"
     assert re.search(both, printed[0])
     assert "train.py" not in printed[1]
     assert max(difference(newest(cwd), newest(tmp_path / "one"))) < 1e-4

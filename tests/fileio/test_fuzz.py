@@ -15,7 +15,6 @@ import os
 import pickle
 import resource
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -364,43 +363,43 @@ def test_checkpoint(folder, whole, edits):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A trainer in the middle of its first epoch, and its state."""
+    """A run in the middle of its first epoch, and its state."""
     where = tmp_path_factory.mktemp("set")
     flags = f"{FLAGS} --checkpoint-steps 0 --log-every 2 --train-set {where}"
     cfg = parse_args(flags.split(), "train")
     write_tiny_set(where)
     with contextlib.redirect_stdout(None):
-        trainer = train.open_trainer(cfg)
-    trainer.train_one_epoch(SimpleNamespace(add_scalar=lambda *_: None), Path())
-    history = {"train": trainer.history["train"][:1], "valid": [], "lfw": []}
+        run = train.build_run(cfg, where)
+    run.train_one_epoch(SimpleNamespace(add_scalar=lambda *_: None))
+    history = {"train": run.history["train"][:1], "valid": [], "lfw": []}
     best = {"epoch": 0, "accuracy": 0.5, "loss": 1.0}
     state = {"step": 3, "window": torch.zeros(1, 3), "history": history, "best": best}
-    return trainer, copy.deepcopy(trainer.state() | state)
+    return run, copy.deepcopy(run.state_dict() | state)
 
 
-def go_on(path, trainer):
+def resume(path, run):
     """As train.py --resume does, to the end of the epoch."""
     cfg = parse_args(["--resume", str(path)], "train")
-    checkpoint, path = open_checkpoint(cfg, path.parent)
-    resumed_config(cfg, checkpoint, path)
-    trainer.load(checkpoint, path)
-    trainer.train_one_epoch(SimpleNamespace(add_scalar=lambda *_: None), path.parent)
-    assert f"{trainer.best['epoch']} {trainer.best['accuracy']:.2%}"
+    checkpoint, path = open_checkpoint(str(path), path.parent)
+    resumed_config(cfg, checkpoint["config"], path)
+    run.load_state_dict(checkpoint, path)
+    run.train_one_epoch(SimpleNamespace(add_scalar=lambda *_: None))
+    assert f"{run.best['epoch']} {run.best['accuracy']:.2%}"
 
 
 @tried
 @given(changes=st.lists(REPLACEMENTS, min_size=1, max_size=2))
 def test_resumed_checkpoint(folder, trained, changes):
-    trainer, state = trained
+    run, state = trained
     for choices, value in changes:
         state = replaced(state, choices, value)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with written(folder, {"x.pt": buffer.getvalue()}) as (path,):
-        trainer.epoch = trainer.step = 0
-        trainer.window, trainer.whole = [], True
-        judge("resumed", go_on, path, trainer)
-        (folder / "bad_batch.pt").unlink(missing_ok=True)
+        run.epoch = run.step = 0
+        run.window, run.is_mid_step = [], False
+        judge("resumed", resume, path, run)
+        (run.folder / "bad_batch.pt").unlink(missing_ok=True)
 
 
 @tried

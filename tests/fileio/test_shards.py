@@ -16,7 +16,7 @@ from fileio.shards import ShardReader, write_shards
 from tests.helpers.faults import FailingDisk
 from tests.helpers.tiny import FLAGS, write_tiny_set
 from tools import make_shards
-from training.sharded_dataset import ShardOrder, mirrored
+from training.sharded_dataset import ShardOrder, mirror_mask
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ STARTS = np.cumsum([0, 700, 3, 512, 64, 1000, 721])  # 3,000 images in files of 
 
 def epoch(order, number, batch, ranks):
     """All batches of an epoch as lists of each process's images, down to the lanes' ends."""
-    steps = -(-(len(order) // order.lanes + 1) // order.each)
+    steps = -(-(len(order) // order.lanes + 1) // order.lane_images)
     parts = [even_slice(order.lanes, rank, ranks) for rank in range(ranks)]
     return [[order.batch(number, step, p)[0].tolist() for p in parts] for step in range(steps)]
 
@@ -119,7 +119,7 @@ def epoch(order, number, batch, ranks):
 @pytest.mark.parametrize("every", [0, 7])
 @pytest.mark.parametrize("batch", [48, 64, 30])
 def test_an_epoch_shows_every_image_once_to_one_process(batch, every):
-    order = ShardOrder(STARTS, batch, seed=1, every=every)
+    order = ShardOrder(STARTS, batch, seed=1, valid_every=every)
     held_out = order.validation().tolist()
     assert len(held_out) == (sum(n // every for n in np.diff(STARTS)) if every else 0)
     shown = {}
@@ -147,7 +147,7 @@ def test_epochs_differ_and_batches_mix_the_files():
 
 def test_half_of_the_images_are_mirrored_and_others_each_epoch():
     numbers = np.arange(10000)
-    first, second = mirrored(numbers, 0, 0), mirrored(numbers, 0, 1)
+    first, second = mirror_mask(numbers, 0, 0), mirror_mask(numbers, 0, 1)
     for share in (first.mean(), second.mean(), (first == second).mean()):
         assert abs(share - 0.5) < 0.02
     assert abs((first[1:] == first[:-1]).mean() - 0.5) < 0.02

@@ -13,14 +13,11 @@ import config
 import lfw_eval
 import train
 from config import Config, parse_args
-from data_gen import ImageStore, split
 from fileio.checkpoint_file import load_checkpoint
-from fileio.recordio import RecordReader
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
 from heads.registry import HEADS, build_head
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
-from training.run import Trainer
 from utils import UserError
 
 CLASSES, EMB, PI = 5, 8, math.pi
@@ -384,48 +381,46 @@ def folder(tmp_path_factory):
     return write_tiny_set(tmp_path_factory.mktemp("set"))
 
 
-def make_trainer(folder, *more):
+def make_run(folder, *more):
     argv = FLAGS.replace("--margin-s 16 --margin-m 0.2 ", "").split()
     cfg = parse_args([*argv, "--train-set", str(folder), *more], "train")
-    reader = RecordReader(folder)
-    faces = split(reader.labels, valid_fraction=cfg.valid_fraction, seed=cfg.seed)
-    torch.manual_seed(cfg.seed)
-    return Trainer(cfg, ImageStore(reader, faces, torch.device("cpu")), faces)
+    return train.build_run(cfg, folder)
 
 
-def steps(trainer, count):
-    generator = torch.Generator().manual_seed(trainer.step)
-    trainer.learner.train()
+def steps(run, count):
+    generator = torch.Generator().manual_seed(run.step)
+    run.engine.train()
     found = []
     for _ in range(count):
         images = torch.randn(8, 3, 112, 112, generator=generator)
-        found.append(trainer.train_step(images, torch.arange(8) % 4, 0.01))
-        trainer.step += 1
+        found.append(run.train_step(images, torch.arange(8) % 4, 0.01))
+        run.step += 1
     return found
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_trains_and_goes_on_from_its_checkpoint_to_the_bit(name, folder, tmp_path):
-    trainer = make_trainer(folder, "--margin", name)
-    before = [p.detach().clone() for p in trainer.learner.head.parameters()]
-    steps(trainer, 2)
-    for parameter, old in zip(trainer.learner.head.parameters(), before, strict=True):
+    run = make_run(folder, "--margin", name)
+    before = [p.detach().clone() for p in run.engine.head.parameters()]
+    steps(run, 2)
+    for parameter, old in zip(run.engine.head.parameters(), before, strict=True):
         assert not torch.equal(parameter, old)
-    loss, accuracy = trainer.validate()
+    loss, accuracy = run.validate()
     assert math.isfinite(loss)
     assert 0 <= accuracy <= 1
-    trainer.save(tmp_path / "last.pt")
-    expected = steps(trainer, 2)
-    other = make_trainer(folder, "--margin", name)
-    other.load(load_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
+    run.folder = tmp_path
+    run.save("last.pt")
+    expected = steps(run, 2)
+    other = make_run(folder, "--margin", name)
+    other.load_state_dict(load_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
     found = steps(other, 2)
     assert_same(found, expected)
-    assert_same(other.learner.state(), trainer.learner.state())
+    assert_same(other.engine.state_dict(), run.engine.state_dict())
 
 
 def test_a_run_is_evaluated_and_resumed_by_the_scripts(folder, tmp_path, capsys, monkeypatch):
     name = "curricularface"
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
     where = ["--runs-dir", f"{tmp_path}/runs", "--images-dir", f"{tmp_path}/images"]
     argv = [*FLAGS.split(), "--train-set", str(folder), "--epochs", "1", "--margin", name, *where]
     train.main(parse_args(argv, "train"))
@@ -456,10 +451,10 @@ def test_a_run_is_evaluated_and_resumed_by_the_scripts(folder, tmp_path, capsys,
 )
 def test_what_does_not_go_together_is_a_sentence(more, text, folder):
     with pytest.raises(UserError, match=text):
-        make_trainer(folder, *more.split())
+        make_run(folder, *more.split())
 
 
 @pytest.mark.parametrize("name", SHARDABLE)
 def test_sampled_classes_train_too(name, folder):
-    trainer = make_trainer(folder, "--margin", name, "--sample-rate", "0.5")
-    assert all(value.isfinite() for step in steps(trainer, 2) for value in step)
+    run = make_run(folder, "--margin", name, "--sample-rate", "0.5")
+    assert all(value.isfinite() for step in steps(run, 2) for value in step)

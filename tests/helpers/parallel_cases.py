@@ -17,7 +17,8 @@ from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
 from preprocessing import prepare
-from training import run as trainer
+from training import run as run_module
+from training import run_report
 
 
 def run_train(argv, frozen_statistics=False, backwards=False):
@@ -26,13 +27,13 @@ def run_train(argv, frozen_statistics=False, backwards=False):
     With the images of each batch `backwards` the mathematics is the same and the rounding is not.
     """
     if backwards:
-        train_batches = trainer.train_batches
+        train_batches = run_module.train_batches
 
         def turned(*args, **kwargs):
             for images, labels, positions in train_batches(*args, **kwargs):
                 yield Batch(images.flip(0), labels.flip(0), positions[::-1])
 
-        trainer.train_batches = turned
+        run_module.train_batches = turned
     if frozen_statistics:
         # Statistics that are some, and the same everywhere.
         def train_mode(self, mode=True):
@@ -43,7 +44,7 @@ def run_train(argv, frozen_statistics=False, backwards=False):
             return self
 
         models.IResNet.train = train_mode
-    train.plot_curves = lambda *_: None
+    run_report.plot_curves = lambda *_: None
     train.main(parse_args(argv, "train"))
 
 
@@ -89,7 +90,7 @@ def train_and_die(argv, steps, rank):
 
 def at_step(count, who, number):
     """Have a process send itself a signal at the beginning of its step number `count`."""
-    train_step, steps = trainer.Trainer.train_step, []
+    train_step, steps = run_module.Run.train_step, []
 
     def step(self, *args):
         steps.append(1)
@@ -97,7 +98,7 @@ def at_step(count, who, number):
             os.kill(os.getpid(), number)
         return train_step(self, *args)
 
-    trainer.Trainer.train_step = step
+    run_module.Run.train_step = step
 
 
 def run_pre_process(argv, block):

@@ -8,7 +8,7 @@ import torch
 
 import train
 from config import parse_args
-from data_gen import split
+from data_gen import make_split
 from evaluation.pair_sets import load_set
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
@@ -46,11 +46,11 @@ def test_held_out_identities_are_not_trained_on(folder, tmp_path):
     write_held_out(path, reader, np.array([3, 10, 59]))
     assert read_held_out(path, reader).tolist() == [3, 10, 59]
     used = training_mask(reader, hold_out=str(path))
-    faces = split(reader.labels, valid_fraction=0.2, used=used)
+    faces = make_split(reader.labels, valid_fraction=0.2, used=used)
     assert faces.num_classes == 57
     assert set(reader.labels[faces.indices]) == set(range(60)) - {3, 10, 59}
     assert np.unique(faces.labels).tolist() == list(range(57))
-    some = split(reader.labels, valid_fraction=0, max_classes=4, used=used)
+    some = make_split(reader.labels, valid_fraction=0, max_classes=4, used=used)
     assert set(reader.labels[some.indices]) == {0, 1, 2, 4}
 
 

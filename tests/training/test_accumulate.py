@@ -9,16 +9,16 @@ from torch import nn
 
 from config import Config
 from models import build_model
+from train import build_engine
 from training.activation_checkpointing import enable_activation_checkpointing
-from training.engine import Learner
 
 CPU = torch.device("cpu")
 
 
-def make_learner(**settings):
+def make_engine(**settings):
     torch.manual_seed(0)
     cfg = Config(network="tiny", emb_size=16, batch_size=12, margin_s=16.0, amp=False, **settings)
-    return Learner(cfg, 5, CPU)
+    return build_engine(cfg, 5, CPU)
 
 
 def make_batch():
@@ -26,17 +26,17 @@ def make_batch():
     return torch.randn(12, 3, 112, 112, generator=generator), torch.arange(12) % 5
 
 
-def steps(learner, count=3, evaluation=True):
+def steps(engine, count=3, evaluation=True):
     """Losses and the weights after some steps."""
     losses = []
     for number in range(count):
-        learner.train()
-        for module in learner.model.modules():
+        engine.train()
+        for module in engine.model.modules():
             if evaluation and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        losses.append(learner.train_step(*make_batch(), 0.001, number))
-    weights = [v.flatten().double() for v in learner.model.state_dict().values()]
-    weights.append(learner.head.weight.detach().flatten().double())
+        losses.append(engine.train_step(*make_batch(), 0.001, number))
+    weights = [v.flatten().double() for v in engine.model.state_dict().values()]
+    weights.append(engine.head.weight.detach().flatten().double())
     return torch.tensor(losses), torch.cat(weights)
 
 
@@ -45,11 +45,11 @@ def steps(learner, count=3, evaluation=True):
 def test_parts_of_a_batch_make_the_same_step(parts, more):
     # Without batch statistics, which a part has of its own, and dropout.
     more = {"dropout": 0.0, "clip_norm": 2.0, **more}
-    plain, weights = steps(make_learner(**more))
-    found, again = steps(make_learner(accumulate=parts, **more))
+    plain, weights = steps(make_engine(**more))
+    found, again = steps(make_engine(accumulate=parts, **more))
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=0)
     assert (again - weights).norm() / weights.norm() < 1e-6
-    start = torch.cat([p.detach().flatten().double() for p in make_learner(**more).parameters])
+    start = torch.cat([p.detach().flatten().double() for p in make_engine(**more).parameters])
     assert not torch.equal(start[-80:], weights[-80:])
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_gen import ImageStore, split
+from data_gen import ImageStore, make_split
 from fileio.images import decode_image, encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
@@ -34,7 +34,7 @@ def check(tmp_path, images, cache="ram", labels=None):
     labels = [i // 4 for i in range(len(images))] if labels is None else labels
     write_dataset(tmp_path, [encode_jpeg(image) for image in images], labels)
     reader = RecordReader(tmp_path)
-    parts = split(reader.labels, valid_fraction=0)
+    parts = make_split(reader.labels, valid_fraction=0)
     store = ImageStore(reader, parts, torch.device("cpu"), cache=cache, workers=1)
     checks.check_training_set(store, parts.train, parts.num_classes)
 
@@ -75,7 +75,7 @@ def test_real_faces_pass_and_their_opposites_do_not(real_faces, capsys):
     assert checks.check_not_constant(images) == ""
     assert "BGR" in checks.bgr_warning(images[..., ::-1])
     assert "at y = 6" in checks.alignment_warning(images[:, ::-1])
-    parts = split(reader.labels, valid_fraction=0.02)
+    parts = make_split(reader.labels, valid_fraction=0.02)
     store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
     began = time.perf_counter()
     checks.check_training_set(store, parts.train, parts.num_classes)

@@ -9,7 +9,6 @@ from fileio.checkpoint_file import load_checkpoint
 from models import Bottleneck, IRBlock, build_model
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training.ema import ModelEMA
-from training.engine import Learner
 from training.event_log import read_event_frames
 
 CPU = torch.device("cpu")
@@ -61,7 +60,7 @@ def run(cwd, folder, *more):
 
 
 def test_a_run_with_an_average_goes_on_to_the_bit(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
     # A schedule that does not end with the run, so that its first epoch is the same run.
     steady = ("--schedule", "step")
     straight = run(tmp_path / "straight", folder, *steady)
@@ -93,7 +92,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(folder, tmp_path, monkeypatch,
     capsys.readouterr()
     with pytest.raises(SystemExit):
         run(tmp_path / "straight", folder, "--resume", str(straight / "best_ema.pt"))
-    assert "is no checkpoint of this train.py" in capsys.readouterr().err
+    assert "is not a checkpoint of this train.py" in capsys.readouterr().err
     lfw = ["--lfw", str(folder / "lfw.bin"), "--checkpoint", str(straight / "best_ema.pt")]
     where = ["--runs-dir", f"{tmp_path}/r", "--images-dir", f"{tmp_path}/i", "--device", "cpu"]
     lfw_eval.main(parse_args([*where, *lfw], "lfw_eval"))
@@ -124,19 +123,19 @@ def test_zero_init_makes_blocks_their_shortcuts(network):
 def test_decay_spares_batch_normalisation_and_biases():
     torch.manual_seed(0)
     options = {"network": "tiny", "emb_size": 16, "batch_size": 8, "weight_decay": 0.1}
-    learner = Learner(Config(**options, decay_bn=False), 5, CPU)
-    spared, decayed = learner.optimizer.param_groups
+    engine = train.build_engine(Config(**options, decay_bn=False), 5, CPU)
+    spared, decayed = engine.optimizer.param_groups
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0, 0.1)
-    names = {id(p): n for n, p in learner.model.named_parameters()}
+    names = {id(p): n for n, p in engine.model.named_parameters()}
     assert {names[id(p)] for p in spared["params"]} >= {"bn1.weight", "bn1.bias", "prelu.weight"}
     assert all(p.dim() > 1 for p in decayed["params"])
-    assert decayed["params"][-1] is learner.head.weight
-    assert len(spared["params"]) + len(decayed["params"]) == len(learner.parameters)
-    before = learner.model.bn1.weight.detach().clone(), learner.model.conv1.weight.detach().clone()
-    for parameter in learner.parameters:
+    assert decayed["params"][-1] is engine.head.weight
+    assert len(spared["params"]) + len(decayed["params"]) == len(engine.parameters)
+    before = engine.model.bn1.weight.detach().clone(), engine.model.conv1.weight.detach().clone()
+    for parameter in engine.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    learner.optimizer.step()
-    assert torch.equal(learner.model.bn1.weight, before[0])
-    assert not torch.equal(learner.model.conv1.weight, before[1])
-    (group,) = Learner(Config(**options), 5, CPU).optimizer.param_groups
+    engine.optimizer.step()
+    assert torch.equal(engine.model.bn1.weight, before[0])
+    assert not torch.equal(engine.model.conv1.weight, before[1])
+    (group,) = train.build_engine(Config(**options), 5, CPU).optimizer.param_groups
     assert group["weight_decay"] == 0.1

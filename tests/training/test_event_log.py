@@ -26,7 +26,7 @@ def start(tmp_path, capsys, monkeypatch):
         if not resumed:
             where += [*FLAGS.split(), "--train-set", f"{tmp_path}/set"]
         code = 0
-        monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+        monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
         try:
             train.main(parse_args([*where, *argv], "train"))
         except SystemExit as error:
@@ -50,7 +50,7 @@ def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monke
     )
     monkeypatch.setattr(SummaryWriter, "flush", lambda self: (waiting.clear(), flush(self)))
 
-    def look(run_dir, checkpoint, keep):
+    def look(run_dir, checkpoint):
         points = [step for tag, step in logged(run_dir) if tag == "train/loss"]
         steps = [epoch * 4 + step for epoch, step, *_ in checkpoint["history"]["train"]]
         saved.append((points, steps, list(waiting)))
@@ -66,7 +66,7 @@ def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monke
 
 @pytest.mark.parametrize("written", [0, 1, 3, 9])
 def test_a_full_disk_under_the_points_is_a_sentence(start, tmp_path, monkeypatch, written):
-    """However many are written before; the run goes on from its checkpoint to the same points."""
+    """However many are written before; the run resumes from its checkpoint to the same points."""
     append, calls = gfile.LocalFileSystem.append, []
 
     def full(self, *args, **kwargs):

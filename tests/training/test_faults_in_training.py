@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def start(folder, tmp_path, capsys, monkeypatch):
     """Begin or resume the run of a folder; its exit status and what it complains of."""
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
     def start(place):
@@ -50,7 +50,7 @@ def states(place):
 
 
 def fail_each(start, tmp_path, stays, step=1):
-    """Let every step-th call of a run fail, then go on without; how many did.
+    """Let every step-th call of a run fail, then resume without; returns how many did.
 
     Of the hundreds of writes only the first and the last of a file count.
     """

@@ -35,7 +35,7 @@ def old(tmp_path, monkeypatch):
     for path in (tmp_path / "data").rglob("*.xz"):
         path.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path

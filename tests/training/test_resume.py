@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with, against the run that was not."""
+"""Runs that are killed and resumed, against an uninterrupted run."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from config import Config, fixed_on_resume, parse_args, settings_of
-from data_gen import ImageStore, split
+from data_gen import ImageStore, make_split
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.locks import lock_folder
@@ -28,7 +28,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training import event_log as events
 from training import resume
-from training.resume import fingerprint
+from training.run import Run
 from utils import UserError
 
 
@@ -139,21 +139,25 @@ def assert_same_run(cwd, unbroken):
 
 # ------------------------------------------------------------------------------ killed
 
-# Each session ends at one of these, the next goes on.
+# Each session ends at one of these, the next resumes.
 FAULTS = [
-    {"at": "training.run:Trainer.train_step", "count": 4},  # a step after a checkpoint
+    {"at": "training.run:Run.train_step", "count": 4},  # a step after a checkpoint
     {"at": "os:fsync", "count": 2},  # a checkpoint is written, not yet on disk under its name
     {
         "at": "training.checkpoints:_move_up",
         "count": 1,
         "after": True,
     },  # the old one has moved up
-    {"at": "training.run:Trainer.validate", "count": 1},  # the epoch's last step and its end
+    {"at": "training.run:Run.validate", "count": 1},  # the epoch's last step and its end
     # valid/ is logged, lfw/ is not
     {"at": "evaluation.evaluate:pair_set_metrics", "count": 1, "after": True},
-    {"at": "train:log_evaluation", "count": 1, "after": True},  # all of it is logged, not saved
     {
-        "at": "training.run:Trainer.save",
+        "at": "training.epochs:log_evaluation",
+        "count": 1,
+        "after": True,
+    },  # all of it is logged, not saved
+    {
+        "at": "training.run_state:RunState.save",
         "count": 1,
         "after": True,
     },  # best.pt is new, last.pt is not
@@ -180,7 +184,7 @@ def test_a_compiled_run_killed_and_compiled_anew_ends_as_the_unbroken_one(
     compiled = ("--compile", "on", "--checkpoint-steps", "1")
     assert not killer.run(tmp_path / "unbroken", *compiled)
     kills = [
-        killer.run(tmp_path / "killed", *more, at="training.run:Trainer.train_step", count=3)
+        killer.run(tmp_path / "killed", *more, at="training.run:Run.train_step", count=3)
         for more in (compiled, ("--compile", "auto"))
     ]
     assert kills == [True, True]
@@ -234,7 +238,7 @@ def start(folder, tmp_path, capsys, monkeypatch):
         if not resumed:
             where += [*FLAGS.split(), "--train-set", str(folder), "--epochs", "1"]
         code = 0
-        monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+        monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
         try:
             train.main(parse_args([*where, *argv], "train"))
         except SystemExit as error:
@@ -255,7 +259,7 @@ def test_which_settings_a_resumed_run_may_change():
 
 def test_every_fixed_setting_is_refused_by_name_and_every_free_one_taken():
     old = Config()
-    checkpoint = {"config": dataclasses.asdict(old)}
+    saved = dataclasses.asdict(old)
     for name in set(settings_of("train")) - {"margin_option"}:
         value = getattr(old, name)
         if isinstance(value, bool):
@@ -265,32 +269,32 @@ def test_every_fixed_setting_is_refused_by_name_and_every_free_one_taken():
             other = value + 1 if isinstance(value, (int, float)) else other
         same = dataclasses.replace(old, given=(name,))
         changed = dataclasses.replace(old, **{name: other}, given=(name,))
-        assert getattr(resume.resumed_config(same, checkpoint, Path("r")), name) == value
+        assert getattr(resume.resumed_config(same, saved, Path("r")), name) == value
         if name not in fixed_on_resume():
-            assert getattr(resume.resumed_config(changed, checkpoint, Path("r")), name) == other
+            assert getattr(resume.resumed_config(changed, saved, Path("r")), name) == other
         else:
             with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
-                resume.resumed_config(changed, checkpoint, Path("r"))
+                resume.resumed_config(changed, saved, Path("r"))
 
 
 def test_a_run_keeps_to_what_auto_has_decided():
-    checkpoint = {"config": dataclasses.asdict(dataclasses.replace(Config(), compile="on"))}
+    saved = dataclasses.asdict(dataclasses.replace(Config(), compile="on"))
     asked = parse_args(["--compile", "auto"], "train")
-    assert resume.resumed_config(asked, checkpoint, Path("r")).compile == "on"
+    assert resume.resumed_config(asked, saved, Path("r")).compile == "on"
     with pytest.raises(UserError, match=r"another --compile \(it has on\)"):
-        resume.resumed_config(parse_args(["--compile", "off"], "train"), checkpoint, Path("r"))
+        resume.resumed_config(parse_args(["--compile", "off"], "train"), saved, Path("r"))
 
 
 def test_a_best_epoch_counts_as_one_only_once_it_is_written(start, tmp_path, monkeypatch):
-    def full(self, path):
-        raise UserError(f"{path} cannot be written (No space left on device).")
+    def full(self, name):
+        raise UserError(f"{name} cannot be written (No space left on device).")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "save", full)
+        patch.setattr(Run, "save", full)
         code, printed = start(resumed=False)
     (run,) = tmp_path.glob("runs/*")
     assert code == 2
-    assert "best.pt cannot be written (No space left on device). All steps are kept" in printed
+    assert "best.pt cannot be written (No space left on device). All steps are saved" in printed
     state = load_checkpoint(run / "last.pt")
     assert (state["epoch"], state["step"], state["best"]) == (0, 4, {})
     assert not state["history"]["valid"]
@@ -326,17 +330,17 @@ def test_other_images_are_refused(start, folder, tmp_path):
 
 def test_the_fingerprint_covers_ids_labels_and_split(folder):
     reader = RecordReader(folder)
-    parts = split(reader.labels, valid_fraction=0.2)
+    parts = make_split(reader.labels, valid_fraction=0.2)
     store = ImageStore(reader, parts, torch.device("cpu"), cache="none")
-    expected = fingerprint(store, parts.train, parts.valid)
-    assert fingerprint(store, parts.train, parts.valid) == expected
-    assert fingerprint(store, parts.train[1:], parts.valid) != expected
-    assert fingerprint(store, parts.valid, parts.train) != expected
+    expected = store.fingerprint(parts.train, parts.valid)
+    assert store.fingerprint(parts.train, parts.valid) == expected
+    assert store.fingerprint(parts.train[1:], parts.valid) != expected
+    assert store.fingerprint(parts.valid, parts.train) != expected
     store.labels[3] += 1
-    assert fingerprint(store, parts.train, parts.valid) != expected
+    assert store.fingerprint(parts.train, parts.valid) != expected
     store.labels[3] -= 1
     reader.keys[0] = 0
-    assert fingerprint(store, parts.train, parts.valid) != expected
+    assert store.fingerprint(parts.train, parts.valid) != expected
 
 
 def test_a_second_train_on_one_run_is_refused(start, tmp_path):
@@ -376,10 +380,10 @@ def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path)
     whole = load_checkpoint(run / "last.pt")
     torch.manual_seed(0)
     for change, text in (
-        ({"model": {"x": torch.zeros(1)}}, "is no state of this run"),
-        ({"optimizer": {}}, "is no state of this run"),
-        ({"random": {}}, "is no state of this run"),
-        ({"window": None}, "is no checkpoint of this train.py (see its window)"),
+        ({"model": {"x": torch.zeros(1)}}, "is not a state of this run"),
+        ({"optimizer": {}}, "is not a state of this run"),
+        ({"random": {}}, "is not a state of this run"),
+        ({"window": None}, "is not a checkpoint of this train.py (see its window)"),
         ({"epoch": torch.tensor(1)}, "(see its epoch)"),
         ({"step": 5}, "(see its step)"),
         ({"step": 2}, "(see its history)"),  # whose two steps are nowhere
@@ -396,14 +400,14 @@ def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path)
     torch.save({**whole, "precision": "float8 on abacus"}, run / "last.pt")
     code, printed = start("--resume", "--epochs", "2")
     assert code == 0
-    assert "comes from a run in float8 on abacus; it goes on in" in printed
+    assert "was computed in float8 on abacus; the run continues in" in printed
 
 
 def test_the_clock_asks_for_checkpoints_too(start, tmp_path, monkeypatch):
     saved = []
-    save = train.Trainer.save_last
+    save = Run.save_last
     monkeypatch.setattr(
-        train.Trainer, "save_last", lambda self, *a: (saved.append(self.step), save(self, *a))
+        Run, "save_last", lambda self, *a: (saved.append(self.step), save(self, *a))
     )
     start("--checkpoint-steps", "0", "--checkpoint-minutes", "1e-9", resumed=False)
     assert saved == [0, 1, 2, 3, 4, 0]

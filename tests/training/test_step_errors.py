@@ -10,13 +10,13 @@ import torch
 
 import train
 from config import parse_args
-from data_gen import ImageStore, LoadingError, split, train_batches
+from data_gen import ImageStore, LoadingError, make_split, train_batches
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
-from training.run import Trainer
+from training.run import Run
 from training.step_errors import (
     GpuMemory,
     describe_out_of_memory,
@@ -50,7 +50,7 @@ def start(folder, tmp_path, monkeypatch):
         if not list(tmp_path.glob("runs/*")):
             argv = f"{FLAGS} {where} {more}".split()
         code = 0
-        monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+        monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
         try:
             train.main(parse_args(argv, "train"))
         except SystemExit as error:
@@ -61,15 +61,15 @@ def start(folder, tmp_path, monkeypatch):
 
 
 def fail_at(monkeypatch, number, how):
-    """Replace Trainer.train_step by one that at a global step calls how(trainer, images) first."""
-    step = Trainer.train_step
+    """Replace Run.train_step by one that at a global step calls how(run, images) first."""
+    step = Run.train_step
 
     def failing(self, images, labels, lr):
         if self.global_step == number:
             images = how(self, images)
         return step(self, images, labels, lr)
 
-    monkeypatch.setattr(Trainer, "train_step", failing)
+    monkeypatch.setattr(Run, "train_step", failing)
 
 
 def raise_it(error):
@@ -80,9 +80,9 @@ def raise_it(error):
 
 
 def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monkeypatch):
-    def poison(trainer, images):
+    def poison(run, images):
         # The loss is as it should be, its gradient is not.
-        parameter = trainer.learner.head.weight
+        parameter = run.engine.head.weight
         hook = parameter.register_hook(lambda grad: hook.remove() or grad * math.nan)
         return images
 
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monke
 
 
 def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, monkeypatch):
-    fail_at(monkeypatch, 1, lambda trainer, images: images * math.inf)
+    fail_at(monkeypatch, 1, lambda run, images: images * math.inf)
     run, code = start("--checkpoint-steps 1 --log-every 100")
     assert code == 2
     state = load_checkpoint(run / "last.pt")
@@ -118,7 +118,7 @@ def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, mon
 
 
 def test_a_batch_that_cannot_be_kept_does_not_hide_the_reason(start, capsys, monkeypatch):
-    fail_at(monkeypatch, 1, lambda trainer, images: images * math.inf)
+    fail_at(monkeypatch, 1, lambda run, images: images * math.inf)
     full = UserError("bad_batch.pt cannot be written (No space left on device).")
     monkeypatch.setattr("training.step_errors.save_checkpoint", lambda *_: raise_it(full))
     run, code = start()
@@ -132,8 +132,8 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_reason(start, capsys, mon
 def test_means_that_are_no_numbers_are_in_no_checkpoint(start, capsys, monkeypatch):
     """Of batch normalisation: the loss may look good for long, but not what is evaluated."""
 
-    def spoil(trainer, images):
-        trainer.learner.model.bn1.running_var.fill_(math.inf)
+    def spoil(run, images):
+        run.engine.model.bn1.running_var.fill_(math.inf)
         return images
 
     fail_at(monkeypatch, 2, spoil)
@@ -152,17 +152,31 @@ def test_a_signal_ends_the_run_after_its_step_unless_it_is_ignored(start, monkey
     try:
         signal.signal(number, signal.SIG_IGN)  # as nohup does
         with monkeypatch.context() as patch:
-            fail_at(patch, 1, lambda trainer, images: signal.raise_signal(number) or images)
+            fail_at(patch, 1, lambda run, images: signal.raise_signal(number) or images)
             run, code = start("--epochs 1")
         assert code == 0
         signal.signal(number, signal.SIG_DFL)
         with monkeypatch.context() as patch:
-            fail_at(patch, 5, lambda trainer, images: signal.raise_signal(number) or images)
+            fail_at(patch, 5, lambda run, images: signal.raise_signal(number) or images)
             assert start("--epochs 2") == (run, 130)
         state = load_checkpoint(run / "last.pt")
         assert (state["epoch"], state["step"]) == (1, 2)
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_after_a_run_signals_are_handled_as_before(start, monkeypatch, stopped):
+    """In a notebook, Ctrl-C has to interrupt the next cell, not ask a finished run to stop."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    if stopped:
+        fail_at(monkeypatch, 1, lambda run, images: signal.raise_signal(signal.SIGTERM) or images)
+    _, code = start("--epochs 1")
+    assert code == (130 if stopped else 0)
+    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------ memory
@@ -222,7 +236,7 @@ def test_a_full_gpu_ends_the_run_with_a_sentence_and_what_was_saved(start, capsy
 
 def test_full_memory_in_the_evaluation_keeps_every_step(start, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "validate", lambda self: raise_it(torch.OutOfMemoryError(CUDA)))
+        patch.setattr(Run, "validate", lambda self: raise_it(torch.OutOfMemoryError(CUDA)))
         run, code = start("--checkpoint-steps 0 --eval-batch 64")
     assert code == 2
     assert "Evaluating, memory is full, 2.50 GiB were asked for, --eval-batch 32" in (
@@ -237,7 +251,9 @@ def test_full_memory_in_the_evaluation_keeps_every_step(start, capsys, monkeypat
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), OSError(5, "Input/output error")])
-def test_a_thread_that_dies_ends_the_run_and_keeps_every_step(start, capsys, monkeypatch, error):
+def test_a_loader_thread_that_fails_ends_the_run_and_keeps_every_step(
+    start, capsys, monkeypatch, error
+):
     image, calls = RecordReader.image, []
 
     def failing(self, index):
@@ -251,8 +267,8 @@ def test_a_thread_that_dies_ends_the_run_and_keeps_every_step(start, capsys, mon
         run, code = start("--cache none --checkpoint-steps 0 --epochs 4")
     assert code == 2
     printed = capsys.readouterr().err
-    assert f"thread that loads images died ({type(error).__name__}: " in printed
-    assert f"go on with: python train.py --resume {run}" in printed
+    assert f"A loader thread failed ({type(error).__name__}: " in printed
+    assert f"resume with: python train.py --resume {run}" in printed
     state = load_checkpoint(run / "last.pt")
     assert (state["epoch"], state["step"]) > (1, 0)  # steps that only this end has saved
     assert start() == (run, 0)
@@ -260,7 +276,7 @@ def test_a_thread_that_dies_ends_the_run_and_keeps_every_step(start, capsys, mon
 
 def test_what_kills_a_thread_reaches_the_loop(folder, monkeypatch):
     reader = RecordReader(folder)
-    parts = split(reader.labels, valid_fraction=0)
+    parts = make_split(reader.labels, valid_fraction=0)
     store = ImageStore(reader, parts, torch.device("cpu"), cache="none", workers=2)
     monkeypatch.setattr(RecordReader, "image", lambda *_: raise_it(SystemError("broken")))
     with pytest.raises(LoadingError, match="SystemError: broken"):
@@ -283,7 +299,7 @@ def grown(tmp_path, count):
     jpeg = encode_jpeg(np.zeros((112, 112, 3), np.uint8))
     write_dataset(tmp_path, (jpeg for _ in range(count)), [i * 100 // count for i in range(count)])
     reader = RecordReader(tmp_path)
-    parts = split(reader.labels, valid_fraction=0)
+    parts = make_split(reader.labels, valid_fraction=0)
     store = ImageStore(reader, parts, torch.device("cpu"), cache="none", workers=2)
     batches = train_batches(store, parts.train, batch_size=100, seed=0, epoch=0)
     seen, sizes = 0, []
