@@ -150,7 +150,7 @@ class Backbone:
 
 
 @dataclasses.dataclass(frozen=True)
-class Margin:
+class MarginLoss:
     """Margin and loss"""
 
     SCRIPTS: ClassVar[str] = "train"
@@ -305,7 +305,7 @@ class Config(
     Logging,
     Optimisation,
     TrainingSet,
-    Margin,
+    MarginLoss,
     Backbone,
     PreProcessing,
     Machine,
