@@ -149,7 +149,7 @@ class TarPoint(TypedDict):
 class AllPairsMetrics(TypedDict):
     """Metrics of all pairs of a set of images, computed by all_pairs.tar_at_low_fars."""
 
-    pictures: int  # images
+    pictures: int  # the key of earlier versions: images
     identities: int
     matched_pairs: int  # genuine
     mismatched_pairs: int  # impostor
@@ -174,7 +174,7 @@ class IjbMetrics(TypedDict):
     pairs: int
     matched_pairs: int  # genuine
     tar_at_far: dict[str, TarPoint]
-    pictures: int  # images
+    pictures: int  # the key of earlier versions: images
     templates: int
     identification: dict[str, IdentificationMetrics]  # by gallery; empty without 1:N lists
 

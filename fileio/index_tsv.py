@@ -1,7 +1,7 @@
 """index.tsv, what became of every image: one line each, in the order of the archive.
 
-Its columns: record and label (empty where the image was passed over), identity, source, status
-("ok", "retried", "central_crop" or the reason for passing over), score, the box and five points
+Its columns: record and label (empty if the image was skipped), identity, source, status
+("ok", "retried", "central_crop" or the reason for skipping it), score, the box and five points
 in the image's pixels.
 """
 
@@ -28,7 +28,7 @@ INDEX_HEADER = "\t".join(INDEX_COLUMNS) + "\n"
 class IndexRow(NamedTuple):
     """An image of the archive: `box` (4,) and `points` (5, 2) in its pixels.
 
-    `record` and `label` are None where it was passed over; `score`, `box` and `points` are None
+    `record` and `label` are None if it was skipped; `score`, `box` and `points` are None
     where no face was found.
     """
 
@@ -109,7 +109,7 @@ def _read_lines(lines: list[str]) -> IndexTable:
     names_and_numbers = [line.split("\t", 5) for line in lines]
     columns = list(zip(*names_and_numbers, strict=True)) or [()] * 6
     if len(columns) < 6 or any(cells.count("\t") != len(INDEX_COLUMNS) - 6 for cells in columns[5]):
-        raise ValueError("a line of more or fewer columns")  # NumPy passes over empty ones
+        raise ValueError("a line of more or fewer columns")  # NumPy skips empty ones
     if any("-" in cell for column in columns[:2] for cell in column):
         raise ValueError("a negative record id or label")  # -1 below means none
     # Empty cells become nan for NumPy's parser, which is much faster than float().

@@ -26,7 +26,7 @@ def describe_write_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = ADVICE.get(error.errno, "mend that")
+        advice = ADVICE.get(error.errno, "fix that")
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}): {advice} and start again; what "
             "was there before is kept."

@@ -194,5 +194,5 @@ def load_two_lists(file: IO[bytes]) -> tuple[list[Any], list[Any]]:
         return lists.items(value[0]), lists.items(value[1])
     except pickle.UnpicklingError:
         raise
-    except Exception as error:  # damaged bytes mean anything, and raise anything
+    except Exception as error:  # corrupt bytes can raise anything
         raise pickle.UnpicklingError(f"it is no whole pickle ({type(error).__name__})") from None

@@ -448,7 +448,7 @@ def test_a_zip_bomb_is_refused_and_a_flag_admits_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["s/a/1.jpg", "s/list.txt"])
 def test_a_tgz_that_expands_without_end_is_refused(tmp_path, name):
-    """One member of 200 MB of zeros, whether it is an image or passed over."""
+    """One member of 200 MB of zeros, whether it is an image or skipped."""
     info = tarfile.TarInfo(name)
     info.size = 200 << 20
     with gzip.open(tmp_path / "x.tgz", "wb", 1) as file:

@@ -1,4 +1,4 @@
-"""Every file that comes from strangers, changed at random: a result or a sentence, nothing else.
+"""Every untrusted file, changed at random: a result or a sentence, nothing else.
 
 A valid small file of each kind is flipped, cut, spliced, and given extreme numbers; some inputs are
 bytes from nowhere. `make test` tries a few hundred, the same ones each time; `make fuzz` sets
@@ -156,13 +156,13 @@ def test_tar(folder, data):
 
 
 @tried
-@given(data=changed(*TARS, mend=with_sums))
+@given(data=changed(*TARS, fix_up=with_sums))
 def test_tar_of_right_sums(folder, data):
-    try_archive(folder, "mended tar", data)
+    try_archive(folder, "fixed-up tar", data)
 
 
 @tried
-@given(data=st.one_of(changed(*map(zipped, TARS)), changed(*TARS, mend=with_sums).map(zipped)))
+@given(data=st.one_of(changed(*map(zipped, TARS)), changed(*TARS, fix_up=with_sums).map(zipped)))
 def test_tgz(folder, data):
     try_archive(folder, "tgz", data)
 
@@ -184,7 +184,7 @@ def test_jpeg(data):
 
 
 @tried
-@given(data=changed(*PNGS, mend=with_crcs))
+@given(data=changed(*PNGS, fix_up=with_crcs))
 def test_png(data):
     try_image("png", data)
 

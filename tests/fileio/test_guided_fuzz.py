@@ -1,4 +1,4 @@
-"""Ten seconds of Atheris for every kind of file from strangers, where it is installed."""
+"""Ten seconds of Atheris for every kind of untrusted file, where it is installed."""
 
 import importlib.util
 import re

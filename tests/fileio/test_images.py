@@ -251,7 +251,7 @@ def test_a_long_strip_is_refused(shape):
 
 
 def test_a_jpeg_cannot_hide_its_size_behind_a_marker_without_a_length():
-    """Decoders pass over RST0 and read 60,000; as a segment, it would lead to 10 pixels."""
+    """Decoders skip RST0 and read 60,000; as a segment, it would lead to 10 pixels."""
     huge = jpeg_claiming(60_000)
     for marker in (b"\xff\xd0", b"\xff\x01", b"\xff\x00", b"\xff\xd8"):
         hiding = b"\xff\xd8\xff\xfe\0\4ab" + marker + huge[2:]

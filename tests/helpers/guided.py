@@ -1,4 +1,4 @@
-"""Files of strangers by a fuzzer that sees which lines each input reaches: Atheris, if installed.
+"""Untrusted files by a fuzzer that sees which lines each input reaches: Atheris, if installed.
 
     pip install atheris
     python tests/helpers/guided.py bin -max_total_time=60

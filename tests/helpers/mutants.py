@@ -1,4 +1,4 @@
-"""Files that are valid and small, and changed at random: what strangers may send."""
+"""Files that are valid and small, and changed at random: untrusted input."""
 
 import io
 import re
@@ -64,9 +64,9 @@ def change(data: bytes, edits) -> bytes:
     return data
 
 
-def changed(*seeds: bytes, mend=bytes):
-    """Mostly one of the seeds, changed in a few places and mended; sometimes any bytes."""
-    mutants = st.builds(change, st.sampled_from(seeds), CHANGES).map(mend)
+def changed(*seeds: bytes, fix_up=bytes):
+    """Mostly one of the seeds, changed in a few places and fixed up (checksums); sometimes any bytes."""
+    mutants = st.builds(change, st.sampled_from(seeds), CHANGES).map(fix_up)
     return st.integers(0, 9).flatmap(lambda n: st.binary(max_size=200) if n == 9 else mutants)
 
 

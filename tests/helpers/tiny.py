@@ -44,7 +44,7 @@ def assert_same(found, expected, where="checkpoint"):
 
 
 def hostile_names(count):
-    """Names as a stranger's archive may have them, with markup, controls and no UTF-8."""
+    """Names as an untrusted archive may have them, with markup, controls and no UTF-8."""
     bad = [
         "<script>alert(1)</script>",
         '"onload="alert(1)',
