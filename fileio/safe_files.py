@@ -1,7 +1,11 @@
-"""Files that are complete on disk or not there, and errors of the disk as sentences.
+"""Files that are complete and on disk or not there at all, and disk errors as sentences.
 
-with atomic_write("lfw.json", "w") as file:
-    file.write(text)
+    with atomic_write("lfw.json", "w") as file:
+        file.write(text)
+
+A process may be killed, and the power may fail, at any line. So a file is written under a temporary
+name, its bytes are brought to the disk (fsync), and only then does it get its name (rename, which
+is atomic); the folder's list of names is brought to the disk last.
 """
 
 from __future__ import annotations
@@ -34,13 +38,13 @@ def describe_write_errors(path: Path | str) -> Iterator[None]:
 
 
 def make_folder(folder: Path | str) -> None:
-    """Make a folder, and those above it, where they are missing; UserError if that fails."""
+    """Create a folder, and its parents, if missing; UserError if that fails."""
     with describe_write_errors(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 class _RawFile(io.FileIO):
-    """A file for writing whose failures are UserErrors with the name that the user knows it by."""
+    """A file for writing whose failures are UserErrors with the name that the user knows."""
 
     def __init__(self, file: Path | int, mode: str, shown: Path):
         self.shown = shown
@@ -49,7 +53,7 @@ class _RawFile(io.FileIO):
             super().__init__(file, mode)
 
     def write(self, data: Any) -> int:
-        """Write; the first failure is kept, for callers that make something else of it."""
+        """Write; the first failure is kept, since callers may replace it with one of their own."""
         try:
             with describe_write_errors(self.shown):
                 return os.write(self.fileno(), data)
@@ -59,9 +63,9 @@ class _RawFile(io.FileIO):
 
 
 def open_for_writing(path: Path | str | int, mode: str, shown: Path | None = None) -> Any:
-    """Open a file, "wb", "w+b" or "r+b", each failed write to which is a UserError that names it.
+    """Open a file, "wb", "w+b" or "r+b"; a failed write raises a UserError that names the file.
 
-    `path` may be a descriptor; `shown` is the name then.
+    `path` may be a file descriptor; `shown` is the name in messages.
     """
     buffered = io.BufferedRandom if "+" in mode else io.BufferedWriter
     return buffered(_RawFile(path, mode, shown or Path(path)))
@@ -75,7 +79,7 @@ def fsync_file(file: IO[Any], path: Path | str) -> None:
 
 
 def fsync_folder(folder: Path | str) -> None:
-    """Bring a folder's list of names to the disk: else a power cut may undo a rename."""
+    """Bring a folder's list of names to the disk; without it, a power cut may undo a rename."""
     with describe_write_errors(folder):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -91,17 +95,17 @@ def fsync_folder(folder: Path | str) -> None:
 def atomic_write(
     path: Path | str, mode: str = "wb", before_rename: Callable[[], None] = lambda: None
 ) -> Iterator[IO[Any]]:
-    """Open a file that appears under its name only when it is complete and on disk.
+    """Open a file that gets its name only when it is complete and on disk.
 
-    Written under a temporary name in the same folder, flushed, synced and renamed; if the block
-    raises, the old file stays as it was.  What the disk refuses is a UserError.
+    If the block raises, a file that was there before stays as it was. `before_rename` is called
+    when the new one is complete. Disk errors raise UserError.
     """
     path = Path(path)
-    remove_leftovers(path)
+    _remove_leftovers(path)
     temporary, file = None, None
     try:
         with describe_write_errors(path):
-            descriptor, temporary = _own_temporary(path)
+            descriptor, temporary = _create_temporary(path)
         file = raw = open_for_writing(descriptor, "w+b" if "+" in mode else "wb", path)
         if "b" not in mode:
             file = io.TextIOWrapper(raw, encoding="utf-8")
@@ -110,6 +114,7 @@ def atomic_write(
         file.close()
         with describe_write_errors(path):
             # mkstemp's files are private; give this one the permissions any new file would have.
+            # The umask can only be read by setting it.
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
@@ -118,34 +123,41 @@ def atomic_write(
         fsync_folder(path.parent)
     except BaseException as error:
         _discard(file, temporary)
+        # torch.save catches the failed write and raises a RuntimeError about its own zip writer,
+        # which would tell the user nothing.
         failure = None if file is None else raw.raw.failure
-        if failure is not None and failure is not error:  # torch.save raises one of its own
+        if failure is not None and failure is not error:
             raise failure from None
         raise
 
 
-def _own_temporary(path: Path) -> tuple[int, Path]:
-    """A new temporary file for `path`, locked as long as its writer lives, where locks exist."""
+def _create_temporary(path: Path) -> tuple[int, Path]:
+    """The descriptor and name of a new temporary file in the folder of `path`.
+
+    It is locked as long as its writer lives, on file systems with locks: so another writer can tell
+    a killed one's leftovers from a file that is being written.
+    """
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_nlink:  # not taken for a leftover before it was locked
+        # Between creation and lock, another writer may have taken it for a leftover and deleted it.
+        if os.fstat(descriptor).st_nlink:
             return descriptor, Path(name)
         os.close(descriptor)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete the temporary files of writers of `path` that were killed: nobody locks those."""
+def _remove_leftovers(path: Path) -> None:
+    """Delete the temporary files of writers of `path` that were killed: those without a lock."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-*.tmp"):
-        # what cannot be opened, locked or deleted stays: the writer's own error will say why
+        # What cannot be opened, locked or deleted stays: the writer's own error will say why.
         with contextlib.suppress(OSError), leftover.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             leftover.unlink()
 
 
 def _discard(file: IO[Any] | None, temporary: Path | None) -> None:
-    """Close and delete what was begun; a failure here must not hide the one that led here."""
+    """Close and delete an incomplete file; a failure here must not hide the one that led here."""
     with contextlib.suppress(OSError, UserError, ValueError):
         if file is not None:
             file.close()
