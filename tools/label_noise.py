@@ -26,28 +26,19 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from config import Config, parse_args, setting
-from data_gen import ImageStore, Split
-from evaluation.class_centres import (
-    CentreAngles,
-    angles_to_centres,
-    dominant_centres,
-    leave_one_out,
-)
-from evaluation.embed_records import embed_store
-from evaluation.embedders import InputSpec
-from evaluation.evaluated_model import EvaluatedModel, open_model
-from fileio.checkpoint_file import load_checkpoint
-from training.dataset import DEFAULT_SET, open_training_set
-from training.resume import check_run, resumed_config
-from training.sample_lists import KeepList, write_keep_list
 from utils import UserError, exit_on_user_error, get_device, keep_freed_memory, newest_run
+
+# What is heavy is imported in the functions that use it, so that --help answers at once.
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from data_gen import ImageStore, Split
+    from evaluation.class_centres import CentreAngles
+    from evaluation.evaluated_model import EvaluatedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +69,9 @@ def open_run(cfg: Settings, model: EvaluatedModel) -> tuple[dict[str, Any], Conf
 
     That is the run's training set as the run used it, or all of the one that --train-set names.
     """
+    from fileio.checkpoint_file import load_checkpoint
+    from training.resume import check_run, resumed_config
+
     if not model.is_ours:
         return {}, cfg
     path = model.checkpoint
@@ -123,6 +117,8 @@ def judge(
     cfg: Settings, embeddings: Tensor, labels: Tensor, classes: int, head: Tensor | None
 ) -> tuple[CentreAngles, np.ndarray]:
     """Angles of n images and which to keep, (n,) bool; head: the sub-centers, if there are any."""
+    from evaluation.class_centres import angles_to_centres, dominant_centres, leave_one_out
+
     device = get_device(cfg.device)
     if head is None:
         return leave_one_out(
@@ -141,6 +137,15 @@ def judge(
 @exit_on_user_error
 def main(cfg: Settings) -> None:
     """Score a training set by a model's embeddings of it, and write the list."""
+    import numpy as np
+    import torch
+
+    from evaluation.embed_records import embed_store
+    from evaluation.embedders import InputSpec
+    from evaluation.evaluated_model import open_model
+    from training.dataset import DEFAULT_SET, open_training_set
+    from training.sample_lists import KeepList, write_keep_list
+
     keep_freed_memory()
     path = Path(cfg.checkpoint or newest_run(cfg.runs_dir, "last.pt"))
     model = open_model(

@@ -21,7 +21,7 @@ from fileio.checkpoint_file import (
 
 LAST = "last.pt"
 
-# What PyTorch raises for states that are none of its own: for `except`.
+# What load_state_dict raises for the state of another module or optimiser: for `except`.
 INCOMPATIBLE = (RuntimeError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
 
 
@@ -74,12 +74,12 @@ def load_last(run_dir: Path) -> tuple[dict[str, Any], Path, dict[Path, str]]:
     raise CorruptCheckpointError(next(iter(wrong.values())))
 
 
-def tidy(run_dir: Path, damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints, so that they do not move up in the place of whole ones.
+def tidy(run_dir: Path, corrupt: Iterable[Path]) -> None:
+    """Rename corrupt checkpoints, so that they do not move up in place of complete ones.
 
     What a killed process left unfinished goes, too. For the owner of the run folder only.
     """
-    for path in damaged:
+    for path in corrupt:
         if path.exists():
             path.replace(run_dir / f"damaged-{path.name}")
     for unfinished in run_dir.glob(".*.tmp"):

@@ -1,4 +1,4 @@
-"""TensorBoard's events of a run: on disk or a sentence, and cut back when the run is resumed."""
+"""TensorBoard's event files of a run: write errors as sentences, truncated when it is resumed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from utils import UserError
 class EventLog(SummaryWriter):
     """A SummaryWriter for which a full disk is a UserError that names its folder.
 
-    Its thread keeps what failed for the next flush, and dies with a traceback as well: that is
-    left out.
+    SummaryWriter's thread reports a failed write at the next flush, and prints a traceback as well:
+    that is suppressed.
     """
 
     def __init__(self, run_dir: Path, purge_step: int):
@@ -38,24 +38,26 @@ class EventLog(SummaryWriter):
             self._excepthook(thread)
 
     def flush(self) -> None:
-        """Hand all points to the system."""
+        """Write all points to the file."""
         with describe_write_errors(self.shown):
             super().flush()
 
     def close(self) -> None:
-        """Flush, and end the thread."""
+        """Flush, and end the writer's thread."""
         threading.excepthook = self._excepthook
         with describe_write_errors(self.shown):
             super().close()
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        # What ended the run is worth more than that this cannot be written either.
-        with contextlib.suppress(*[UserError] * (kind is not None)):
+        try:
             self.close()
+        except UserError:
+            if kind is None:  # else what ended the run matters more than this failure
+                raise
 
 
 class NullEventLog:
-    """TensorBoard's writer in the processes that do not write."""
+    """The log of processes that do not write: it ignores everything."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write nothing."""

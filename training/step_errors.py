@@ -1,4 +1,4 @@
-"""When a training step goes wrong: what it was, in a sentence, and what would mend it."""
+"""When a training step fails: what it was, in a sentence, and what to do."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def change(data: bytes, edits) -> bytes:
 
 
 def changed(*seeds: bytes, fix_up=bytes):
-    """Mostly one of the seeds, changed in a few places and fixed up (checksums); sometimes any bytes."""
+    """Mostly one of the seeds, changed in a few places and fixed up; sometimes any bytes."""
     mutants = st.builds(change, st.sampled_from(seeds), CHANGES).map(fix_up)
     return st.integers(0, 9).flatmap(lambda n: st.binary(max_size=200) if n == 9 else mutants)
 

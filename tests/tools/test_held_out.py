@@ -70,7 +70,7 @@ def test_lists_of_another_set_and_damaged_ones_are_sentences(folder, tmp_path):
     for damage in ("60", "-1", "x", ""):
         write_held_out(path, reader, np.array([3]))
         path.write_text(path.read_text() + damage + "\n")
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="corrupt"):
             read_held_out(path, reader)
 
 

@@ -47,7 +47,7 @@ def test_a_list_is_read_as_it_was_written_and_another_sets_refused(noisy, tmp_pa
     assert np.array_equal(used[some], ~wrong[some])
     assert used[1::2].all()
     write_keep_list(path, rows._replace(label=rows.label + 1))
-    with pytest.raises(UserError, match=r"other records.* line 2 speaks of record 1 with label 1"):
+    with pytest.raises(UserError, match=r"other records.* line 2 names record 1 with label 1"):
         read_keep_list(path, reader)
     write_keep_list(path, rows)
     whole = path.read_text()

@@ -43,7 +43,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
     (tmp_path / ".last.pt-x.tmp").touch()
     tidy(tmp_path, wrong)
     assert not list(tmp_path.glob(".*"))
-    save_last(tmp_path, {"n": 3}, keep=3)  # nothing damaged moves up
+    save_last(tmp_path, {"n": 3}, keep=3)  # nothing corrupt moves up
     assert (tmp_path / "damaged-last.pt").exists()
     assert load_checkpoint(tmp_path / "last.pt")["n"] == 3
     assert load_checkpoint(tmp_path / "last-2.pt")["n"] == 0
