@@ -31,6 +31,7 @@ from utils import UserError, exit_on_user_error
 if TYPE_CHECKING:
     import torch
 
+    from data_gen import ImageStore, Split
     from training.engine import Engine
     from training.run import Run
 
@@ -84,7 +85,7 @@ def resume_run(cfg: Config) -> None:
 
 
 def build_run(cfg: Config, folder: Path) -> Run:
-    """Open and check the training set and build what is trained on it, nothing trained yet."""
+    """Open the training set and build what is trained on it; nothing is trained yet."""
     import functools
 
     import torch
@@ -93,7 +94,6 @@ def build_run(cfg: Config, folder: Path) -> Run:
     from distributed.collectives import run_on_all
     from distributed.process_group import local_device, seed_per_rank
     from training.data_checks import check_training_set
-    from training.dataset import DEFAULT_SET, open_training_set
     from training.engine import choose_compile
     from training.run import Run
     from training.schedule import learning_rate
@@ -102,27 +102,15 @@ def build_run(cfg: Config, folder: Path) -> Run:
     device = run_on_all(lambda: local_device(cfg.device))
     seed_everything(cfg.seed)
     torch.backends.cudnn.benchmark = True  # every training step has the same shapes
-
-    # Open: each process decodes its own cache, and all have to succeed.
-    store, split = run_on_all(
-        lambda: open_training_set(
-            Path(cfg.train_set or Path(cfg.data_dir, DEFAULT_SET)),
-            device,
-            batch_size=cfg.batch_size,
-            seed=cfg.seed,
-            valid_fraction=cfg.valid_fraction,
-            max_classes=cfg.max_classes,
-            keep=cfg.keep,
-            hold_out=cfg.hold_out,
-            cache=cfg.cache,
-            workers=cfg.workers,
-        )
-    )
+    # Each process opens and decodes for itself; if one of them fails, all end.
+    store, split = run_on_all(lambda: open_data(cfg, device))
     positions = store.readable(split.train)
     steps = steps_per_epoch(len(positions), cfg.batch_size) * cfg.epochs
     cfg = dataclasses.replace(cfg, compile=choose_compile(cfg.compile, device, steps))
+    settings = dataclasses.asdict(cfg)
+    # How train.py was called does not make a run what it is.
+    settings = {k: v for k, v in settings.items() if k not in ("given", "resume")}
 
-    # Build.
     engine = build_engine(cfg, split.num_classes, device, store.slice_size(cfg.batch_size))
     run = Run(
         engine=engine,
@@ -138,7 +126,7 @@ def build_run(cfg: Config, folder: Path) -> Run:
             poly_power=cfg.poly_power,
             warmup_epochs=cfg.warmup_epochs,
         ),
-        settings=stored_settings(cfg),
+        settings=settings,
         epochs=cfg.epochs,
         batch_size=cfg.batch_size,
         eval_batch=cfg.eval_batch,
@@ -152,6 +140,24 @@ def build_run(cfg: Config, folder: Path) -> Run:
     seed_per_rank(cfg.seed, 0)  # after the network is built: its weights are the same everywhere
     run_on_all(lambda: check_training_set(store, positions, split.num_classes, cfg.seed))
     return run
+
+
+def open_data(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
+    """The images to train on, in their cache, and their split into training and validation."""
+    from training.dataset import DEFAULT_SET, open_training_set
+
+    return open_training_set(
+        Path(cfg.train_set or Path(cfg.data_dir, DEFAULT_SET)),
+        device,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        valid_fraction=cfg.valid_fraction,
+        max_classes=cfg.max_classes,
+        keep=cfg.keep,
+        hold_out=cfg.hold_out,
+        cache=cfg.cache,
+        workers=cfg.workers,
+    )
 
 
 def build_engine(
@@ -208,12 +214,7 @@ def build_engine(
     except ValueError as error:  # settings that do not fit together
         raise UserError(str(error)) from None
     optimizer = build_optimizer(
-        model,
-        head,
-        lr=cfg.lr,
-        momentum=cfg.momentum,
-        weight_decay=cfg.weight_decay,
-        decay_bn=cfg.decay_bn,
+        model, head, cfg.lr, cfg.momentum, cfg.weight_decay, decay_bn=cfg.decay_bn
     )
     return Engine(
         model,
@@ -230,12 +231,6 @@ def build_engine(
     )
 
 
-def stored_settings(cfg: Config) -> dict[str, Any]:
-    """The settings that make a run what it is, for its checkpoints: not how it was called."""
-    settings = dataclasses.asdict(cfg)
-    return {name: v for name, v in settings.items() if name not in ("given", "resume")}
-
-
 def fit(run: Run, cfg: Config, resumed: bool) -> None:
     """Train to the last epoch, evaluating and saving after each, and report the result."""
     from distributed.collectives import any_rank, run_on_main
@@ -244,9 +239,9 @@ def fit(run: Run, cfg: Config, resumed: bool) -> None:
     from training.interruptions import saved_on_exit, stop_on_signals
     from training.run_report import print_header, report_result, settings_table
 
-    # Rank 0 evaluates for all.
-    where = {"data_dir": cfg.data_dir, "train_set": cfg.train_set, "workers": cfg.workers}
-    lfw = run_on_main(lambda: open_lfw(cfg.lfw, **where), broadcast=False)
+    lfw = run_on_main(  # rank 0 evaluates for all
+        lambda: open_lfw(cfg.lfw, cfg.data_dir, cfg.train_set, cfg.workers), broadcast=False
+    )
     print_header(run)
     with stop_on_signals(run), open_log(run.folder, run.global_step, run.step > 0) as log:
         if not resumed:

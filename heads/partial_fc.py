@@ -196,9 +196,9 @@ class PartialFC(Head):
 def _initial_rows(num_classes: int, emb_size: int, shard: slice) -> Tensor:
     """Rows of the random initial weight that the dense head has, computed block by block.
 
-    All rows are drawn and those outside the shard dropped, so that the run is the same for any
-    number of processes. In blocks of a multiple of 16 numbers PyTorch's generator gives what it
-    gives in one piece.
+    All rows are generated and those outside the shard discarded, so that a run begins the same for
+    any number of processes. In blocks of a multiple of 16 numbers PyTorch's generator gives what it
+    gives for all at once.
     """
     rows = torch.empty(shard.stop - shard.start, emb_size)
     block = 1 << 16
@@ -206,10 +206,10 @@ def _initial_rows(num_classes: int, emb_size: int, shard: slice) -> Tensor:
         stop = min(start + block, num_classes)
         if num_classes - stop < 16:  # the last block includes what would be too short for one
             stop = num_classes
-        drawn = torch.empty(stop - start, emb_size).normal_(0, 0.01)
+        generated = torch.empty(stop - start, emb_size).normal_(0, 0.01)
         low, high = max(start, shard.start), min(stop, shard.stop)
         if low < high:
-            rows[low - shard.start : high - shard.start] = drawn[low - start : high - start]
+            rows[low - shard.start : high - shard.start] = generated[low - start : high - start]
         if stop == num_classes:
             break
     return rows

@@ -74,10 +74,10 @@ def test_the_order_depends_on_seed_and_epoch_alone(folder):
     assert order() != order(epoch=1)
     assert order() != order(seed=1)
     assert order(first_step=2) == order()[16:]
-    whole = list(train_batches(store, faces.train, batch_size=8, seed=0, epoch=3))
+    complete = list(train_batches(store, faces.train, batch_size=8, seed=0, epoch=3))
     rest = list(train_batches(store, faces.train, batch_size=8, seed=0, epoch=3, first_step=4))
-    for expected, batch in zip(whole[4:], rest, strict=True):
-        assert torch.equal(expected.images, batch.images)  # the mirroring goes on the same, too
+    for expected, batch in zip(complete[4:], rest, strict=True):
+        assert torch.equal(expected.images, batch.images)  # mirrored in the same way, too
 
 
 def test_flips_mirror_about_half_of_the_images(folder):
@@ -111,7 +111,7 @@ def test_normalise_is_exact():
 @pytest.mark.parametrize("cache", ["ram", "none"])
 def test_chosen_images_come_as_their_mirror_images(folder, cache):
     store, _ = store_of(folder, cache)
-    positions = np.arange(59)[::-1].copy()  # neither in order nor a whole number of threads' parts
+    positions = np.arange(59)[::-1].copy()  # not in order, nor a multiple of a thread's chunk
     straight = store.fetch(positions)
     assert straight.flatten(1).float().std(1).min() > 0  # the halves differ, so mirroring shows
     chosen = np.arange(59) % 3 == 0
@@ -153,14 +153,14 @@ def test_augmented_batches_begin_anywhere_and_validation_stays_clean(folder, cac
     store, faces = store_of(folder, cache)
     change = build_augmentation("adaface", seed=0, epoch=3)
     options = {"batch_size": 8, "seed": 0, "epoch": 3, "augment": change}
-    whole = list(train_batches(store, faces.train, **options))
+    complete = list(train_batches(store, faces.train, **options))
     rest = list(train_batches(store, faces.train, **options, first_step=4))
-    for batch, again in zip(whole[4:], rest, strict=True):
+    for batch, again in zip(complete[4:], rest, strict=True):
         assert torch.equal(batch.images, again.images)
     plain = list(train_batches(store, faces.train, **options | {"augment": None}))
     changed = [
         not torch.equal(image, same)
-        for batch, other in zip(whole, plain, strict=True)
+        for batch, other in zip(complete, plain, strict=True)
         for image, same in zip(batch.images, other.images, strict=True)
     ]
     assert 0.2 < np.mean(changed) < 0.8

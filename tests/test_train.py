@@ -94,14 +94,14 @@ def test_a_step_is_sgd_on_the_arcface_loss(configure):
 
     for number in range(2):
         images, labels = torch.randn(8, 3, 112, 112), torch.arange(8) % 4
-        loss, accuracy, norm_found = run.train_step(images, labels, lr=0.05 / (number + 1))
+        loss, accuracy, gradient_norm = run.train_step(images, labels, lr=0.05 / (number + 1))
 
         model.train()
         cosine = head.cosine(model(images))
         expected = torch.nn.functional.cross_entropy(head.margin(cosine, labels), labels)
         grads = torch.autograd.grad(expected, parameters)
         norm = torch.cat([g.flatten() for g in grads]).norm()
-        assert norm_found.item() == pytest.approx(norm.item(), rel=1e-3)
+        assert gradient_norm.item() == pytest.approx(norm.item(), rel=1e-3)
         with torch.no_grad():
             for p, g, v in zip(parameters, grads, speeds, strict=True):
                 v.mul_(0.8).add_(g * min(1.0, 0.5 / norm) + 0.01 * p)
@@ -134,7 +134,7 @@ def test_bfloat16_step_is_close_to_float32(configure):
     assert torch.nn.functional.cosine_similarity(grads[0], grads[1], dim=0) > 0.97
 
 
-# ------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------ complete runs
 
 
 def events(run):
@@ -171,7 +171,9 @@ def test_a_run_leaves_checkpoints_events_and_curves(configure, capsys, tmp_path)
     assert "LFW is not prepared" in printed
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(configure, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_what_an_uninterrupted_one_comes_to(
+    configure, tmp_path, monkeypatch
+):
     straight = configure()
     train.main(straight)
     expected = load_checkpoint(only_run(straight) / "last.pt")
@@ -194,11 +196,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(configure, tmp_path, mon
 
     # Nothing but --resume: the rest of the configuration comes from the run.
     train.main(parse_args(["--resume", "--runs-dir", f"{tmp_path}/broken"], "train"))
-    found = load_checkpoint(only_run(broken) / "last.pt")
+    actual = load_checkpoint(only_run(broken) / "last.pt")
     for part in ("model", "head"):
         for name, tensor in expected[part].items():
-            assert torch.equal(tensor, found[part][name]), name
-    assert found["history"]["valid"] == expected["history"]["valid"]
+            assert torch.equal(tensor, actual[part][name]), name
+    assert actual["history"]["valid"] == expected["history"]["valid"]
     points = [e.step for e in events(only_run(broken)).Scalars("train/loss")]
     assert points == [2, 3, 5, 6]  # none doubled or missing
 
@@ -342,7 +344,7 @@ def test_long_runs_are_compiled(asked, steps, decided, monkeypatch):
     assert engine.choose_compile(asked, torch.device("cpu"), steps) == decided
 
 
-def test_a_long_run_without_a_compiler_goes_on_without(monkeypatch, capsys):
+def test_a_long_run_without_a_compiler_is_not_compiled(monkeypatch, capsys):
     monkeypatch.setattr(engine.shutil, "which", lambda name: None)
     assert engine.choose_compile("auto", torch.device("cpu"), 10**6) == "off"
     assert "faster with a C++ compiler" in capsys.readouterr().out

@@ -217,7 +217,6 @@ def trainable_parameters(model: nn.Module, head: Head) -> list[nn.Parameter]:
 def build_optimizer(
     model: nn.Module,
     head: Head,
-    *,
     lr: float,
     momentum: float = 0.9,
     weight_decay: float = 5e-4,

@@ -1,6 +1,6 @@
 """The end of an epoch: evaluation of the raw and of the EMA weights, logging, best.pt, last.pt.
 
-    lfw = open_lfw("", data_dir="data", train_set="", workers=0)
+    lfw = open_lfw("", "data")
     finish_epoch(run, log, lfw, train_loss, train_accuracy)
 
 TensorBoard's tags begin with "valid/" and "lfw/", by which event_log.truncate_events knows them.
@@ -34,7 +34,7 @@ class EpochResult(NamedTuple):
     valid: tuple[float, float] | None  # loss and accuracy on the held-out images
 
 
-def open_lfw(lfw: str, *, data_dir: str, train_set: str, workers: int = 0) -> PairSet | None:
+def open_lfw(lfw: str, data_dir: str, train_set: str = "", workers: int = 0) -> PairSet | None:
     """The test set that is evaluated after each epoch, None if it is not prepared.
 
     `lfw` is --lfw, a folder or a .bin set; empty: LFW in data_dir or beside the training set.

@@ -22,7 +22,7 @@ from distributed.process_group import is_main
 from fileio.checkpoint_file import check_weights, load_checkpoint
 from fileio.locks import lock_folder
 from fileio.safe_files import describe_write_errors
-from training.checkpoints import LAST, load_last, tidy
+from training.checkpoints import LAST, clean_up, load_last
 from training.saved_settings import config_from
 from utils import UserError, newest_run
 
@@ -90,7 +90,7 @@ def choose_checkpoint(resume: str, folder: Path) -> tuple[dict[str, Any], Path]:
         checkpoint, path, errors = load_last(folder)
         for error in errors.values():
             print(f"{error.split(';')[0].rstrip('.')}; taking {path.name}, which is older.")
-        tidy(folder, errors)
+        clean_up(folder, errors)
     check_run(checkpoint, path)
     return checkpoint, path
 

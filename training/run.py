@@ -21,7 +21,7 @@ from data_gen import Batch, train_batches, valid_batches
 from distributed.collectives import any_rank, run_on_main
 from distributed.process_group import is_main, world_size
 from training.augment import build_augmentation
-from training.checkpoints import save_last, torch_states
+from training.checkpoints import save_last, torch_random_states
 from training.engine import StepResult
 from training.event_log import EventLog, fsync_events
 from training.run_state import RunState, StepRecord
@@ -73,7 +73,9 @@ class Run(RunState):
         """
         self.engine.train()
         fixed_memory = fixed_gpu_memory(self.engine.optimizer, self.device)
-        with self._progress_bar() as bar:
+        options = {"unit": "step", "leave": False, "disable": not is_main()}
+        title = f"epoch {self.epoch + 1}/{self.epochs}"
+        with tqdm(total=self.steps, initial=self.step, desc=title, **options) as bar:
             start, first = time.perf_counter(), self.step
             for batch in self._batches():
                 self._run_step(batch, fixed_memory)
@@ -107,14 +109,9 @@ class Run(RunState):
             augment=build_augmentation(self.augment, seed=self.seed, epoch=self.epoch),
         )
 
-    def _progress_bar(self) -> tqdm:
-        title, hidden = f"epoch {self.epoch + 1}/{self.epochs}", not is_main()
-        options = {"desc": title, "unit": "step", "leave": False, "disable": hidden}
-        return tqdm(total=self.steps, initial=self.step, **options)
-
     def _run_step(self, batch: Batch, fixed_memory: int) -> None:
         """One step, and its record."""
-        random = torch_states(self.device)
+        random = torch_random_states(self.device)
         self.is_mid_step = True
         try:
             lr = self.learning_rate(self.step)

@@ -22,8 +22,8 @@ from training.checkpoints import (
     INCOMPATIBLE,
     random_states,
     set_random_states,
-    set_torch_states,
-    torch_states,
+    set_torch_random_states,
+    torch_random_states,
 )
 from training.engine import Engine, StepResult
 from training.step_errors import TrainingError
@@ -114,7 +114,7 @@ class RunState:
             "history": self.history,
             "window": torch.stack(window) if window else torch.zeros(0, 3),
             "random": random_states(self.device),
-            "random_of_others": all_gather_objects(torch_states(self.device))[1:],
+            "random_of_others": all_gather_objects(torch_random_states(self.device))[1:],
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
 
@@ -164,7 +164,7 @@ class RunState:
         seed_per_rank(self.seed, self.global_step)
         others = checkpoint.get("random_of_others", [])
         if 0 < rank() <= len(others):
-            set_torch_states(others[rank() - 1], self.device)
+            set_torch_random_states(others[rank() - 1], self.device)
 
     def check_weights(self, path: Path) -> None:
         """Raise TrainingError if weights or batch normalisation's statistics are not finite."""

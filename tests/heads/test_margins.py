@@ -152,11 +152,11 @@ def test_against_the_equations_in_float64(name):
     # What keeps the root's slope finite moves an angle of 0 or π by 3e-4.
     at_end = np.minimum(ANGLES, PI - np.array(ANGLES)) < 0.01
     errors = {}
-    for kind in (torch.float64, torch.float32):
-        found = losses(head.to(kind), rows.to(kind), label)
-        errors[kind] = np.abs(found - expected) / head.margin_s
+    for dtype in (torch.float64, torch.float32):
+        actual = losses(head.to(dtype), rows.to(dtype), label)
+        errors[dtype] = np.abs(actual - expected) / head.margin_s
         scale = max(1, np.abs(expected).max() / 100 / head.margin_s)
-        assert errors[kind][at_end].max() < 4e-4 * scale
+        assert errors[dtype][at_end].max() < 4e-4 * scale
     assert errors[torch.float64][~at_end].max() < 1e-12
     assert errors[torch.float32][~at_end].max() < 2e-5 * scale
     print(
@@ -208,11 +208,11 @@ def test_no_nan_at_the_ends_in_float32_and_under_autocast(name):
     label = torch.cat([torch.arange(len(head.weight)) // per_class] * 2 + [label[:1]] * 2)
     rows = ends.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        found = head.loss(rows, label, nn.CrossEntropyLoss())
+        result = head.loss(rows, label, nn.CrossEntropyLoss())
         again = make_head(name).float()(rows.bfloat16(), label)
-    found.loss.backward()
-    assert found.loss.dtype == again.dtype == torch.float32
-    assert all(v.isfinite().all() for v in (found.loss, rows.grad, again, *head.buffers()))
+    result.loss.backward()
+    assert result.loss.dtype == again.dtype == torch.float32
+    assert all(v.isfinite().all() for v in (result.loss, rows.grad, again, *head.buffers()))
     assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
@@ -270,7 +270,7 @@ def test_ada_faces_statistics_follow_the_batches_in_training_only():
 
 
 @pytest.mark.parametrize("name", ["elastic_arc", "elastic_cos"])
-def test_elastic_margins_are_drawn_for_each_sample(name):
+def test_elastic_margins_are_random_per_image(name):
     head = make_head(name, std=0.05).train()
     cosine = torch.full((4000, CLASSES), math.cos(1.0), dtype=torch.float64)
     label = torch.zeros(4000, dtype=torch.int64)
@@ -278,9 +278,9 @@ def test_elastic_margins_are_drawn_for_each_sample(name):
     logits = head.margin(cosine, label) / 64
     torch.manual_seed(1)
     assert torch.equal(head.margin(cosine, label) / 64, logits)
-    drawn = logits[:, 0].acos() - 1 if name == "elastic_arc" else math.cos(1.0) - logits[:, 0]
-    assert drawn.mean().item() == pytest.approx(config.MARGINS[name].margin, abs=0.004)
-    assert drawn.std().item() == pytest.approx(0.05, rel=0.05)
+    margins = logits[:, 0].acos() - 1 if name == "elastic_arc" else math.cos(1.0) - logits[:, 0]
+    assert margins.mean().item() == pytest.approx(config.MARGINS[name].margin, abs=0.004)
+    assert margins.std().item() == pytest.approx(0.05, rel=0.05)
     torch.testing.assert_close(logits[:, 1:], cosine[:, 1:])
     state = torch.get_rng_state()
     head.eval().margin(cosine, label)
@@ -339,8 +339,8 @@ def test_focal_weighting_on_top_of_every_softmax(name):
 def test_the_choices_are_the_registry():
     hint = typing.get_type_hints(Config)["margin"]
     assert typing.get_args(hint) == tuple(HEADS) == tuple(config.MARGINS)
-    for name, kind in HEADS.items():
-        assert set(kind.options) - {"easy_margin"} == set(config.MARGINS[name].options)
+    for name, head in HEADS.items():
+        assert set(head.options) - {"easy_margin"} == set(config.MARGINS[name].options)
 
 
 def test_each_margin_has_its_own_defaults_and_the_command_line_goes_first():
@@ -360,7 +360,7 @@ def test_the_sharded_head_equals_the_dense_one(name):
     rows, label = (x[3:10] for x in problem(head))
     sharded = PartialFC(EMB, CLASSES, head.margin, chunk=16)
     sharded.weight.data.copy_(head.weight)
-    found = []
+    results = []
     for loss in (
         lambda rows: head.loss(rows, label, nn.CrossEntropyLoss()),
         lambda rows: sharded.loss(rows, label, nn.CrossEntropyLoss(), len(label)),
@@ -368,8 +368,8 @@ def test_the_sharded_head_equals_the_dense_one(name):
         leaf = rows.float().clone().requires_grad_()
         result = loss(leaf)
         result.loss.backward()
-        found.append((result.loss.detach(), result.num_correct, leaf.grad))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+        results.append((result.loss.detach(), result.num_correct, leaf.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(sharded.weight.grad, head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -390,16 +390,16 @@ def make_run(folder, *more):
 def steps(run, count):
     generator = torch.Generator().manual_seed(run.step)
     run.engine.train()
-    found = []
+    results = []
     for _ in range(count):
         images = torch.randn(8, 3, 112, 112, generator=generator)
-        found.append(run.train_step(images, torch.arange(8) % 4, 0.01))
+        results.append(run.train_step(images, torch.arange(8) % 4, 0.01))
         run.step += 1
-    return found
+    return results
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_trains_and_goes_on_from_its_checkpoint_to_the_bit(name, folder, tmp_path):
+def test_trains_and_resumes_from_its_checkpoint_to_the_bit(name, folder, tmp_path):
     run = make_run(folder, "--margin", name)
     before = [p.detach().clone() for p in run.engine.head.parameters()]
     steps(run, 2)
@@ -413,8 +413,8 @@ def test_trains_and_goes_on_from_its_checkpoint_to_the_bit(name, folder, tmp_pat
     expected = steps(run, 2)
     other = make_run(folder, "--margin", name)
     other.load_state_dict(load_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
-    found = steps(other, 2)
-    assert_same(found, expected)
+    actual = steps(other, 2)
+    assert_same(actual, expected)
     assert_same(other.engine.state_dict(), run.engine.state_dict())
 
 

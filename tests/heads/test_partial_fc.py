@@ -53,9 +53,9 @@ def problem(labels):
     return embedding, torch.tensor(labels), torch.randn(CLASSES, EMB, generator=generator)
 
 
-def relative(found, expected):
+def relative(actual, expected):
     """The error's norm over the norm."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 2, 4])
@@ -70,10 +70,10 @@ def test_equal_to_the_dense_head(groups, tmp_path, ranks):
         criterion = FocalLoss(gamma) if gamma else nn.CrossEntropyLoss()
         embedding, label, weight = problem(labels)
         expected = dense(embedding, label, criterion, MARGINS[margin], weight)
-        found = load_checkpoint(tmp_path / "found.pt")[str(number)]
-        assert found["right"] == expected[3]
-        errors = [relative(found["loss"], expected[0]), relative(found["embedding"], expected[1])]
-        errors.append(relative(found["weight"], expected[2]))
+        result = load_checkpoint(tmp_path / "results.pt")[str(number)]
+        assert result["num_correct"] == expected[3]
+        errors = [relative(result["loss"], expected[0]), relative(result["embedding"], expected[1])]
+        errors.append(relative(result["weight"], expected[2]))
         worst = {k: max(v, e) for (k, v), e in zip(worst.items(), errors, strict=True)}
     print(ranks, worst)
     assert max(worst.values()) < 1e-6
@@ -86,9 +86,9 @@ def test_chunks_make_no_difference():
         head = PartialFC(EMB, CLASSES, MARGINS["arcface"], chunk=chunk)
         head.weight.data.copy_(weight)
         rows = embedding.clone().requires_grad_()
-        found = head.loss(rows, label, nn.CrossEntropyLoss(), len(label))
-        found.loss.backward()
-        results.append([found.loss.detach(), rows.grad, head.weight.grad])
+        result = head.loss(rows, label, nn.CrossEntropyLoss(), len(label))
+        result.loss.backward()
+        results.append([result.loss.detach(), rows.grad, head.weight.grad])
     for other in results[1:]:
         assert all(relative(a, b) < 1e-6 for a, b in zip(other, results[0], strict=True))
 
@@ -144,14 +144,16 @@ def test_a_sampled_step_is_the_dense_step_on_its_rows_and_leaves_the_others():
     embedding, label = torch.randn(6, EMB), torch.tensor([1, 8, 8, 30, 44, 49])
     head.sample(label, 6, 0)
     rows = head.sampled.clone()
-    found = head.loss(embedding, label, nn.CrossEntropyLoss(), 6)
-    found.loss.backward()
+    result = head.loss(embedding, label, nn.CrossEntropyLoss(), 6)
+    result.loss.backward()
     optimizer.step()  # without a gradient it leaves the weight alone
     head.update(optimizer)
 
-    place = torch.searchsorted(rows, label)
-    expected = dense(embedding, place, nn.CrossEntropyLoss(), MARGINS["arcface"], weight[rows])
-    torch.testing.assert_close(found.loss.detach(), expected[0])
+    rows_of_labels = torch.searchsorted(rows, label)
+    expected = dense(
+        embedding, rows_of_labels, nn.CrossEntropyLoss(), MARGINS["arcface"], weight[rows]
+    )
+    torch.testing.assert_close(result.loss.detach(), expected[0])
     new_speed = speed.clone()
     new_speed[rows] = 0.9 * speed[rows] + expected[2] + 0.01 * weight[rows]
     new_weight = weight.clone()

@@ -1,4 +1,4 @@
-"""What the processes of processes.py do; each writes what it found into its folder."""
+"""What the processes of processes.py do; results are written into the working folder."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def run_train(argv, frozen_statistics=False, backwards=False):
 
         run_module.train_batches = turned
     if frozen_statistics:
-        # Statistics that are some, and the same everywhere.
+        # Running statistics do not change, and are the same in all processes.
         def train_mode(self, mode=True):
             nn.Module.train(self, mode)
             for module in self.modules():
@@ -49,10 +49,10 @@ def run_train(argv, frozen_statistics=False, backwards=False):
 
 
 def sharded_heads(orders):
-    """Each process takes its slice of the batches; rank 0 writes loss and whole gradients."""
+    """Each process takes its slice of the batches; rank 0 writes losses and gathered gradients."""
     from tests.heads.test_partial_fc import CLASSES, EMB, MARGINS, problem
 
-    found = {}
+    results = {}
     with process_group("cpu"):
         for number, (labels, margin, gamma) in enumerate(orders):
             embedding, label, weight = problem(labels)
@@ -66,14 +66,14 @@ def sharded_heads(orders):
             result.loss.backward()
             gradients = all_gather_objects(rows.grad)
             weight_gradient = gather_to_main(head.weight.grad, CLASSES)
-            found[str(number)] = {
+            results[str(number)] = {
                 "loss": result.loss.detach(),
-                "right": int(result.num_correct),
+                "num_correct": int(result.num_correct),
                 "embedding": torch.cat(gradients),
                 "weight": weight_gradient,
             }
         if is_main():
-            save_checkpoint("found.pt", found)
+            save_checkpoint("results.pt", results)
 
 
 def train_until(argv, steps):

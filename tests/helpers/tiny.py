@@ -1,4 +1,4 @@
-"""A training set and a run on it that take seconds, and what two runs may differ in: nothing."""
+"""A training set and the flags of a run on it that takes seconds; two runs compared bit by bit."""
 
 import numpy as np
 import torch
@@ -24,27 +24,27 @@ def write_tiny_set(folder):
     return folder
 
 
-def assert_same(found, expected, where="checkpoint"):
+def assert_same(actual, expected, where="checkpoint"):
     """Equal to the last bit, all the way down."""
-    assert type(found) is type(expected), where
+    assert type(actual) is type(expected), where
     if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype, where
-        assert found.shape == expected.shape, where
-        assert found.numpy().tobytes() == expected.numpy().tobytes(), where
+        assert actual.dtype == expected.dtype, where
+        assert actual.shape == expected.shape, where
+        assert actual.numpy().tobytes() == expected.numpy().tobytes(), where
     elif isinstance(expected, dict):
-        assert list(found) == list(expected), where
+        assert list(actual) == list(expected), where
         for key, value in expected.items():
-            assert_same(found[key], value, f"{where}.{key}")
+            assert_same(actual[key], value, f"{where}.{key}")
     elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for place, value in enumerate(expected):
-            assert_same(found[place], value, f"{where}[{place}]")
+        assert len(actual) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same(actual[index], value, f"{where}[{index}]")
     else:
-        assert found == expected, where
+        assert actual == expected, where
 
 
 def hostile_names(count):
-    """Names as an untrusted archive may have them, with markup, controls and no UTF-8."""
+    """Names as an untrusted archive may have them: markup, control characters, invalid UTF-8."""
     bad = [
         "<script>alert(1)</script>",
         '"onload="alert(1)',

@@ -46,9 +46,9 @@ def test_parts_of_a_batch_make_the_same_step(parts, more):
     # Without batch statistics, which a part has of its own, and dropout.
     more = {"dropout": 0.0, "clip_norm": 2.0, **more}
     plain, weights = steps(make_engine(**more))
-    found, again = steps(make_engine(accumulate=parts, **more))
-    torch.testing.assert_close(found, plain, rtol=1e-5, atol=0)
-    assert (again - weights).norm() / weights.norm() < 1e-6
+    actual, actual_weights = steps(make_engine(accumulate=parts, **more))
+    torch.testing.assert_close(actual, plain, rtol=1e-5, atol=0)
+    assert (actual_weights - weights).norm() / weights.norm() < 1e-6
     start = torch.cat([p.detach().flatten().double() for p in make_engine(**more).parameters])
     assert not torch.equal(start[-80:], weights[-80:])
 
@@ -75,7 +75,7 @@ def test_activations_computed_twice_change_no_bit(network):
 
 
 def test_far_fewer_activations_are_kept():
-    kept = []
+    saved = []
     for twice in (False, True):
         model = build_model("r18", 16)
         if twice:
@@ -89,7 +89,7 @@ def test_far_fewer_activations_are_kept():
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = model(torch.randn(2, 3, 112, 112))
         parameters = {p.data_ptr() for p in model.parameters()}
-        kept.append(sum(size for place, size in sizes.items() if place not in parameters))
+        saved.append(sum(size for pointer, size in sizes.items() if pointer not in parameters))
         del out
-    print(np.array(kept) / 2**20, "MiB")
-    assert kept[1] < kept[0] / 2
+    print(np.array(saved) / 2**20, "MiB")
+    assert saved[1] < saved[0] / 2

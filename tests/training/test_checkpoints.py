@@ -9,7 +9,7 @@ import torch
 
 from fileio.checkpoint_file import CorruptCheckpointError, load_checkpoint, save_checkpoint
 from training import checkpoints
-from training.checkpoints import load_last, load_momentum, save_last, tidy
+from training.checkpoints import clean_up, load_last, load_momentum, save_last
 from utils import UserError
 
 # ------------------------------------------------------------------------------ the last few
@@ -31,7 +31,7 @@ def test_the_last_few_are_kept(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
+def test_a_corrupt_newest_falls_back_to_the_one_before(tmp_path):
     for n in range(3):
         save_last(tmp_path, {"n": n}, keep=3)
     for name, n in (("last.pt", 1), ("last-1.pt", 0)):
@@ -41,9 +41,9 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
         assert path.name == f"last-{2 - n}.pt"
         assert all("is corrupt" in why for why in wrong.values())
     (tmp_path / ".last.pt-x.tmp").touch()
-    tidy(tmp_path, wrong)
+    clean_up(tmp_path, wrong)
     assert not list(tmp_path.glob(".*"))
-    save_last(tmp_path, {"n": 3}, keep=3)  # nothing corrupt moves up
+    save_last(tmp_path, {"n": 3}, keep=3)  # nothing corrupt is rotated
     assert (tmp_path / "damaged-last.pt").exists()
     assert load_checkpoint(tmp_path / "last.pt")["n"] == 3
     assert load_checkpoint(tmp_path / "last-2.pt")["n"] == 0
@@ -62,7 +62,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
         OSError(errno.ESTALE, "Stale file handle"),
     ],
 )
-def test_what_cannot_be_read_for_now_is_not_damaged(tmp_path, monkeypatch, error):
+def test_what_cannot_be_read_for_now_is_not_corrupt(tmp_path, monkeypatch, error):
     """Or the newest would be put aside, and hours lost, for want of memory or of a mount."""
 
     def fail(*args, **kwargs):
@@ -74,9 +74,9 @@ def test_what_cannot_be_read_for_now_is_not_damaged(tmp_path, monkeypatch, error
         patch.setattr(torch, "load", fail)
         with pytest.raises(
             UserError, match=r"last\.pt (does not fit into|cannot be read)"
-        ) as found:
+        ) as raised:
             load_last(tmp_path)
-    assert not isinstance(found.value, CorruptCheckpointError)
+    assert not isinstance(raised.value, CorruptCheckpointError)
     assert load_last(tmp_path)[0]["n"] == 1
 
 

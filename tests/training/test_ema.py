@@ -59,7 +59,7 @@ def run(cwd, folder, *more):
     return next(cwd.glob("runs/*"))
 
 
-def test_a_run_with_an_average_goes_on_to_the_bit(folder, tmp_path, monkeypatch, capsys):
+def test_a_run_with_ema_weights_resumes_to_the_bit(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
     # A schedule that does not end with the run, so that its first epoch is the same run.
     steady = ("--schedule", "step")
@@ -82,7 +82,7 @@ def test_a_run_with_an_average_goes_on_to_the_bit(folder, tmp_path, monkeypatch,
     ]
     assert {"valid/ema_loss", "valid/ema_accuracy", "lfw/ema_accuracy"} <= set(tags)
 
-    # best_ema.pt: the averages, where lfw_eval.py finds weights; no state to go on from.
+    # best_ema.pt: the averages, where lfw_eval.py finds weights; not a state to resume from.
     best = load_checkpoint(straight / "best_ema.pt")
     points = states[0]["history"]["ema"]
     assert best["epoch"] == max(points, key=lambda p: (p[2], -p[1], -p[0]))[0]

@@ -27,12 +27,12 @@ def start(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
-    def start(place):
+    def start(base):
         argv = f"{FLAGS} --epochs 1 --train-set {folder} --images-dir {tmp_path}".split()
-        if list(place.glob("runs/*/last.pt")):
+        if list(base.glob("runs/*/last.pt")):
             argv = ["--resume"]
         try:
-            train.main(parse_args([*argv, "--runs-dir", f"{place}/runs"], "train"))
+            train.main(parse_args([*argv, "--runs-dir", f"{base}/runs"], "train"))
             code = 0
         except SystemExit as ended:
             code = ended.code
@@ -42,11 +42,11 @@ def start(folder, tmp_path, capsys, monkeypatch):
     return start
 
 
-def states(place):
+def states(base):
     """What is in last.pt and best.pt, but for where the run was told to be."""
-    (run,) = place.glob("runs/*")
-    found = [load_checkpoint(run / name) for name in ("last.pt", "best.pt")]
-    return [{k: v for k, v in state.items() if k != "config"} for state in found]
+    (run,) = base.glob("runs/*")
+    loaded = [load_checkpoint(run / name) for name in ("last.pt", "best.pt")]
+    return [{k: v for k, v in state.items() if k != "config"} for state in loaded]
 
 
 def fail_each(start, tmp_path, stays, step=1):
@@ -55,24 +55,24 @@ def fail_each(start, tmp_path, stays, step=1):
     Of the hundreds of writes only the first and the last of a file count.
     """
     with pytest.MonkeyPatch.context() as patch:
-        whole = FailingDisk(patch, 1 << 30)
+        disk = FailingDisk(patch, 1 << 30)
         assert start(tmp_path / "straight") == (0, "")
-    straight, names = states(tmp_path / "straight"), whole.names
+    straight, names = states(tmp_path / "straight"), disk.names
     edges = [i + 1 for i in range(len(names)) if set(names[max(0, i - 1) : i + 2]) != {"write"}]
     for fail_at in edges[::step]:
-        place = tmp_path / f"{fail_at}"
+        base = tmp_path / f"{fail_at}"
         with pytest.MonkeyPatch.context() as patch:
             FailingDisk(patch, fail_at, stays)
-            code, sentence = start(place)
+            code, sentence = start(base)
         assert code == 2
         assert " cannot be written (" in sentence
-        for run in place.glob("runs/*"):
+        for run in base.glob("runs/*"):
             assert not list(run.glob(".*.tmp"))
             if not (run / "last.pt").exists():
                 shutil.rmtree(run)  # nothing was done that could be lost
-        assert start(place) == (0, "")
-        assert_same(states(place), straight)
-        shutil.rmtree(place)
+        assert start(base) == (0, "")
+        assert_same(states(base), straight)
+        shutil.rmtree(base)
     return len(edges[::step])
 
 

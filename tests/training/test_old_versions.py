@@ -1,9 +1,9 @@
 """Files that an earlier version wrote, before the modules moved into folders, are still read.
 
 tests/data/old_run holds what that version made on a CPU with one thread: a training set, an LFW
-folder, lists of images to leave out, and two checkpoints in the middle of the second epoch. So that
-they stay small, their large tensors are left out; `rebuild` fills them as it was done before the
-earlier version resumed these two runs and evaluated them, which gave the results kept beside them.
+folder, lists of images to leave out, and two checkpoints in the middle of the second epoch. To keep
+them small, their large tensors are left out. `rebuild` fills these with numbers, as was done before
+the earlier version resumed and evaluated the two runs; its results are stored with them.
 """
 
 import json
@@ -43,11 +43,11 @@ def old(tmp_path, monkeypatch):
 
 
 def rebuild(folder, name):
-    """Write runs/<name>/last.pt as the old version had it; what else is in the kept file."""
-    kept = load_checkpoint(folder / "data" / f"{name}.checkpoint")
+    """Write runs/<name>/last.pt as the old version had it; what else is in the stored file."""
+    stored = load_checkpoint(folder / "data" / f"{name}.checkpoint")
     rng = np.random.default_rng(7)
-    for path, (shape, scale) in kept["large"].items():
-        owner, *keys, last = kept["checkpoint"], *path.split("/")
+    for path, (shape, scale) in stored["large"].items():
+        owner, *keys, last = stored["checkpoint"], *path.split("/")
         if keys[0] == "optimizer":  # its parameters are numbered
             keys[2] = int(keys[2])
         for key in keys:
@@ -56,9 +56,9 @@ def rebuild(folder, name):
         owner[last] = torch.from_numpy(values.astype(np.float32))
     run = folder / "runs" / name
     run.mkdir(parents=True)
-    save_checkpoint(run / "last.pt", kept["checkpoint"])
+    save_checkpoint(run / "last.pt", stored["checkpoint"])
     shutil.copy(folder / "data" / f"{name}.lfw.json", run / "lfw.json")
-    return kept
+    return stored
 
 
 def samples(state):
@@ -74,21 +74,21 @@ def samples(state):
 
 @pytest.mark.parametrize("name", ["subcenter", "adaface"])
 def test_an_old_run_resumes_to_the_weights_that_the_old_version_came_to(old, name):
-    kept = rebuild(old, name)
+    stored = rebuild(old, name)
     train.main(parse_args(["--resume", "runs/" + name], "train"))
     state = load_checkpoint(old / "runs" / name / "last.pt")
     assert (state["epoch"], state["step"]) == (2, 0)
-    found, expected = samples(state), kept["samples"].double()
-    assert found.shape == expected.shape
+    actual, expected = samples(state), stored["samples"].double()
+    assert actual.shape == expected.shape
     # As a share of the tensor's norm. On the machine that made the files the largest is 1e-7; other
     # instruction sets or two threads bring rounding errors of up to 2e-5, and a momentum that is
     # not loaded one of 3e-2.
-    difference = (found - expected).abs() / expected[:, -1:].clamp(min=0.1)
+    difference = (actual - expected).abs() / expected[:, -1:].clamp(min=0.1)
     print(f"largest difference, as a share of its tensor's norm: {difference.max():.1e}")
     assert difference.max() < 1e-4
-    for part, points in kept["history"].items():
+    for part, points in stored["history"].items():
         np.testing.assert_allclose(state["history"][part], points, rtol=1e-4)
-    assert state["best"] == pytest.approx(kept["best"], rel=1e-4)
+    assert state["best"] == pytest.approx(stored["best"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["subcenter", "adaface"])
@@ -97,19 +97,19 @@ def test_an_old_checkpoint_is_evaluated_as_before(old, name):
     expected = json.loads((old / "runs" / name / "lfw.json").read_text())
     argv = ["--checkpoint", f"runs/{name}/last.pt", "--device", "cpu"]
     lfw_eval.main(parse_args(argv, "lfw_eval"))
-    found = json.loads((old / "runs" / name / "lfw.json").read_text())
+    actual = json.loads((old / "runs" / name / "lfw.json").read_text())
     assert (old / "runs" / name / "report.html").is_file()
-    assert list(found) == list(expected)
+    assert list(actual) == list(expected)
     for key in ("accuracy", "threshold", "best_threshold", "auc", "eer", "fold_thresholds"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+        assert actual[key] == pytest.approx(expected[key], rel=1e-4), key
     for key in ("pairs", "matched_pairs", "missed_faces", "network", "epoch", "seed", "kind"):
-        assert found[key] == expected[key], key
+        assert actual[key] == expected[key], key
 
 
 def test_old_lists_and_indexes_are_read(old):
     reader = RecordReader("data/faces_webface_112x112")
-    kept = training_mask(reader, keep="data/keep.tsv")
-    assert np.flatnonzero(~kept).tolist() == [5, 20]
+    mask = training_mask(reader, keep="data/keep.tsv")
+    assert np.flatnonzero(~mask).tolist() == [5, 20]
     both = training_mask(reader, keep="data/keep.tsv", hold_out="data/held_out.txt")
     assert np.flatnonzero(~both).tolist() == [5, 20, *range(24, 32)]
     lfw = load_set("data/faces_lfw_112x112", "data/pairs.txt")

@@ -87,7 +87,7 @@ def unbroken(killer, tmp_path_factory):
 
 def points(cwd):
     """All scalars in the files of the only run: {tag: [(step, value)]}, nothing purged."""
-    found = {}
+    scalars = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
         for _, event in events.read_event_frames(path.read_bytes()):
@@ -95,19 +95,19 @@ def points(cwd):
                 if value.metadata.plugin_data.plugin_name == "scalars" or value.HasField(
                     "simple_value"
                 ):
-                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return found
+                    scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
 
 
 def steps_by_tag(cwd):
     """{tag: [step]} of all that the only run has logged, images and curves included."""
-    found = {}
+    steps = {}
     (run,) = cwd.glob("runs/*")
     for path in sorted(run.glob("events.*")):
         for _, event in events.read_event_frames(path.read_bytes()):
             for value in event.summary.value:
-                found.setdefault(value.tag, []).append(event.step)
-    return found
+                steps.setdefault(value.tag, []).append(event.step)
+    return steps
 
 
 def assert_same_run(cwd, unbroken):
@@ -115,13 +115,13 @@ def assert_same_run(cwd, unbroken):
     (run,), (straight,) = cwd.glob("runs/*"), unbroken.glob("runs/*")
     compared = 0
     for name in ("last.pt", "best.pt"):
-        found, expected = load_checkpoint(run / name), load_checkpoint(straight / name)
-        assert_same(found, expected)
+        actual, expected = load_checkpoint(run / name), load_checkpoint(straight / name)
+        assert_same(actual, expected)
         assert (run / name).read_bytes() == (straight / name).read_bytes()
         compared += (run / name).stat().st_size
-    found, expected = points(cwd), points(unbroken)
-    rates, straight_rates = found.pop("perf/images_per_s"), expected.pop("perf/images_per_s")
-    assert found == expected
+    actual, expected = points(cwd), points(unbroken)
+    rates, straight_rates = actual.pop("perf/images_per_s"), expected.pop("perf/images_per_s")
+    assert actual == expected
     assert [step for step, _ in rates] == [step for step, _ in straight_rates]
     assert steps_by_tag(cwd) == steps_by_tag(unbroken)
     assert {"lfw/roc", "lfw/pr"} < steps_by_tag(cwd).keys()
@@ -144,7 +144,7 @@ FAULTS = [
     {"at": "training.run:Run.train_step", "count": 4},  # a step after a checkpoint
     {"at": "os:fsync", "count": 2},  # a checkpoint is written, not yet on disk under its name
     {
-        "at": "training.checkpoints:_move_up",
+        "at": "training.checkpoints:_rotate",
         "count": 1,
         "after": True,
     },  # the old one has moved up
@@ -210,7 +210,7 @@ def test_ten_kills_at_random_moments(killer, tmp_path, seed):
         if killer.run(cwd, *(() if before else longer), **how):
             kills += 1
             writing += bool(list(cwd.glob("runs/*/.*.tmp")))
-            assert load_state(cwd) >= before  # last.pt is there, whole and no older
+            assert load_state(cwd) >= before  # last.pt is there, complete and no older
         else:  # it came to its end; the rest of the kills are another run's
             compared += assert_same_run(cwd, tmp_path / "unbroken")
             run += 1
@@ -221,9 +221,9 @@ def test_ten_kills_at_random_moments(killer, tmp_path, seed):
 
 
 def load_state(cwd):
-    """(epoch, step) of last.pt, which every kill leaves whole; () where there is none yet."""
-    found = [load_checkpoint(path) for path in cwd.glob("runs/*/last.pt")]
-    return (found[0]["epoch"], found[0]["step"]) if found else ()
+    """(epoch, step) of last.pt, which every kill leaves complete; () if there is none yet."""
+    states = [load_checkpoint(path) for path in cwd.glob("runs/*/last.pt")]
+    return (states[0]["epoch"], states[0]["step"]) if states else ()
 
 
 # ------------------------------------------------------------------------------ the same run
@@ -306,14 +306,14 @@ def test_a_best_epoch_counts_as_one_only_once_it_is_written(start, tmp_path, mon
 
 def test_other_images_are_refused(start, folder, tmp_path):
     start(resumed=False)
-    for change in ("labels", "pictures", "fewer"):
+    for change in ("labels", "images", "fewer"):
         other = tmp_path / change
         reader = RecordReader(folder)
         jpegs = [reader.encoded(i) for i in range(len(reader))]
         labels = [i // 12 for i in range(48)]
         if change == "labels":
             labels[12] = 0
-        elif change == "pictures":
+        elif change == "images":
             jpegs[5] = encode_jpeg(np.zeros((112, 112, 3), np.uint8))
         else:
             jpegs, labels = jpegs[:-1], labels[:-1]
@@ -354,7 +354,7 @@ def test_a_second_train_on_one_run_is_refused(start, tmp_path):
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, tmp_path):
+def test_a_corrupt_checkpoint_is_reported_and_the_one_before_taken(start, unbroken, tmp_path):
     start(resumed=False)
     (run,) = tmp_path.glob("runs/*")
     state = load_checkpoint(run / "last-1.pt")
@@ -377,7 +377,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(start, unbroken, 
 def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path):
     start(resumed=False)
     (run,) = tmp_path.glob("runs/*")
-    whole = load_checkpoint(run / "last.pt")
+    complete = load_checkpoint(run / "last.pt")
     torch.manual_seed(0)
     for change, text in (
         ({"model": {"x": torch.zeros(1)}}, "is not a state of this run"),
@@ -391,13 +391,13 @@ def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path)
         ({"best": {}}, "(see its best)"),
         ({"head": {"weight": torch.full((4, 16), torch.nan)}}, "not finite"),
         ({"num_classes": 7}, "7 identities"),
-        ({"config": whole["config"] | {"batch_size": "x"}}, "--batch-size cannot be x"),
-        ({"config": whole["config"] | {"warp": 9}}, "'warp' is not a setting of this version"),
+        ({"config": complete["config"] | {"batch_size": "x"}}, "--batch-size cannot be x"),
+        ({"config": complete["config"] | {"warp": 9}}, "'warp' is not a setting of this version"),
     ):
-        torch.save({**whole, **change}, run / "last.pt")
+        torch.save({**complete, **change}, run / "last.pt")
         code, printed = start("--resume", "--epochs", "2")
         assert (code, text in printed, "Traceback" in printed) == (2, True, False), printed
-    torch.save({**whole, "precision": "float8 on abacus"}, run / "last.pt")
+    torch.save({**complete, "precision": "float8 on abacus"}, run / "last.pt")
     code, printed = start("--resume", "--epochs", "2")
     assert code == 0
     assert "was computed in float8 on abacus; the run continues in" in printed
