@@ -102,6 +102,9 @@ def build_run(cfg: Config, folder: Path) -> Run:
     device = run_on_all(lambda: local_device(cfg.device))
     seed_everything(cfg.seed)
     torch.backends.cudnn.benchmark = True  # every training step has the same shapes
+    # What autocast leaves in float32 uses a GPU's tensor cores; evaluation is exact by itself.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
     # Each process opens and decodes for itself; if one of them fails, all end.
     store, split = run_on_all(lambda: open_data(cfg, device))
     positions = store.readable(split.train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -9,7 +10,7 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise  # a bug keeps its traceback
-            memory = "GPU memory" if _is_from("torch", "OutOfMemoryError", error) else "memory"
+            memory = "GPU memory" if is_out_of_gpu_memory(error) else "memory"
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             print(
                 f"{script}: out of {memory} ({reason}); what was written is kept. Free some, or "
@@ -74,15 +75,44 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+# What libraries say when a GPU's memory is full, and where they say it.
+_GPU_MEMORY_TEXTS = (
+    "CUDA out of memory",  # PyTorch's allocator
+    "CUDA ran out of memory outside PyTorch's allocator",  # kernels compiled at run time
+    "CUDA error: out of memory",  # the runtime (torch.AcceleratorError): contexts, pinned memory
+    "CUDA driver error: out of memory",  # the driver: the allocator's expandable segments
+    "CUDNN_STATUS_ALLOC_FAILED",  # cuDNN 8
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",  # cuDNN 9
+    # PyTorch, when no algorithm's workspace fits ("FIND" with cudnn.benchmark, "GET" without).
+    "unable to find an engine to execute this computation",
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # cublasCreate, mostly for want of memory for its workspace
+    "Cuda failure 2 'out of memory'",  # NCCL's buffers
+    "Cuda failure 'out of memory'",  # likewise
+    "MPS backend out of memory",  # Apple's GPUs
+)
+_MEMORY_TEXTS = (
+    *_GPU_MEMORY_TEXTS,
+    "allocate memory",  # PyTorch's CPU allocator ("can't"), and the system's ENOMEM ("Cannot")
+    "Failed to allocate",  # OpenCV
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that GPU memory, or main memory, is full."""
     if isinstance(error, MemoryError) or _is_from("torch", "OutOfMemoryError", error):
         return True
     if not isinstance(error, RuntimeError) and not _is_from("cv2", "error", error):
         return False
-    # PyTorch's allocator, cuDNN's and cuBLAS' status codes, OpenCV's allocator
-    texts = ("allocate memory", "ALLOC_FAILED", "Failed to allocate")
-    return any(text in str(error) for text in texts)
+    return any(text in str(error) for text in _MEMORY_TEXTS)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Whether an error says that GPU memory is full."""
+    if _is_from("torch", "OutOfMemoryError", error):
+        return True
+    return isinstance(error, RuntimeError) and any(t in str(error) for t in _GPU_MEMORY_TEXTS)
 
 
 def _is_from(module: str, name: str, error: BaseException) -> bool:
@@ -122,6 +152,26 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """For the block, float32 convolutions and matrix products on a GPU are not rounded to TF32.
+
+    TF32 has float16's 10 bits of mantissa. With it, cosines change in their third digit, and one
+    landmark in twelve moves by over 0.1 pixel. Settings are the process's, not a thread's.
+    """
+    import torch
+
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 def seed_everything(seed: int) -> None:

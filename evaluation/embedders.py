@@ -27,7 +27,7 @@ from evaluation.onnx_backends import ONNX_BACKENDS, default_onnx_backend, in_fix
 from fileio.checkpoint_file import check_weights, load_checkpoint
 from fileio.onnx_file import check_onnx
 from models import build_model
-from utils import UserError
+from utils import UserError, exact_float32
 
 # Aligned faces (n, 112, 112, 3) uint8 RGB on the CPU -> embeddings (n, d) float32 on the CPU.
 Embed = Callable[[Tensor], Tensor]
@@ -118,22 +118,18 @@ def torch_embedder(
 
     def embed(faces: Tensor) -> Tensor:
         forward = fold_batch_norm(model)
-        allowed_tf32 = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False  # TF32 has float16's 10 bits of mantissa
-        try:
-            with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-                return embed_in_batches(
-                    forward,
-                    faces,
-                    flip=flip,
-                    batch=batch,
-                    spec=spec,
-                    device=device,
-                    progress=progress,
-                    unnormalised=unnormalised,
-                )
-        finally:
-            torch.backends.cudnn.allow_tf32 = allowed_tf32
+        autocast_off = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(), autocast_off, exact_float32():
+            return embed_in_batches(
+                forward,
+                faces,
+                flip=flip,
+                batch=batch,
+                spec=spec,
+                device=device,
+                progress=progress,
+                unnormalised=unnormalised,
+            )
 
     return embed
 

@@ -13,6 +13,7 @@ O-Net together. TensorFlow is never imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -35,7 +36,7 @@ from preprocessing.mtcnn_ops import (
     pack_pixels,
     to_square,
 )
-from utils import FACE_SIZE, TEMPLATE, core_count
+from utils import FACE_SIZE, TEMPLATE, core_count, exact_float32
 
 MIN_FACE = 20  # pixels; no smaller face is looked for unless asked
 MIN_FACE_FRACTION = 0.16  # of the shorter side; the smallest face looked for at first
@@ -140,7 +141,9 @@ class FaceDetector:
         detect = functools.partial(
             self._detect, min_face=min_face, thresholds=thresholds or self.thresholds
         )
-        return [detections for chunk in self.pool.map(detect, chunks) for detections in chunk]
+        # A GPU in TF32 would find other points than a CPU, and so prepare another data set.
+        with contextlib.nullcontext() if self.on_cpu else exact_float32():
+            return [detections for chunk in self.pool.map(detect, chunks) for detections in chunk]
 
     @torch.inference_mode()
     def _detect(

@@ -83,6 +83,7 @@ def test_user_errors_become_one_sentence_and_status_2(capsys, tmp_path):
         assert "Traceback" not in error
     for error, text in (
         (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory (OutOfMemory"),
+        (RuntimeError("CUDA error: out of memory"), "out of GPU memory (RuntimeError: CUDA error"),
         (MemoryError(), "out of memory (MemoryError"),
         (RuntimeError("can't allocate memory: you tried to allocate 9 bytes"), "9 bytes"),
         (cv2.error("(-4:Insufficient memory) Failed to allocate 9 bytes"), "9 bytes"),

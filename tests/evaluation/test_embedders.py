@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from evaluation import embedders as emb
 from fileio.checkpoint_file import save_checkpoint
 from models import build_model
+from tests.helpers.tf32 import allowed_tf32, tf32_on
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -103,6 +104,21 @@ def test_the_fast_way_scores_as_the_plain_one(name, options, faces):
         plain = F.normalize(model(x) + model(x.flip(3)))
     fast = emb.torch_embedder(model, CPU)(faces)
     torch.testing.assert_close(fast @ fast.T, plain @ plain.T, rtol=0, atol=1e-5)  # cosines
+
+
+def test_embeddings_are_computed_without_tf32(faces, monkeypatch):
+    """Training switches it on for its own float32; scores are quoted to three digits."""
+    normalise, seen = emb.normalise, []
+
+    def watched(images):
+        seen.append(allowed_tf32())
+        return normalise(images)
+
+    monkeypatch.setattr(emb, "normalise", watched)
+    with tf32_on():
+        emb.torch_embedder(build_model("tiny", 8), torch.device("cpu"))(faces)
+        assert allowed_tf32() == [True, True]
+    assert seen == [[False, False]]
 
 
 def test_embeddings_that_are_not_numbers_are_refused(faces):

@@ -12,6 +12,7 @@ import torch
 from preprocessing import detector as face_detector
 from preprocessing import mtcnn_networks, mtcnn_ops
 from preprocessing.detector import Detection, Detections, FaceDetector, choose_face, find_face
+from tests.helpers.tf32 import allowed_tf32, tf32_on
 from utils import TEMPLATE, UserError, similarity_transform, warp_face
 
 
@@ -328,6 +329,23 @@ def test_threads_of_the_caller_are_left_alone(detector):
     before = torch.get_num_threads()
     detector.detect(draw_face()[None])
     assert torch.get_num_threads() == before
+
+
+def test_a_gpu_detects_without_tf32(detector, monkeypatch):
+    """With it, points move: a GPU would align other faces than a CPU."""
+    monkeypatch.setattr(detector, "on_cpu", False)  # this detector's device is the CPU all the same
+    run, seen = FaceDetector._run, []
+
+    def watched(self, *arguments):
+        seen.append(allowed_tf32())
+        return run(self, *arguments)
+
+    monkeypatch.setattr(FaceDetector, "_run", watched)
+    with tf32_on():
+        detector.detect(np.zeros((1, 60, 60, 3), np.uint8))
+        assert allowed_tf32() == [True, True]
+    assert seen
+    assert all(settings == [False, False] for settings in seen)
 
 
 def test_tensors_and_read_only_arrays_are_taken_too(detector):

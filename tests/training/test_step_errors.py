@@ -23,11 +23,25 @@ from training.step_errors import (
     largest_fitting_batch,
     requested_bytes,
 )
-from utils import UserError, is_out_of_memory
+from utils import UserError, is_out_of_gpu_memory, is_out_of_memory
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of "
     "which 1.20 GiB is free. Process 1 has 14.57 GiB memory in use."
+)
+# As the libraries word it: the runtime, the driver, cuDNN 8 and 9, cuBLAS, NCCL.
+GPU_ERRORS = (
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other",
+    "CUDA driver error: out of memory",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "FIND was unable to find an engine to execute this computation",
+    "GET was unable to find an engine to execute this computation",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "NCCL error in: ProcessGroupNCCL.cpp:1, unhandled cuda error\nCuda failure 2 'out of memory'",
+    "NCCL error: unhandled cuda error, NCCL version 2.27.3\nCuda failure 'out of memory'",
 )
 CPU = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you "
@@ -203,10 +217,16 @@ def test_errors_of_full_memory_are_known_and_read():
         (RuntimeError(CPU), 2**32),
         (MemoryError(), 0),
         (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), 0),
+        *[(RuntimeError(text), 0) for text in GPU_ERRORS],
+        (torch.AcceleratorError(GPU_ERRORS[0]), 0),
     ):
         assert is_out_of_memory(error)
         assert requested_bytes(error) == asked
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    for text in ("mat1 and mat2 shapes cannot be multiplied", "CUDNN_STATUS_BAD_PARAM"):
+        assert not is_out_of_memory(RuntimeError(text))
+    assert all(is_out_of_gpu_memory(RuntimeError(text)) for text in GPU_ERRORS)
+    assert is_out_of_gpu_memory(torch.OutOfMemoryError(CUDA))
+    assert not is_out_of_gpu_memory(RuntimeError(CPU))
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(real.value)
