@@ -102,11 +102,15 @@ class PartialFC(Head):
         generator = torch.Generator(self.weight.device)
         seeds = np.random.default_rng([self.seed, 3, step, rank()])
         generator.manual_seed(int(seeds.integers(2**63)))
-        priority = torch.rand(len(self.weight), generator=generator, device=self.weight.device)
-        positives = label[self._is_local(label)] - self.shard.start
-        priority[positives] = 2  # above any random number: the batch's own classes always count
-        wanted = int(self.sample_rate * len(self.weight))
-        count = min(max(wanted, len(positives.unique())), len(self.weight))
+        size = len(self.weight)
+        priority = torch.rand(size, generator=generator, device=self.weight.device)
+        # The batch's own classes come before all others. Labels of other processes go to a further
+        # place at the end: choosing by a mask would have the host wait for the GPU.
+        own = torch.where(self._is_local(label), label - self.shard.start, size)
+        priority = F.pad(priority, (0, 1)).index_fill_(0, own, 2.0)[:size]
+        count = int(self.sample_rate * size)
+        if count < len(label):  # perhaps too small for the batch's classes: here the host waits
+            count = max(count, int((priority == 2).sum()))
         self.sampled = priority.topk(count).indices.sort().values
         self._sampled_weight = self.weight[self.sampled].requires_grad_()
 
@@ -130,8 +134,8 @@ class PartialFC(Head):
             is_image = label != NO_LABEL
             count = is_image.sum()
             # Padding gets two logits that cannot be wrong: no loss, no gradient.
-            certain = torch.tensor([60.0, -60.0], dtype=unit.dtype, device=unit.device)
-            logits = torch.where(is_image[:, None], torch.stack([target, others], 1), certain)
+            target, others = target.where(is_image, 60.0), others.where(is_image, -60.0)
+            logits = torch.stack([target, others], 1)
             # The criterion averages over padding, too, which adds zero to the sum.
             loss = criterion(logits, torch.zeros_like(label)) * (len(label) / count)
             is_correct = (target_cosine > highest_cosine) & is_image

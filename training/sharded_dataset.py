@@ -165,7 +165,8 @@ class ShardStore(ImageStore):
 
     def labels_of(self, positions: np.ndarray) -> Tensor:
         """The classes (n,) of images (n,), on the device."""
-        return torch.from_numpy(self.reader.labels_of(positions)).to(self.device)
+        labels = torch.from_numpy(self.reader.labels_of(positions))
+        return labels.to(self.device, non_blocking=True)  # the host does not wait for the step
 
     def readable(self, positions: Any) -> Any:
         """All positions: corrupt images are left out as they are encountered."""

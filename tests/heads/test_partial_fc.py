@@ -12,6 +12,7 @@ from fileio.checkpoint_file import load_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC, _initial_rows
 from heads.softmax_margins import ArcFace
+from tests.helpers.host_waits import HostWaits
 
 CLASSES, EMB = 11, 6  # 11 classes: shards of different sizes for any number of processes
 
@@ -132,6 +133,40 @@ def test_a_sample_holds_the_batch_and_is_reproducible():
     many = torch.arange(300)  # more positives than a tenth: all of them, and nothing else
     head.sample(many, 300, 9)
     assert torch.equal(head.sampled, many)
+
+
+def test_a_sample_is_the_plain_one():
+    """The batch's classes, then those with the highest random priority: written with masks."""
+    head = PartialFC(4, 200, MARGINS["arcface"], sample_rate=0.1, seed=5)
+    head.shard = slice(100, 300)  # of 400 classes; NO_LABEL and other shards' labels are not chosen
+    for step, labels in enumerate(([-1, 3, 100, 299, 150, 150, 399], range(80, 320, 3))):
+        label = torch.tensor(labels)
+        generator = torch.Generator()
+        seeds = np.random.default_rng([5, 3, step, 0])
+        generator.manual_seed(int(seeds.integers(2**63)))
+        priority = torch.rand(200, generator=generator)
+        own = label[(label >= 100) & (label < 300)] - 100
+        priority[own] = 2
+        count = max(20, len(own.unique()))
+        head.sample_classes(label, step)
+        assert torch.equal(head.sampled, priority.topk(count).indices.sort().values)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_a_gpu_would_never_have_the_host_wait(rate):
+    head = PartialFC(EMB, 1000, MARGINS["arcface"], sample_rate=rate)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    embedding, label = torch.randn(6, EMB, requires_grad=True), torch.arange(6) * 7
+    with HostWaits() as waits:
+        head.sample(label, 8, 0)
+        head.loss(embedding, label, nn.CrossEntropyLoss(), 8).loss.backward()
+        optimizer.step()
+        head.update(optimizer)
+    assert not waits.operations
+    with HostWaits() as waits:  # what the count would find
+        float(embedding.detach()[label > 2].sum())
+        head.weight.new_tensor([60.0, -60.0])
+    assert waits.operations.total() >= 2
 
 
 def test_a_sampled_step_is_the_dense_step_on_its_rows_and_leaves_the_others():
