@@ -28,7 +28,7 @@ from distributed.process_group import world_size
 from heads.base import Criterion, Head, HeadLoss
 from training.checkpoints import load_momentum
 from training.ema import ModelEMA
-from utils import UserError
+from utils import FACE_SIZE, UserError
 
 COMPILED_STEPS = 2000  # compiling takes a minute, which pays off in runs of that many steps
 
@@ -133,6 +133,17 @@ class Engine:
             self.ema.update(step)
         accuracy = sum(correct[1:], correct[0]) / count
         return StepResult(sum(losses[1:], losses[0]), accuracy, gradient_norm.detach())
+
+    def trial_step(self, count: int) -> None:
+        """A step on `count` black images, not compiled, to measure its memory.
+
+        Weights and running statistics are of no use afterwards.
+        """
+        self.forward, self.slice_size, self.accumulate = self.model, count, 1
+        shape = (count, 3, FACE_SIZE, FACE_SIZE)
+        images = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
+        labels = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.train_step(images, labels, lr=0.0, step=0)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], slice_size: int) -> tuple[float, float]:

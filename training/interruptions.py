@@ -16,8 +16,9 @@ from pathlib import Path
 
 from distributed.process_group import is_lost_peer, is_main, rank, world_size
 from training.event_log import EventLog
+from training.gpu_memory import free_gpu_memory
 from training.run import Run
-from training.step_errors import TrainingError, describe_out_of_memory, gpu_memory
+from training.step_errors import TrainingError, describe_out_of_memory
 from utils import UserError, describe_os_error, is_out_of_memory
 
 
@@ -93,8 +94,8 @@ def _memory_message(run: Run, error: BaseException) -> str:
     what, flag, batch = "Loading a batch", "--batch-size", run.batch_size
     if run.step == run.steps:
         what, flag, batch = "Evaluating", "--eval-batch", run.eval_batch
-    memory = gpu_memory(run.device)
-    return f"{what}, {describe_out_of_memory(error, batch=batch, flag=flag, memory=memory)}."
+    reason = describe_out_of_memory(error, free_gpu_memory(run.device))
+    return f"{what}, {reason}; a smaller batch, say {flag} {max(batch // 2, 2)}, takes less."
 
 
 def _lost_peer_message(run: Run) -> str:

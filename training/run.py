@@ -24,12 +24,11 @@ from training.augment import build_augmentation
 from training.checkpoints import save_last, torch_random_states
 from training.engine import StepResult
 from training.event_log import EventLog, fsync_events
+from training.gpu_memory import advise_on_memory, free_gpu_memory, measure_step_memory
 from training.run_state import RunState, StepRecord
 from training.step_errors import (
     TrainingError,
     describe_out_of_memory,
-    fixed_gpu_memory,
-    gpu_memory,
     non_finite_error,
 )
 from utils import is_out_of_memory
@@ -72,13 +71,12 @@ class Run(RunState):
         a loss or a gradient is not finite or memory is full.
         """
         self.engine.train()
-        fixed_memory = fixed_gpu_memory(self.engine.optimizer, self.device)
         options = {"unit": "step", "leave": False, "disable": not is_main()}
         title = f"epoch {self.epoch + 1}/{self.epochs}"
         with tqdm(total=self.steps, initial=self.step, desc=title, **options) as bar:
             start, first = time.perf_counter(), self.step
             for batch in self._batches():
-                self._run_step(batch, fixed_memory)
+                self._run_step(batch)
                 bar.update()
                 if len(self.window) >= self.log_every or self.step == self.steps:
                     self.check_finite()
@@ -109,17 +107,20 @@ class Run(RunState):
             augment=build_augmentation(self.augment, seed=self.seed, epoch=self.epoch),
         )
 
-    def _run_step(self, batch: Batch, fixed_memory: int) -> None:
+    def _run_step(self, batch: Batch) -> None:
         """One step, and its record."""
         random = torch_random_states(self.device)
         self.is_mid_step = True
+        result, reason = None, ""
         try:
             lr = self.learning_rate(self.step)
             result = self.train_step(batch.images, batch.labels, lr)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise self._memory_error(error, fixed_memory) from None
+            reason = describe_out_of_memory(error, free_gpu_memory(self.device))
+        if result is None:  # not in the except clause: the error keeps the step's tensors alive
+            raise self._memory_error(reason)
         self.window.append(StepRecord(self.step, result, random))
         self.step += 1
         self.is_mid_step = False
@@ -176,15 +177,20 @@ class Run(RunState):
         mirrored = mirrored & self.flip
         raise non_finite_error(path, self.store, positions, mirrored, details, augment)
 
-    def _memory_error(self, error: BaseException, fixed: int) -> TrainingError:
+    def _memory_error(self, reason: str) -> TrainingError:
         """What to say of a step for which memory did not suffice."""
-        options = {"batch": self.batch_size, "flag": "--batch-size", "fixed": fixed}
-        what = describe_out_of_memory(error, **options, memory=gpu_memory(self.device))
+        advice = advise_on_memory(
+            measure_step_memory(self.engine),
+            batch_size=self.batch_size,
+            accumulate=self.engine.accumulate,
+            lr=self.settings["lr"],
+            checkpointing=self.settings["checkpoint_activations"],
+        )
         hint = " (--cache ram frees some)" if self.store.cache == "gpu" else ""
         return TrainingError(
-            f"At epoch {self.epoch + 1}, step {self.step + 1} of {self.steps} {what}. Once memory "
-            f"has been freed{hint}, --resume continues from last.pt; another batch size is a new "
-            "run."
+            f"At epoch {self.epoch + 1}, step {self.step + 1} of {self.steps} {reason}. {advice} "
+            f"Once memory has been freed{hint}, --resume continues from last.pt; another "
+            "--accumulate or batch size is a new run."
         )
 
     # -------------------------------------------------------------------------- checkpoints

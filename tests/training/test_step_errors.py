@@ -16,13 +16,9 @@ from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
+from training.gpu_memory import StepMemory
 from training.run import Run
-from training.step_errors import (
-    GpuMemory,
-    describe_out_of_memory,
-    largest_fitting_batch,
-    requested_bytes,
-)
+from training.step_errors import describe_out_of_memory, requested_bytes
 from utils import UserError, is_out_of_gpu_memory, is_out_of_memory
 
 CUDA = (
@@ -196,20 +192,6 @@ def test_after_a_run_signals_are_handled_as_before(start, monkeypatch, stopped):
 # ------------------------------------------------------------------------------ memory
 
 
-def test_the_batch_that_fits_follows_from_what_was_asked_for_and_free():
-    gib = 2**30
-    # 512 images: 2 GiB fixed, 18 wanted on top of it, 16 there are: nine tenths are 14.4.
-    memory = GpuMemory(free=1 * gib, peak=17 * gib, reserved=15 * gib)
-    assert largest_fitting_batch(512, asked=3 * gib, fixed=2 * gib, memory=memory) == 256
-    assert largest_fitting_batch(512, asked=30 * gib, fixed=2 * gib, memory=memory) == 128
-    assert largest_fitting_batch(96, asked=3 * gib, fixed=2 * gib, memory=memory) == 64
-    assert largest_fitting_batch(512, asked=3 * gib, fixed=15 * gib, memory=memory) == 0
-    assert largest_fitting_batch(2, asked=3 * gib, fixed=0, memory=memory) == 0
-    # However much there is in all, the batch that failed is not proposed again.
-    roomy = GpuMemory(free=200 * gib, peak=1 * gib, reserved=gib)
-    assert largest_fitting_batch(512, asked=1, fixed=0, memory=roomy) == 256
-
-
 def test_errors_of_full_memory_are_known_and_read():
     for error, asked in (
         (torch.OutOfMemoryError(CUDA), 2.5 * 2**30),
@@ -231,13 +213,14 @@ def test_errors_of_full_memory_are_known_and_read():
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(real.value)
     assert requested_bytes(real.value) == 2**60
-    text = describe_out_of_memory(real.value, batch=2, flag="--batch-size")
-    assert text.endswith("not even a batch of two would fit")
+    text = describe_out_of_memory(real.value, None)
+    assert text == "memory is full, 1,073,741,824.00 GiB were asked for"
 
 
 def test_a_full_gpu_ends_the_run_with_a_sentence_and_what_was_saved(start, capsys, monkeypatch):
-    memory = GpuMemory(free=2**30, peak=12 * 2**30, reserved=13 * 2**30)
-    monkeypatch.setattr("training.run.gpu_memory", lambda device: memory)
+    needs = StepMemory(fixed=2 * 2**30, per_image=2**30, total=8 * 2**30)
+    monkeypatch.setattr("training.run.free_gpu_memory", lambda device: 2**30)
+    monkeypatch.setattr("training.run.measure_step_memory", lambda engine: needs)
     with monkeypatch.context() as patch:
         fail_at(patch, 4, lambda *_: raise_it(torch.OutOfMemoryError(CUDA)))
         run, code = start()
@@ -246,7 +229,9 @@ def test_a_full_gpu_ends_the_run_with_a_sentence_and_what_was_saved(start, capsy
     assert "epoch 2, step 1 of 4 the GPU's memory is full, 2.50 GiB were asked for, 1.00 GiB" in (
         error
     )
-    assert "--batch-size 4 should fit in place of 8" in error
+    assert "2.00 GiB and 1024.0 MiB per image, so 4 images at a time should fit. Take" in error
+    assert "Take --accumulate 2, which keeps the batch size and the learning rate, or" in error
+    assert "or --batch-size 4 with --lr 0.01. Once memory" in error
     assert "Traceback" not in error
     state = load_checkpoint(run / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 0)
@@ -259,8 +244,9 @@ def test_full_memory_in_the_evaluation_keeps_every_step(start, capsys, monkeypat
         patch.setattr(Run, "validate", lambda self: raise_it(torch.OutOfMemoryError(CUDA)))
         run, code = start("--checkpoint-steps 0 --eval-batch 64")
     assert code == 2
-    assert "Evaluating, memory is full, 2.50 GiB were asked for, --eval-batch 32" in (
-        capsys.readouterr().err
+    assert (
+        "Evaluating, memory is full, 2.50 GiB were asked for; a smaller batch, say --eval-batch 32"
+        in (capsys.readouterr().err)
     )
     state = load_checkpoint(run / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 4)
