@@ -46,14 +46,18 @@ def free_gpu_memory(device: torch.device) -> int | None:
 
 
 def measure_step_memory(engine: Engine) -> StepMemory | None:
-    """Run two small steps, and extrapolate; the engine's weights are of no use afterwards.
+    """Run small steps, and extrapolate; the engine's weights are of no use afterwards.
 
     None if it cannot be measured: without a GPU, in a group of processes, of which only this one
     has run out of memory, or if not even the small steps fit.
     """
     if engine.device.type != "cuda" or world_size() > 1:
         return None
+    engine.optimizer.zero_grad()
+    gc.collect()  # what the failed step has left in reference cycles
+    torch.cuda.empty_cache()
     try:
+        engine.trial_step(TRIALS[0])  # the momentum, which the first step of a run creates
         small, large = (_peak_of_step(engine, count) for count in TRIALS)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -66,9 +70,6 @@ def measure_step_memory(engine: Engine) -> StepMemory | None:
 
 def _peak_of_step(engine: Engine, count: int) -> int:
     """The most bytes that tensors take at one moment of a step on `count` images."""
-    engine.optimizer.zero_grad()
-    gc.collect()  # what the failed step has left in reference cycles
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(engine.device)
     engine.trial_step(count)
     return torch.cuda.max_memory_allocated(engine.device)

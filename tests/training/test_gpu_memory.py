@@ -24,10 +24,13 @@ def test_what_fits_is_extrapolated_from_two_small_steps(monkeypatch):
     engine.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    first = []  # a step that creates the momentum, which the two that count would differ by
+    monkeypatch.setattr(engine, "trial_step", first.append)
     needs = measure_step_memory(engine)
     assert needs.fixed == pytest.approx(0.6 * GIB)
     assert needs.per_image == pytest.approx(34e6)
     assert needs.total == 8 * GIB
+    assert first == [8]
     assert needs.images == int((0.8 * 8 - 0.6) * GIB / 34e6)  # 183
 
     def full(engine, count):
