@@ -2,6 +2,7 @@
 # make test         the tests, on the CPU
 # make test-slow    the long tests: kills, full disks, memory over 100,000 images
 # make fuzz         19,000 corrupt and hostile files of every format, new ones each time: 85 seconds
+# make gpu          on a machine with a GPU: checks it against the CPU and times it, ten minutes
 # make lint         ruff, style and formatting
 # make demo-images  refresh images/demo, which the README shows, from the last make demo
 
@@ -11,7 +12,7 @@ INSTALLED := .venv/.installed
 
 DEMO := --data-dir demo/data --runs-dir demo/runs --images-dir demo/images
 
-.PHONY: demo test test-slow fuzz lint demo-images
+.PHONY: demo test test-slow fuzz gpu lint demo-images
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -39,6 +40,10 @@ test-slow: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	FUZZ_EXAMPLES=1000 $(RUN) -m pytest -q tests/fileio/test_fuzz.py
+
+# Without $(INSTALLED): a machine with a GPU has its PyTorch, and perhaps no network.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -9,6 +9,7 @@ machine in one state.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -17,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -154,24 +155,58 @@ def speedup(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
 # ------------------------------------------------------------------------------ the machine
 
 
-def measure_roofline(device: torch.device) -> dict[str, float]:
-    """Peak FLOP/s by dtype, and bytes/s of main memory (on a GPU: of its own)."""
+def roofline_sizes(device: torch.device) -> tuple[int, int]:
+    """The side of the matrices and the bytes of the copy that a roofline is measured with.
+
+    On a GPU they follow its free memory: 16,384 and 4 GiB with 16 GiB, 8,192 and 1 GiB with 4 GiB.
+    """
+    if device.type == "cpu":
+        return 4096, 2**28
+    free = torch.cuda.mem_get_info(device)[0]
+    size = 16384
+    # Two operands, the product, and a float32 operand while it is converted: 4 bytes each.
+    while 4 * 4 * size**2 > free // 2 and size > 1024:
+        size //= 2
+    return size, min(2**32, free // 4)
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute in full float32 within the block: TF32 has float16's 10 bits of mantissa."""
+    products = torch.backends.cuda.matmul.allow_tf32
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = products
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def measure_roofline(device: torch.device, quick: bool = False) -> dict[str, float]:
+    """Peak FLOP/s by dtype, and bytes/s of main memory (on a GPU: of its own).
+
+    `quick` is for dry runs: sizes that are too small for a peak.
+    """
     keep_freed_memory()
     roofline = {}
-    size = 4096 if device.type == "cpu" else 16384
+    size, copied = (256, 2**22) if quick else roofline_sizes(device)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         x = torch.randn(64, 256, 14, 14, device=device).to(dtype)
         w = torch.randn(256, 256, 3, 3, device=device).to(dtype)
         x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
-        with torch.inference_mode():
+        with torch.inference_mode(), without_tf32():
             product = min(time_runs(lambda a=a, b=b: a @ b, device, 5))
-            convolution = min(time_runs(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, 20))
+            convolution = min(
+                time_runs(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, 1 if quick else 20)
+            )
         flops = 2 * 64 * 256 * 256 * 9 * 14 * 14
         roofline[str(dtype).removeprefix("torch.")] = max(
             2 * size**3 / product, flops / convolution
         )
-    source = torch.zeros(2**28 if device.type == "cpu" else 2**32, dtype=torch.uint8, device=device)
+        del a, b, x, w  # two dtypes at once would need half as much memory again
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     roofline["bytes"] = 2 * source.nbytes / min(time_runs(lambda: target.copy_(source), device, 10))
     return roofline

@@ -21,7 +21,7 @@ COMMAND = re.compile(r"\b(?:python|torchrun\b.*?) (?:-m ((?:tools|bench)\.\w+)|(
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # What is documented and is no flag of ours: torchrun's, sbatch's, scontrol's and pip's.
 FOREIGN = ("--nproc-per-node", "--nnodes", "--rdzv-", "--nodes", "--ntasks", "--gpus", "--cpus")
-FOREIGN += ("--array", "--wrap", "--logdir", "--help")
+FOREIGN += ("--array", "--wrap", "--logdir", "--help", "--no-deps", "--no-index", "--find-links")
 
 # Words that this project used to say, and what it says instead.
 RETIRED = {

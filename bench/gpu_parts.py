@@ -1,0 +1,78 @@
+"""Shared by the parts of bench.gpu: what a part gets, and how it says that it cannot run."""
+
+from __future__ import annotations
+
+import gc
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+class Skipped(Exception):
+    """A part cannot run on this machine; the message is the reason."""
+
+
+@dataclass
+class Context:
+    """What a part gets; `network` and `batch` are smaller with --quick."""
+
+    device: torch.device
+    faces: Path  # a folder with train.rec
+    work: Path  # an empty folder, deleted in the end
+    quick: bool
+    launcher: str = ""  # put before a script's name
+
+    @property
+    def network(self) -> str:
+        """The network that is compared with the CPU."""
+        return "tiny" if self.quick else "r50"
+
+    @property
+    def batch(self) -> int:
+        """Images in a batch of the checks: few, since a CPU computes them, too."""
+        return 8 if self.quick else 32
+
+
+def free_memory() -> None:
+    """Give the GPU's unused memory back, also what an error's traceback had held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def read_faces(context: Context, count: int) -> Tensor:
+    """The first `count` faces of the pack, repeated if it has fewer: (count, 112, 112, 3) uint8."""
+    import numpy as np
+
+    from fileio.image_loader import load_images
+    from fileio.recordio import RecordReader
+
+    reader = RecordReader(context.faces)
+    images, _ = load_images(reader, np.arange(count) % len(reader), workers=1)
+    return images
+
+
+def run_script(context: Context, *arguments: str, timeout: float) -> str:
+    """What a script of the project prints; raises RuntimeError with its last lines if it fails."""
+    command = [sys.executable, *shlex.split(context.launcher), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        last = " ".join((done.stdout + done.stderr).split())[-400:]
+        raise RuntimeError(f"{arguments[0]} ended with status {done.returncode}: {last}")
+    return done.stdout
+
+
+def expect(holds: bool, result: dict[str, Any]) -> dict[str, Any]:
+    """The result of a check; raises AssertionError with it if the check does not hold."""
+    if not holds:
+        raise AssertionError(result)
+    return result
