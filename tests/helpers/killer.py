@@ -25,6 +25,7 @@ import torch
 
 import train
 from config import parse_args
+from tests.helpers import preload  # noqa: F401
 from training import run_report
 
 

@@ -17,6 +17,7 @@ from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
 from preprocessing import prepare
+from tests.helpers import preload  # noqa: F401
 from training import run as run_module
 from training import run_report
 
