@@ -157,6 +157,16 @@ def parse_gpu_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def rows_until(rows: Iterable[dict[str, Any]], end: float) -> Iterable[dict[str, Any]]:
+    """The rows of a speed; raises Skipped after the first that ends later than `end`."""
+    from bench.gpu_parts import Skipped
+
+    for row in rows:
+        yield row
+        if time.perf_counter() > end:
+            raise Skipped("the time is over; rows may be missing")
+
+
 def run_parts(args: argparse.Namespace, context: Any, results: Results) -> None:
     """The checks, the roofline, the speeds, and real training if there is time."""
     from bench.common import measure_roofline
@@ -166,10 +176,12 @@ def run_parts(args: argparse.Namespace, context: Any, results: Results) -> None:
 
     began, only = time.perf_counter(), [name for name in args.only.split(",") if name]
 
+    end = began + 60 * args.minutes
+
     def run(name: str, part: Callable[[], Any], needed: bool = False) -> Any:
         if only and name not in only and not needed:
             return None
-        if time.perf_counter() - began > 60 * args.minutes:
+        if time.perf_counter() > end:
 
             def part() -> None:
                 raise Skipped(f"{args.minutes:g} minutes are over")
@@ -183,7 +195,7 @@ def run_parts(args: argparse.Namespace, context: Any, results: Results) -> None:
     wants_speeds = not only or any(speed.__name__ in only for speed in SPEEDS)
     roofline = run("roofline", lambda: measure_roofline(context.device, args.quick), wants_speeds)
     for speed in SPEEDS if roofline else ():
-        run(speed.__name__, lambda speed=speed: speed(context, roofline))
+        run(speed.__name__, lambda speed=speed: rows_until(speed(context, roofline), end))
     left = args.minutes - (time.perf_counter() - began) / 60
     if left > TRAINING_MINUTES and not args.quick:
         run("real_training", lambda: real_training(context, left))

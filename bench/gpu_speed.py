@@ -72,6 +72,7 @@ def train(context: Context, roofline: Roofline) -> Rows:
     """Steps of each network, eager and compiled, in its usual precision."""
     amp = has_bfloat16(context.device)
     peak = roofline["bfloat16" if amp else "float32"]
+    failed = []  # one configuration that fails does not stop the others
     networks = {"tiny": (8,)} if context.quick else TRAINED
     for network, sizes in networks.items():
         floor = peak / (3 * network_flops(network) + CLASSES_FLOPS)
@@ -82,7 +83,12 @@ def train(context: Context, roofline: Roofline) -> Rows:
                 break  # larger ones do not fit either
             # Compiling takes minutes, so only the default batch size is compiled.
             if size == 512 and network in ("r50", "mobilefacenet"):
-                yield _step(context, network, size, "on", floor)
+                try:
+                    yield _step(context, network, size, "on", floor)
+                except Exception as error:  # whatever the compiler raises
+                    failed.append(f"{network}, batch {size}, compiled: {error}"[:400])
+    if failed:
+        raise RuntimeError("; ".join(failed))
 
 
 def _step(context: Context, network: str, size: int, compiled: str, floor: float) -> dict[str, Any]:

@@ -66,6 +66,12 @@ def test_rows_measured_before_a_failure_are_in_the_file(results):
     assert entry["result"] == [{"stage": "first"}]
 
 
+def test_a_speed_ends_after_the_row_in_which_the_time_is_over(results):
+    results.run("train", lambda: gpu.rows_until(iter([{"stage": "a"}, {"stage": "b"}]), end=0.0))
+    assert status(results, "train") == "skipped"
+    assert results.content["parts"]["train"]["result"] == [{"stage": "a"}]
+
+
 def test_the_file_is_replaced_in_one_operation(results, monkeypatch):
     results.write()
     before = results.path.read_bytes()
