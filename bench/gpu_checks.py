@@ -22,6 +22,7 @@ from bench.gpu_parts import (
     expect,
     free_memory,
     read_faces,
+    require_packages,
     run_script,
 )
 
@@ -47,6 +48,7 @@ def _engine(context: Context, device: torch.device, **settings: Any) -> Any:
 
 def detections(context: Context) -> dict[str, Any]:
     """MTCNN on the GPU and on the CPU: the same statuses, points within 0.05 pixels."""
+    require_packages("mtcnn", "joblib", "lz4")
     import cv2
 
     from preprocessing.detector import FaceDetector, find_face

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,13 @@ class Context:
     def batch(self) -> int:
         """Images in a batch of the checks: few, since a CPU computes them, too."""
         return 8 if self.quick else 32
+
+
+def require_packages(*names: str) -> None:
+    """Raise Skipped if a package is missing: the detector's weights need mtcnn, joblib and lz4."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skipped(f"not installed: {', '.join(missing)}")
 
 
 def free_memory() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bench.common import network_flops, time_runs
-from bench.gpu_parts import ROOT, Context, free_memory, read_faces
+from bench.gpu_parts import ROOT, Context, free_memory, read_faces, require_packages
 from utils import has_bfloat16, is_out_of_memory
 
 Rows = Iterator[dict[str, Any]]
@@ -42,6 +42,7 @@ def row(
 
 def align(context: Context, roofline: Roofline) -> Rows:
     """Detection by batch size; its floor depends on how many proposals there are."""
+    require_packages("mtcnn", "joblib", "lz4")
     import cv2
 
     from preprocessing.detector import FaceDetector, find_face

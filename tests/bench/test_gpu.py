@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import common, gpu
-from bench.gpu_parts import Skipped
+from bench.gpu_parts import Skipped, require_packages
 
 MACHINE = {"gpu": "none"}
 
@@ -110,3 +110,9 @@ def test_tf32_is_off_within_the_block_and_as_before_after_it():
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_packages_of_the_detector_that_are_missing_skip_its_parts(results):
+    results.run("align", lambda: require_packages("torch", "no_such_package"))
+    assert status(results, "align") == "skipped"
+    assert results.content["parts"]["align"]["reason"] == "not installed: no_such_package"
