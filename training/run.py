@@ -26,11 +26,7 @@ from training.engine import StepResult
 from training.event_log import EventLog, fsync_events
 from training.gpu_memory import advise_on_memory, free_gpu_memory, measure_step_memory
 from training.run_state import RunState, StepRecord
-from training.step_errors import (
-    TrainingError,
-    describe_out_of_memory,
-    non_finite_error,
-)
+from training.step_errors import TrainingError, describe_out_of_memory, non_finite_error
 from utils import is_out_of_memory
 
 
