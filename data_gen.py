@@ -195,7 +195,9 @@ class ImageStore:
             return torch.where(flipped[:, None, None, None], images.flip(2), images)
         images = torch.from_numpy(self._gather(positions, mirrored))
         if images.device != self.device:
-            images = images.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda":  # a copy from pinned memory does not wait
+                images = images.pin_memory()
+            images = images.to(self.device, non_blocking=True)
         return images
 
     def _gather(self, positions: np.ndarray, mirrored: np.ndarray | None) -> np.ndarray:

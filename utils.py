@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,16 +127,29 @@ def _is_from(module: str, name: str, error: BaseException) -> bool:
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is the first GPU if there is one, else the CPU.
+    """The device called `name`; "auto" is a GPU if one can be used, else the CPU.
 
-    Raises UserError if the name means nothing or the device cannot be used.
+    A GPU has an index from the start: under torchrun that of the process, so that no process
+    touches another one's. Raises UserError if the name means nothing or the device cannot be used.
     """
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if _cuda_is_available():
+            index = _own_gpu()
+            problem = _unsupported_gpu(index)
+            if not problem:
+                return torch.device("cuda", index)
+            print(f"{problem} Using the CPU.")
+        elif torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and _cuda_is_available():
+            device = torch.device("cuda", _own_gpu() if device.index is None else device.index)
+            if device.index < torch.cuda.device_count() and _unsupported_gpu(device.index):
+                raise UserError(_unsupported_gpu(device.index))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -143,12 +157,60 @@ def get_device(name: str = "auto") -> torch.device:
     return device
 
 
+def _cuda_is_available() -> bool:
+    """Whether CUDA works; says so if there is a GPU that its driver does not let us use."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if caught and not available:
+        reason = str(caught[0].message).split(" (Triggered")[0].splitlines()[0]
+        print(f"There is a GPU, but it cannot be used: {reason}")
+    return available
+
+
+def _own_gpu() -> int:
+    """The index of this process's GPU on its machine: torchrun numbers the processes."""
+    import torch
+
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise UserError(
+            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', index + 1)} processes on a "
+            f"machine with {count} GPUs; use --nproc-per-node={count}."
+        )
+    return index
+
+
+def _unsupported_gpu(index: int) -> str:
+    """Why this PyTorch has no kernels for a GPU, as a sentence; empty if it has.
+
+    Code for sm_80 runs on capabilities 8.0 to 8.9, PTX (compute_80) on 8.0 and all later ones (CUDA
+    C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility").
+    """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = torch.cuda.get_arch_list()
+    for arch in built_for:
+        kind, _, number = arch.rstrip("af").partition("_")  # sm_90a: also with its extensions
+        least = divmod(int(number), 10)
+        if least <= (major, minor) and (kind == "compute" or least[0] == major):
+            return ""
+    return (
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, which this "
+        f"PyTorch was not built for ({' '.join(built_for)}); install a build of PyTorch for older "
+        "GPUs (pytorch.org, Previous PyTorch Versions)."
+    )
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively, so that autocast makes it faster."""
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import UserError, get_device
+from utils import UserError, get_device, is_out_of_memory
 
 # Longer than rank 0 needs to evaluate or to write a checkpoint while the others wait for it.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -53,22 +53,13 @@ def local_world_size() -> int:
 def local_device(name: str) -> torch.device:
     """This process's device for --device `name`: each process of a machine has a GPU of its own.
 
-    Raises UserError if the machine has fewer GPUs than processes.
+    Raises UserError if `name` is one GPU for several processes, or the machine has too few.
     """
-    device = get_device(name)
-    if world_size() == 1 or device.type != "cuda":
-        return device
-    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if device.index is not None:
+    if world_size() > 1 and name.startswith("cuda:"):
         raise UserError(
             f"--device {name} is one GPU for {world_size()} processes; use --device cuda."
         )
-    if local >= gpus:
-        raise UserError(
-            f"torchrun started {local_world_size()} processes on a machine with {gpus} GPUs; use "
-            f"--nproc-per-node={gpus}."
-        )
-    return torch.device("cuda", local)
+    return get_device(name)
 
 
 @contextlib.contextmanager
@@ -82,7 +73,11 @@ def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterato
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
-    on_gpu = get_device(device).type == "cuda"
+    own = get_device(device)
+    on_gpu = own.type == "cuda"
+    if on_gpu:
+        # Before anything else uses CUDA: by default each process would make a context on GPU 0.
+        torch.cuda.set_device(own)
     # Flags and Python objects travel as CPU tensors by gloo even where gradients use NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
@@ -93,8 +88,7 @@ def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterato
             f"The processes cannot connect to each other ({reason}); start them with torchrun, as "
             "docs/scaling.md shows for one machine and for several."
         ) from None
-    if on_gpu:
-        torch.cuda.set_device(local_device(device))
+    local_device(device)  # one GPU for all of them is refused here
     with contextlib.ExitStack() as stack:
         if not is_main():
             devnull = stack.enter_context(Path(os.devnull).open("w"))
@@ -105,9 +99,8 @@ def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterato
             if not is_lost_peer(error):
                 raise
             raise UserError(
-                f"Another of the {world_size()} processes has ended or cannot be reached, so this "
-                f"one (rank {rank()}) ends too; unless it was killed, it has printed why. Finished "
-                "work is saved: run the same command again to continue."
+                f"{describe_lost_peer(error)} Finished work is saved: run the same command again "
+                "to continue."
             ) from None
     # Not in a `finally`: after an error NCCL could wait here for a process that has ended.
     dist.destroy_process_group()
@@ -132,11 +125,26 @@ _LOST_PEER_MESSAGES = (
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error says that another process of the group has ended or cannot be reached."""
-    if world_size() == 1 or not isinstance(error, RuntimeError):
+    if world_size() == 1 or not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return False
     if isinstance(error, dist.DistError):
         return True
     return any(message in str(error) for message in _LOST_PEER_MESSAGES)
+
+
+def describe_lost_peer(error: BaseException) -> str:
+    """What to say of an error of is_lost_peer: its own text may tell more than that a peer is gone.
+
+    NCCL reports its own failures in the same way, each process those of others.
+    """
+    reason = " ".join(str(error).split())[:200]
+    text = (
+        f"Another of the {world_size()} processes has ended or cannot be reached ({reason}), so "
+        f"this one (rank {rank()}) ends too; unless it was killed, it has printed why."
+    )
+    if "shared memory" in reason:  # Docker's default is 64 MB
+        text += " NCCL needs more shared memory: docker run --shm-size=1g, or --ipc=host."
+    return text
 
 
 def seed_per_rank(seed: int, step: int) -> None:

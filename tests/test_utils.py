@@ -1,3 +1,5 @@
+import warnings
+
 import cv2
 import numpy as np
 import pytest
@@ -104,3 +106,84 @@ def test_devices():
     for name in ("no-such-device", "cuda:99"):
         with pytest.raises(UserError, match=name):
             utils.get_device(name)
+
+
+class FakeCuda:
+    """What get_device asks of torch.cuda, for a machine with `gpus` of one compute capability."""
+
+    def __init__(self, monkeypatch, gpus=1, capability=(9, 0), archs=("sm_75", "sm_80", "sm_90")):
+        self.used = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(archs))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "Some Card")
+        monkeypatch.setattr(torch, "empty", lambda *_, device: self.used.append(device))
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_has_an_index_from_the_start_its_own_under_torchrun(name, monkeypatch):
+    cuda = FakeCuda(monkeypatch, gpus=2)
+    assert utils.get_device(name) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert utils.get_device(name) == torch.device("cuda", 1)
+    assert all(device.index is not None for device in cuda.used)  # none is touched by default
+    assert utils.get_device("cuda:0") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"3 processes on a machine with 2 GPUs.*node=2"):
+        utils.get_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "works"),
+    [
+        ((9, 0), ["sm_75", "sm_90"], True),
+        ((8, 6), ["sm_75", "sm_80"], True),  # code for 8.0 runs on 8.6 ...
+        ((9, 0), ["sm_75", "sm_80"], False),  # ... and not on 9.0
+        ((9, 0), ["sm_75", "compute_80"], True),  # PTX does
+        ((9, 0), ["sm_90a"], True),
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((7, 5), ["sm_75"], True),
+        ((12, 0), ["sm_90", "sm_120"], True),
+        ((6, 1), ["compute_70"], False),
+    ],
+)
+def test_cards_that_pytorch_has_no_kernels_for(capability, archs, works, monkeypatch, capsys):
+    FakeCuda(monkeypatch, capability=capability, archs=archs)
+    if works:
+        assert utils.get_device("auto") == utils.get_device("cuda") == torch.device("cuda", 0)
+        assert capsys.readouterr().out == ""
+        return
+    said = f"Some Card has compute capability {capability[0]}.{capability[1]}, which this PyTorch"
+    assert utils.get_device("auto").type == "cpu"
+    assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(UserError, match=said):
+        utils.get_device("cuda")
+
+
+def test_a_gpu_whose_driver_is_too_old_is_said(monkeypatch, capsys):
+    def is_available():
+        warnings.warn("The NVIDIA driver on your system is too old (Triggered at x)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    assert utils.get_device("auto").type == "cpu"
+    said = "There is a GPU, but it cannot be used: The NVIDIA driver on your system is too old\n"
+    assert capsys.readouterr().out == said
+
+
+def test_apples_gpu_is_taken_where_cuda_is_not(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.get_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps")
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True)])
+def test_bfloat16_is_asked_of_the_very_device(capability, native, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability
+    )
+    device = torch.device("cuda", 1)
+    assert utils.has_bfloat16(device) is native
+    assert asked == [device]

@@ -244,7 +244,7 @@ def _resize_matrices(device: torch.device) -> tuple[Tensor, Tensor]:
             shrink[index, k, :k] = _resize_matrix(size, k, method)
         for index, method in enumerate(UPSAMPLING):
             enlarge[index, k, :, :k] = _resize_matrix(k, size, method)
-    return shrink.to(device), enlarge.to(device)
+    return shrink.to(device, non_blocking=True), enlarge.to(device, non_blocking=True)
 
 
 def _resize_matrix(old: int, new: int, method: str) -> Tensor:

@@ -134,7 +134,8 @@ def random_states(device: torch.device) -> dict[str, Any]:
 def torch_random_states(device: torch.device) -> dict[str, Any]:
     """Those of PyTorch alone, which dropout uses; reading them does not wait for a GPU."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    states = {"cpu": torch.get_rng_state(), "cuda": cuda}
+    return states | {"mps": torch.mps.get_rng_state()} if device.type == "mps" else states
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
@@ -150,3 +151,5 @@ def set_torch_random_states(states: dict[str, Any], device: torch.device) -> Non
     torch.set_rng_state(states["cpu"].cpu())
     if device.type == "cuda" and states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+    if device.type == "mps" and states.get("mps") is not None:
+        torch.mps.set_rng_state(states["mps"].cpu())

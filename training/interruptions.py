@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from distributed.process_group import is_lost_peer, is_main, rank, world_size
+from distributed.process_group import describe_lost_peer, is_lost_peer, is_main, world_size
 from training.event_log import EventLog
 from training.gpu_memory import free_gpu_memory
 from training.run import Run
@@ -66,7 +66,7 @@ def saved_on_exit(run: Run, log: EventLog) -> Iterator[None]:
         raise SystemExit(130) from None
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if is_lost_peer(error):
-            raise UserError(_lost_peer_message(run)) from None
+            raise UserError(_lost_peer_message(run, error)) from None
         if isinstance(error, TrainingError) or run.is_mid_step:
             raise
         if world_size() == 1:  # the other processes would have to take part in saving
@@ -98,10 +98,9 @@ def _memory_message(run: Run, error: BaseException) -> str:
     return f"{what}, {reason}; a smaller batch, say {flag} {max(batch // 2, 2)}, takes less."
 
 
-def _lost_peer_message(run: Run) -> str:
+def _lost_peer_message(run: Run, error: BaseException) -> str:
     return (
-        f"Another of the {world_size()} processes has ended or cannot be reached, so this one "
-        f"(rank {rank()}) ends, too, at epoch {run.epoch + 1}, step {run.step + 1} of {run.steps}; "
-        "if it was not killed, what it printed says why. last.pt is as it was written last; "
-        f"resume, with any number of processes, with: {resume_command(run.folder)}"
+        f"At epoch {run.epoch + 1}, step {run.step + 1} of {run.steps}: "
+        f"{describe_lost_peer(error)} last.pt is as it was written last; resume, with any number "
+        f"of processes, with: {resume_command(run.folder)}"
     )

@@ -157,7 +157,8 @@ def test_a_process_that_dies_ends_the_run_and_last_pt_goes_on(groups, folder, tm
     printed, codes = groups.run(tmp_path, 2, "train_and_die", flags, 5, 1, fails=True)
     assert codes == [2, -signal.SIGKILL]
     assert "Another of the 2 processes has ended or cannot be reached" in printed[0]
-    assert "rank 0) ends, too, at epoch 2, step 2 of 4" in printed[0]
+    assert "At epoch 2, step 2 of 4: Another of the 2 processes" in printed[0]
+    assert "(rank 0) ends too" in printed[0]
     assert "Traceback" not in printed[0]
     before = newest(tmp_path)
     assert (before["epoch"], before["step"]) == (1, 0)

@@ -1,0 +1,95 @@
+"""Start a script as on a machine with GPUs, and print what it made the host wait for.
+
+    python -m tests.helpers.fake_cuda.launcher train.py --device cuda --train-set ...
+    FAKE_CUDA_GB=8 FAKE_CUDA_CC=75 python -m tests.helpers.fake_cuda.launcher ...
+
+FAKE_CUDA_GB is the memory of a device (80), _CC its compute capability (90), _DEVICES how many
+there are (1), _ERROR the error code of a driver that is too old (35).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("fakecuda.c")
+
+
+def reason_to_skip() -> str:
+    """Why fake CUDA cannot be used here; empty if it can."""
+    if not sys.platform.startswith("linux"):
+        return "LD_PRELOAD needs Linux"
+    if shutil.which("gcc") is None:
+        return "gcc, which compiles the CUDA stand-in, is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "PyTorch is a CPU build: triton, which has CUDA's headers, is not installed"
+    import torch
+
+    if torch.version.cuda is None:
+        return "PyTorch is a CPU build"
+    if torch.cuda.is_available():
+        return "there is a real GPU here: use make gpu"
+    return ""
+
+
+def build(folder: Path) -> Path:
+    """Compile the stand-in for libcuda into a folder, unless it is there; its path."""
+    library = folder / "libcuda.so.1"
+    if library.exists() and library.stat().st_mtime > SOURCE.stat().st_mtime:
+        return library
+    spec = importlib.util.find_spec("triton")
+    include = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Compiled beside it and renamed: two test processes may build at once.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / library.name
+        command = ["gcc", "-O1", "-fPIC", "-shared", "-w", f"-I{include}"]
+        command += [f"-Wl,-soname,{library.name}", "-o", str(built), str(SOURCE)]
+        subprocess.run([*command, "-lpthread", "-ldl"], check=True)
+        built.replace(library)
+    return library
+
+
+def environment(folder: Path, **settings: object) -> dict[str, str]:
+    """The environment of a process with fake GPUs; `settings` are gb, cc, devices, error."""
+    library = build(folder)
+    env = dict(os.environ)
+    env |= {f"FAKE_CUDA_{name.upper()}": str(value) for name, value in settings.items()}
+    env["FAKE_CUDA_LIBRARY"] = env["LD_PRELOAD"] = str(library)
+    env["LD_LIBRARY_PATH"] = f"{folder}:{env.get('LD_LIBRARY_PATH', '')}"
+    return env
+
+
+def main(argv: list[str]) -> None:
+    """Run a script in this process, which must have `environment`, or start one that has it."""
+    if not argv:
+        raise SystemExit(__doc__)
+    if "FAKE_CUDA_LIBRARY" not in os.environ:
+        folder = Path(tempfile.gettempdir()) / f"fake-cuda-{os.getuid()}"
+        module = "tests.helpers.fake_cuda.launcher"
+        os.execve(sys.executable, [sys.executable, "-m", module, *argv], environment(folder))
+    from tests.helpers.fake_cuda.interpreter import fake_cuda
+
+    with fake_cuda() as report:
+        sys.argv = argv
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        finally:
+            report.stop()
+            devices = report.contexts(int(os.environ.get("FAKE_CUDA_DEVICES", "1")))
+            rank = os.environ.get("RANK", "0")
+            print(
+                f"\n--- fake CUDA: {report.launches():,} kernels; rank {rank}: contexts on devices "
+                f"{devices}\n{report}",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
