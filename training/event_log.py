@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a run: write errors as sentences, truncated when it is resumed."""
+"""TensorBoard's event files of a run: flushed to disk, and truncated when the run is resumed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from utils import UserError
 
 
 class EventLog(SummaryWriter):
-    """A SummaryWriter for which a full disk is a UserError that names its folder.
+    """A SummaryWriter that raises a UserError with the file's path when the disk is full.
 
-    SummaryWriter's thread reports a failed write at the next flush, and prints a traceback as well:
-    that is suppressed.
+    SummaryWriter writes in a thread. An error there is raised by the next `flush` or `close`, but
+    the thread also prints its own traceback, which this class suppresses.
     """
 
     def __init__(self, run_dir: Path, purge_step: int):
-        self.shown = run_dir / "events.out.tfevents"
+        self.events_path = run_dir / "events.out.tfevents"  # for messages; the real name is longer
         self._excepthook = threading.excepthook
         threading.excepthook = self._hide_os_errors
-        with describe_write_errors(self.shown):
+        with describe_write_errors(self.events_path):
             super().__init__(run_dir, purge_step=purge_step)
 
     def _hide_os_errors(self, thread: Any) -> None:
@@ -39,25 +39,26 @@ class EventLog(SummaryWriter):
 
     def flush(self) -> None:
         """Write all points to the file."""
-        with describe_write_errors(self.shown):
+        with describe_write_errors(self.events_path):
             super().flush()
 
     def close(self) -> None:
         """Flush, and end the writer's thread."""
         threading.excepthook = self._excepthook
-        with describe_write_errors(self.shown):
+        with describe_write_errors(self.events_path):
             super().close()
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: Any) -> None:
         try:
             self.close()
         except UserError:
-            if kind is None:  # else what ended the run matters more than this failure
+            # An error of the run itself is on its way, and matters more than this one.
+            if exc_type is None:
                 raise
 
 
 class NullEventLog:
-    """The log of processes that do not write: it ignores everything."""
+    """The EventLog of the processes that write nothing: all but rank 0."""
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         """Write nothing."""
@@ -70,16 +71,18 @@ class NullEventLog:
 
 
 def truncate_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
-    """Take out of TensorBoard's files what was logged after the checkpoint at global step `step`.
+    """Remove from the event files what was logged after the checkpoint at global step `step`.
 
-    The run logs it again. At `step` itself, training's points stay, and those of validation and
-    LFW stay unless the epoch is still open. A point that a kill cut in two goes as well.
+    The resumed run logs it again, and no point is there twice. With 100 steps per epoch and a
+    checkpoint at step 200, the training points of step 200 stay. Validation's and LFW's of that
+    step stay if the checkpoint was written after them; with `epoch_is_open` it was written before,
+    and the resumed run evaluates again. A record that a kill left incomplete is removed, too.
     """
     for path in sorted(run_dir.glob("events.out.tfevents.*")):
         data = path.read_bytes()
         kept = [
-            frame
-            for frame, event in read_event_frames(data)
+            record
+            for record, event in read_event_frames(data)
             if _is_before(event, step, epoch_is_open)
         ]
         if sum(map(len, kept)) < len(data):
@@ -88,31 +91,36 @@ def truncate_events(run_dir: Path, step: int, epoch_is_open: bool) -> None:
 
 
 def _is_before(event: Event, step: int, epoch_is_open: bool) -> bool:
+    """Whether an event was logged before the checkpoint."""
     if event.step != step or not epoch_is_open:
         return event.step <= step
     return not any(value.tag.startswith(("valid/", "lfw/")) for value in event.summary.value)
 
 
 def read_event_frames(data: bytes) -> list[tuple[bytes, Event]]:
-    """The whole records of a TFRecord file: (size, its CRC, an Event, its CRC) each."""
-    found, start = [], 0
+    """The complete records of an event file: the bytes of each, and the Event in it.
+
+    A TFRecord: length (uint64, little-endian), its CRC (4 bytes), the Event, its CRC (4 bytes).
+    Reading ends at the first record that is incomplete or no Event.
+    """
+    frames, start = [], 0
     while start + 16 <= len(data):
-        size = struct.unpack_from("<Q", data, start)[0]
-        end = start + 16 + size
-        if not size or end > len(data):  # a power cut can leave zeros
+        length = struct.unpack_from("<Q", data, start)[0]
+        end = start + 16 + length
+        if not length or end > len(data):  # a power cut can leave zeros
             break
         try:
-            found.append((data[start:end], Event.FromString(data[start + 12 : end - 4])))
+            frames.append((data[start:end], Event.FromString(data[start + 12 : end - 4])))
         except DecodeError:
             break
         start = end
-    return found
+    return frames
 
 
 def fsync_events(run_dir: Path) -> None:
-    """Have TensorBoard's newest file on disk, so that no checkpoint knows more than it."""
-    files = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
-    for path in files[-1:]:
+    """Force the newest event file to disk, before a checkpoint that relies on its points."""
+    paths = sorted(run_dir.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    for path in paths[-1:]:
         with describe_write_errors(path), path.open("rb") as file:
             os.fsync(file.fileno())
 

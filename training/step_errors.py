@@ -17,7 +17,10 @@ from utils import UserError
 
 
 class TrainingError(UserError):
-    """A step went wrong; what it changed is not to be saved, the checkpoint before it stays."""
+    """A step failed.
+
+    The state in mid-step is inconsistent and must not be saved: last.pt stays as it is.
+    """
 
 
 def non_finite_error(
@@ -28,24 +31,25 @@ def non_finite_error(
     step: dict[str, Any],
     augment: Augment | None = None,
 ) -> TrainingError:
-    """The error of a step whose loss or gradient is not finite; its batch goes into `path`.
+    """The error for a step whose loss or gradient is not finite; its batch is saved to `path`.
 
-    `positions` (n,) are its images, `flipped` (n,) bool those that were mirrored before `augment`
-    changed them; `step` has its loss, gradient_norm, lr, scale, epoch, step, steps, and the random
-    states before it.
+    `positions` (n,) are the batch's images and `flipped` (n,) bool the mask of the mirrored ones,
+    before `augment`. `step` has the loss, gradient_norm, lr, scale, epoch, step, steps, and the
+    random states before the step.
     """
     try:
         save_bad_batch(path, store, positions, flipped, step, augment)
-        where = f"the batch is in {path}"
-    except (UserError, OSError) as error:  # a full disk must not hide why it was to be written
-        where = f"the batch could not be kept ({error})"
+        batch = f"the batch is in {path}"
+    except (UserError, OSError) as error:
+        # A full disk must not hide the error for which the batch was to be saved.
+        batch = f"the batch could not be saved ({error})"
     loss, norm = step["loss"], step["gradient_norm"]
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+    cause = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
     return TrainingError(
-        f"The {what} at epoch {step['epoch'] + 1}, step {step['step'] + 1} of {step['steps']} "
+        f"The {cause} at epoch {step['epoch'] + 1}, step {step['step'] + 1} of {step['steps']} "
         f"(loss {loss:g}, lr {step['lr']:g}, scale {step['scale']:g}), on records "
-        f"{store.record_ids(store.readable(positions))}; {where}, the last good state in last.pt. "
-        "From there it would come to the same; start a new run with a lower --lr, a longer "
+        f"{store.record_ids(store.readable(positions))}; {batch}, the last good state in last.pt. "
+        "A resumed run would fail at the same step; start a new run with a lower --lr, a longer "
         "--warmup-epochs or a --clip-norm."
     )
 
@@ -58,35 +62,35 @@ def save_bad_batch(
     step: dict[str, Any],
     augment: Augment | None = None,
 ) -> None:
-    """Write a batch as the network saw it, and what is known of its step.
+    """Save a batch as the network saw it, together with `step`.
 
-    The file reads like a checkpoint: images (n, 112, 112, 3) uint8 RGB, labels (n,) int64,
-    records [n], and the parts of `step`.
+    The file is read like a checkpoint: images (n, 112, 112, 3) uint8 RGB, labels (n,) int64, their
+    record ids [n], and the items of `step`.
     """
     images = store.fetch(positions, flipped).cpu()
     if augment is not None:
         images = augment(images, positions)
     # Corrupt images were left out of the step, too.
-    good = np.isin(positions, store.readable(positions))
-    kept = torch.from_numpy(good)
-    labels = store.labels_of(positions).cpu()[kept]
-    records = store.record_ids(positions[good])
-    save_checkpoint(path, {"images": images[kept], "labels": labels, "records": records} | step)
+    readable = np.isin(positions, store.readable(positions))
+    mask = torch.from_numpy(readable)
+    labels = store.labels_of(positions).cpu()[mask]
+    records = store.record_ids(positions[readable])
+    save_checkpoint(path, {"images": images[mask], "labels": labels, "records": records} | step)
 
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def requested_bytes(error: BaseException) -> int:
-    """How many bytes an out-of-memory error says were asked for, 0 where it does not say."""
+    """The bytes that an out-of-memory error says were requested, 0 if it does not say."""
     match = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)", str(error))
     return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 
 def describe_out_of_memory(error: BaseException, free: int | None) -> str:
-    """What was asked for and what was free, as clauses for a sentence.
+    """The size of the failed request and of the free memory, as clauses of a sentence.
 
-    `free` bytes the GPU had, None if main memory is meant.
+    `free` is the GPU's, in bytes; None for CPU memory.
     """
     requested = requested_bytes(error)
     clauses = ["memory is full" if free is None else "the GPU's memory is full"]

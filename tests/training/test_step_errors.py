@@ -127,7 +127,7 @@ def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, mon
     assert load_checkpoint(run / "bad_batch.pt")["step"] == 1
 
 
-def test_a_batch_that_cannot_be_kept_does_not_hide_the_reason(start, capsys, monkeypatch):
+def test_a_batch_that_cannot_be_saved_does_not_hide_the_reason(start, capsys, monkeypatch):
     fail_at(monkeypatch, 1, lambda run, images: images * math.inf)
     full = UserError("bad_batch.pt cannot be written (No space left on device).")
     monkeypatch.setattr("training.step_errors.save_checkpoint", lambda *_: raise_it(full))
@@ -135,7 +135,7 @@ def test_a_batch_that_cannot_be_kept_does_not_hide_the_reason(start, capsys, mon
     assert code == 2
     error = capsys.readouterr().err
     assert "The loss is nan at epoch 1, step 2 of 4" in error
-    assert "the batch could not be kept (bad_batch.pt cannot be written (No space" in error
+    assert "the batch could not be saved (bad_batch.pt cannot be written (No space" in error
     assert not (run / "bad_batch.pt").exists()
 
 
