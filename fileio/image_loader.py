@@ -18,7 +18,7 @@ from fileio.recordio import RecordError, RecordReader
 from utils import FACE_SIZE, core_count
 
 BLOCK_SIZE = 8192  # images decoded before they are copied to a GPU
-CHUNK_SIZE = 32  # images that a thread decodes at a time
+DECODE_CHUNK = 32  # images that a thread decodes at a time
 
 
 def load_images(
@@ -63,7 +63,7 @@ def decode_records(
 
     def decode_chunk(start: int) -> dict[int, str]:
         errors = {}
-        for row, index in enumerate(indices[start : start + CHUNK_SIZE], start):
+        for row, index in enumerate(indices[start : start + DECODE_CHUNK], start):
             try:
                 image = reader.image(int(index))
             except RecordError as error:
@@ -77,10 +77,10 @@ def decode_records(
                 )
             out[row] = image
         if bar is not None:
-            bar.update(min(CHUNK_SIZE, len(indices) - start))
+            bar.update(min(DECODE_CHUNK, len(indices) - start))
         return errors
 
     errors: dict[int, str] = {}
-    for chunk_errors in pool.map(decode_chunk, range(0, len(indices), CHUNK_SIZE)):
+    for chunk_errors in pool.map(decode_chunk, range(0, len(indices), DECODE_CHUNK)):
         errors |= chunk_errors
     return errors

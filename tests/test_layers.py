@@ -138,3 +138,26 @@ def test_a_broken_copy_is_noticed(file, line, complaint, tmp_path):
     target.write_text(text.replace("from __future__ import annotations\n", "") + f"\n{line}\n")
     new = set(violations(tmp_path)) - before
     assert any(sentence.startswith(complaint) for sentence in new), new
+
+
+def public_names(path: Path) -> set[str]:
+    """The functions, classes and constants that a file defines at its top level."""
+    names = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign):
+            names.add(node.target.id)
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_each_public_name_is_defined_once():
+    """But for what each script has: its main, and each tool its Settings."""
+    owners: dict[str, list[str]] = {}
+    for module, path in modules_of(ROOT).items():
+        if module.split(".")[0] != "bench":
+            for name in public_names(path) - {"main", "Settings"}:
+                owners.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
