@@ -34,8 +34,8 @@ def setting(
 
     `scripts` may be left out where all settings of a class are for the same ones (SCRIPTS).
     `low` and `high` are the ends of its range. `resume`: a resumed run may change it. `alone` is
-    the value of the flag without a value. `positional` makes it an argument without a flag, of which
-    the command line takes as many as argparse's `nargs` says: "?", "*" or "+".
+    the value of the flag without a value. `positional` makes it an argument without a flag, as many
+    as argparse's `nargs` says: "?", "*" or "+".
     """
     metadata = {"help": help, "scripts": scripts.split(), "low": low, "high": high}
     metadata |= {"resume": resume, "alone": alone, "positional": positional}
@@ -373,7 +373,8 @@ def _read_options(margin: str, texts: Sequence[str]) -> dict[str, float]:
         if name not in options:
             known = ", ".join(options) or "none"
             raise ValueError(
-                f"--margin-option {text[:40]}: {margin} has no option {name[:40]!r} (it has: {known})"
+                f"--margin-option {text[:40]}: {margin} has no option {name[:40]!r} "
+                f"(it has: {known})"
             )
         option = options[name]
         try:
