@@ -1,8 +1,8 @@
-"""Memory of pre_process.py, which must not grow with the number of images but by their names,
-and of train.py without a cache, which must not grow but by their labels and places.
+"""Memory does not grow with the images, only with what is held of each: in pre_process.py its name,
+in train.py without a cache its label and position.
 
-The detector, and the network, are stubs; all else is real. What counts is memory of the process's
-own: the pages of train.rec that it has mapped are the kernel's to take back.
+The detector and the network are stubs, all else is real. Measured is the process's anonymous
+memory: the kernel can drop the mapped pages of train.rec at any time.
 """
 
 import io
@@ -31,14 +31,14 @@ PREPARE = """
 import os, sys, threading, time
 import numpy as np
 import pre_process
-from preprocessing import pipeline as align
+from preprocessing import pipeline
 from config import parse_args
 from preprocessing import detector
 from preprocessing.detector import Detection
 
 points = np.array([[8.0, 9], [16, 9], [12, 13], [9, 17], [15, 17]])
-found = Detection("ok", 0.9, np.array([2.0, 2, 22, 22]), points)
-align.find_face = lambda detector, images: [found] * len(images)
+detection = Detection("ok", 0.9, np.array([2.0, 2, 22, 22]), points)
+pipeline.find_face = lambda detector, images: [detection] * len(images)
 detector.FaceDetector = lambda *_, **__: None
 os.fsync = lambda handle: None  # disks are slow, and this is about memory
 
@@ -88,7 +88,7 @@ print("megabytes", max(sizes[:quarter]), max(sizes[quarter:]))
 
 
 def write_many(path: Path, count: int) -> Path:
-    """`count` images of 24x24 pixels, 20 people, as a .zip or a .tgz."""
+    """`count` images of 24x24 pixels, 20 identities, as a .zip or a .tgz."""
     colours = np.random.default_rng(0).integers(0, 256, (3, 3, 3), np.uint8)
     jpeg = encode_jpeg(cv2.resize(colours, (24, 24)))
     names = [f"set/{i * 20 // count:07d}/{i:07d}.jpg" for i in range(count)]
@@ -106,7 +106,7 @@ def write_many(path: Path, count: int) -> Path:
 
 
 def write_set(folder: Path, count: int) -> None:
-    """A training set of `count` images of 100 people."""
+    """A training set of `count` images of 100 identities."""
     noise = np.random.default_rng(0).integers(0, 256, (50, 7, 7, 3), np.uint8)
     jpegs = [encode_jpeg(cv2.resize(image, (112, 112))) for image in noise]
     labels = [i * 100 // count for i in range(count)]
@@ -114,7 +114,7 @@ def write_set(folder: Path, count: int) -> None:
 
 
 def measure(script: str, source: Path, output: Path) -> list[float]:
-    """The megabytes that a script prints last, of its own memory, imports aside."""
+    """The megabytes that a script prints last: what it used beyond its imports."""
     done = subprocess.run(
         [sys.executable, "-c", MEGABYTES + script, str(source), str(output)],
         cwd=ROOT,

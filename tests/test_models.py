@@ -107,3 +107,22 @@ def test_dropout_only_works_in_training():
         assert not torch.equal(model(images), model(images))
         model.eval()
         assert torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("network", ["tiny", "mobilefacenet"])
+def test_zero_init_makes_blocks_their_shortcuts(network):
+    model = build_model(network, 16, zero_init=True).eval()
+    seen = 0
+    for block in model.modules():
+        plain = isinstance(block, models.IRBlock) and block.downsample is None
+        if plain or (isinstance(block, models.Bottleneck) and block.residual):
+            convolution = block.conv1 if plain else block.layers[0][0]
+            x = torch.randn(2, convolution.in_channels, 8, 8)
+            assert torch.equal(block(x), x)
+            seen += 1
+    assert seen >= 2
+    torch.manual_seed(0)
+    zero = build_model(network, 16, zero_init=True).state_dict()
+    torch.manual_seed(0)
+    usual = build_model(network, 16).state_dict()
+    assert 0 < sum(not torch.equal(zero[k], usual[k]) for k in zero) <= 15

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from distributed.collectives import even_slice
 from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
@@ -55,17 +54,17 @@ def weights(checkpoint):
     return torch.cat([t.double().flatten() for t in tensors])
 
 
-def difference(found, expected):
+def difference(actual, expected):
     """Largest relative error of a loss, and of all weights and running statistics as one vector."""
-    a, b = losses(found), losses(expected)
+    a, b = losses(actual), losses(expected)
     assert len(a) == len(b)
     loss = ((a - b).abs() / b.abs()).max()
-    a, b = weights(found), weights(expected)
+    a, b = weights(actual), weights(expected)
     return float(loss), float((a - b).norm() / b.norm())
 
 
 def compare(groups, tmp_path, argv, ranks, frozen):
-    """Print how far groups are from one process, and a control; returns the groups' differences."""
+    """The differences of groups from one process, printed beside those of a control."""
     groups.run(tmp_path / "one", 0, "run_train", argv, frozen)
     groups.run(tmp_path / "control", 0, "run_train", argv, frozen, True)
     one = newest(tmp_path / "one")
@@ -74,25 +73,25 @@ def compare(groups, tmp_path, argv, ranks, frozen):
     moved = float(moved.norm() / weights(one).norm())
     print(f"\n{len(losses(one))} steps moved the weights by {moved}; the control: {control}")
     assert moved > 1e-4  # a wrong gradient would show
-    found = []
+    differences = []
     for number in ranks:
         groups.run(tmp_path / str(number), number, "run_train", argv, frozen)
-        found.append(difference(newest(tmp_path / str(number)), one))
-        print(f"{number} processes: {found[-1]}")
-    return found
+        differences.append(difference(newest(tmp_path / str(number)), one))
+        print(f"{number} processes: {differences[-1]}")
+    return differences
 
 
-def test_two_processes_are_one(groups, noise, tmp_path):
+def test_two_processes_train_like_one(groups, noise, tmp_path):
     # 21 images to a step: slices of 10 and 11.
     argv = [*GENTLE.split(), "--train-set", str(noise), "--batch-size", "21", "--clip-norm", "1"]
     argv += ["--sync-bn", "--max-classes", "16"]
-    (found,) = compare(groups, tmp_path, argv, [2], False)
-    assert max(found) < 1e-6
+    (differences,) = compare(groups, tmp_path, argv, [2], False)
+    assert max(differences) < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["evaluation", "synchronised"])
-def test_fifty_steps_of_two_and_four_processes_are_those_of_one(
+def test_fifty_steps_of_two_and_four_processes_equal_those_of_one(
     groups,
     noise,
     tmp_path,
@@ -101,17 +100,17 @@ def test_fifty_steps_of_two_and_four_processes_are_those_of_one(
     argv = [*GENTLE.split(), "--train-set", str(noise)]
     if statistics == "synchronised":  # which makes more of a rounding error
         argv += ["--sync-bn", "--lr", "0.000001", "--batch-size", "16", "--epochs", "2"]
-    found = compare(groups, tmp_path, argv, [2, 4], statistics == "evaluation")
-    assert np.max(found) < 1e-6
+    differences = compare(groups, tmp_path, argv, [2, 4], statistics == "evaluation")
+    assert np.max(differences) < 1e-6
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(groups, folder, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes(groups, folder, tmp_path):
     flags = [*FLAGS.split(), "--train-set", str(folder), "--no-amp", "--dropout", "0", "--sync-bn"]
     flags += ["--lr", "0.000001"]
     groups.run(tmp_path / "one", 0, "run_train", flags)
-    cwd = tmp_path / "some"
-    # Five of the eight steps, the rest by another number: the schedule is that of both epochs.
+    cwd = tmp_path / "resumed"
+    # Five of the eight steps by three processes, the rest by two; one schedule over both.
     printed, codes = groups.run(cwd, 3, "train_until", flags, 5, fails=True)
     assert codes == [130, 130, 130]
     assert "Stopped at epoch 2, step 1; resume with: torchrun --nproc-per-node=3" in printed[0]
@@ -127,8 +126,8 @@ def test_a_run_goes_on_with_another_number_of_processes(groups, folder, tmp_path
 
 
 @pytest.mark.slow
-def test_resumed_groups_come_to_the_same_bytes(groups, folder, tmp_path):
-    # With dropout, statistics of each process's own, and sampled classes.
+def test_a_resumed_group_writes_the_same_bytes(groups, folder, tmp_path):
+    # With dropout, statistics per process, and sampled classes.
     flags = [*FLAGS.split(), "--train-set", str(folder), "--sample-rate", "0.5"]
     groups.run(tmp_path / "straight", 2, "run_train", flags)
     groups.run(tmp_path / "cut", 2, "train_until", flags, 3, fails=True)
@@ -141,7 +140,7 @@ def test_resumed_groups_come_to_the_same_bytes(groups, folder, tmp_path):
     assert not torch.equal(states["random"]["cpu"], states["random_of_others"][0]["cpu"])
 
 
-def test_errors_are_one_sentence(groups, folder, tmp_path):
+def test_an_error_of_all_processes_is_printed_once(groups, folder, tmp_path):
     flags = [*FLAGS.split(), "--train-set", str(tmp_path / "nowhere")]
     printed, codes = groups.run(tmp_path / "a", 2, "run_train", flags, fails=True)
     assert codes == [2, 2]
@@ -152,7 +151,7 @@ def test_errors_are_one_sentence(groups, folder, tmp_path):
     assert "leaves fewer than two images to each of 2 processes" in printed[0]
 
 
-def test_a_process_that_dies_ends_the_run_and_last_pt_goes_on(groups, folder, tmp_path):
+def test_a_process_that_dies_ends_the_run_and_last_pt_resumes(groups, folder, tmp_path):
     flags = [*FLAGS.split(), "--train-set", str(folder)]
     printed, codes = groups.run(tmp_path, 2, "train_and_die", flags, 5, 1, fails=True)
     assert codes == [2, -signal.SIGKILL]
@@ -175,8 +174,8 @@ def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
     for number in range(5):
         cwd, argv, killed = tmp_path / str(number), flags, 0
         while killed < 3:
-            how = {"kill": int(rng.integers(ranks)), "seconds": float(rng.uniform(0.5, 4))}
-            printed, codes = groups.run(cwd, ranks, "run_train", argv, fails=True, **how)
+            kill = {"kill": int(rng.integers(ranks)), "seconds": float(rng.uniform(0.5, 4))}
+            printed, codes = groups.run(cwd, ranks, "run_train", argv, fails=True, **kill)
             assert not any("Traceback" in text for text in printed), printed
             killed += codes != [0] * ranks
             for run in cwd.glob("runs/*"):
@@ -193,7 +192,7 @@ def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
 
 @pytest.mark.slow
 def test_torchrun_itself(folder, tmp_path):
-    """The command as a user gives it, and Ctrl-C's SIGTERM by way of torchrun."""
+    """The command as a user gives it."""
     torchrun = Path(sys.executable).with_name("torchrun")
     command = [torchrun, "--nproc-per-node=2", ROOT / "train.py", *FLAGS.split()]
     command += ["--train-set", folder]
@@ -202,13 +201,3 @@ def test_torchrun_itself(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "; 2 processes" in done.stdout
     assert done.stdout.count("epoch 2/2 ") == 1
-
-
-def test_slices_cover_and_differ_by_one():
-    for count in (0, 1, 7, 8, 1000):
-        for parts in (1, 2, 3, 7):
-            slices = [even_slice(count, number, parts) for number in range(parts)]
-            numbers = [i for s in slices for i in range(s.start, s.stop)]
-            assert numbers == list(range(count))
-            sizes = [s.stop - s.start for s in slices]
-            assert max(sizes) - min(sizes) <= 1

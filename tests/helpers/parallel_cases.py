@@ -11,7 +11,16 @@ import pre_process
 import train
 from config import parse_args
 from data_gen import Batch
-from distributed.collectives import all_gather_objects, gather_to_main, rank_slice
+from distributed import collectives as collectives_module
+from distributed.collectives import (
+    all_gather_objects,
+    all_reduce_max,
+    all_reduce_sum,
+    any_rank,
+    gather_to_main,
+    rank_slice,
+    run_on_main,
+)
 from distributed.process_group import is_main, process_group, rank, world_size
 from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
@@ -20,6 +29,7 @@ from preprocessing import prepare
 from tests.helpers import preload  # noqa: F401
 from training import run as run_module
 from training import run_report
+from utils import UserError, exit_on_user_error
 
 
 def run_train(argv, frozen_statistics=False, backwards=False):
@@ -75,6 +85,37 @@ def sharded_heads(orders):
             }
         if is_main():
             save_checkpoint("results.pt", results)
+
+
+def collectives():
+    """Each collective of two processes; rank 0 writes the results."""
+    with process_group("cpu"):
+        number = torch.tensor([1.0, 10.0]) * (rank() + 1)
+        rows = torch.arange(5)[rank_slice(5)]
+        results = {
+            "sum": all_reduce_sum(number.clone()).tolist(),
+            "max": all_reduce_max(number.clone()).tolist(),
+            "any": any_rank(rank() == 1, False),
+            "objects": all_gather_objects(rank()),
+            "gathered": gather_to_main(rows, 5),
+            "from main": all_gather_objects(run_on_main(rank)),
+            "only main": all_gather_objects(run_on_main(rank, broadcast=False)),
+        }
+        if is_main():
+            results["gathered"] = results["gathered"].tolist()
+            save_checkpoint("collectives.pt", results)
+
+
+@exit_on_user_error
+def failing_work(runner, failing_rank):
+    """Work that fails in one process, run by run_on_main or run_on_all."""
+
+    def work():
+        if rank() == failing_rank:
+            raise UserError(f"It failed in rank {failing_rank}.")
+
+    with process_group("cpu"):
+        getattr(collectives_module, runner)(work)
 
 
 def train_until(argv, steps):

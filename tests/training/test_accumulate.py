@@ -1,16 +1,11 @@
-"""Batches in parts, and activations computed twice: the plain step, where mathematics says so."""
+"""Gradient accumulation: the step is that of the batch in one piece."""
 
-import copy
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from config import Config
-from models import build_model
 from train import build_engine
-from training.activation_checkpointing import enable_activation_checkpointing
 
 CPU = torch.device("cpu")
 
@@ -51,45 +46,3 @@ def test_parts_of_a_batch_make_the_same_step(parts, more):
     assert (actual_weights - weights).norm() / weights.norm() < 1e-6
     start = torch.cat([p.detach().flatten().double() for p in make_engine(**more).parameters])
     assert not torch.equal(start[-80:], weights[-80:])
-
-
-@pytest.mark.parametrize("network", ["tiny", "mobilefacenet"])
-def test_activations_computed_twice_change_no_bit(network):
-    torch.manual_seed(0)
-    plain = build_model(network, 16, dropout=0.4)
-    twice = copy.deepcopy(plain)
-    enable_activation_checkpointing(twice)
-    assert list(twice.state_dict()) == list(plain.state_dict())
-    images = torch.randn(4, 3, 112, 112)
-    for model in (plain, twice):
-        for _ in range(2):
-            torch.manual_seed(5)
-            model(images).square().sum().backward()
-    for a, b in zip(plain.parameters(), twice.parameters(), strict=True):
-        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
-    # Running statistics included: the second time they are left alone.
-    for name, value in plain.state_dict().items():
-        assert torch.equal(value, twice.state_dict()[name]), name
-    momenta = [m.momentum for m in twice.modules() if hasattr(m, "momentum")]
-    assert set(momenta) == {0.1}
-
-
-def test_far_fewer_activations_are_kept():
-    saved = []
-    for twice in (False, True):
-        model = build_model("r18", 16)
-        if twice:
-            enable_activation_checkpointing(model)
-        sizes = {}
-
-        def pack(tensor, sizes=sizes):
-            sizes[tensor.data_ptr()] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(torch.randn(2, 3, 112, 112))
-        parameters = {p.data_ptr() for p in model.parameters()}
-        saved.append(sum(size for pointer, size in sizes.items() if pointer not in parameters))
-        del out
-    print(np.array(saved) / 2**20, "MiB")
-    assert saved[1] < saved[0] / 2

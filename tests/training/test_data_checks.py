@@ -18,15 +18,15 @@ from utils import UserError
 
 @pytest.fixture(scope="module")
 def images():
-    """48 synthetic faces of 16 people as they come, 250x250."""
-    return np.stack([decode_image(face(person, i)) for person in range(16) for i in range(3)])
+    """48 synthetic faces of 16 identities, unaligned, 250x250."""
+    return np.stack([decode_image(face(identity, i)) for identity in range(16) for i in range(3)])
 
 
 @pytest.fixture(scope="module")
 def faces(images):
     """The same, aligned."""
-    found = find_face(FaceDetector(), images)
-    pairs = zip(images, found, strict=True)
+    detections = find_face(FaceDetector(), images)
+    pairs = zip(images, detections, strict=True)
     return np.stack([align_face(p, d.points) for p, d in pairs if d.points is not None])
 
 
@@ -40,7 +40,7 @@ def check(tmp_path, images, cache="ram", labels=None):
 
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
-def test_aligned_faces_pass_without_a_word(tmp_path, faces, capsys, cache):
+def test_aligned_faces_give_no_warning(tmp_path, faces, capsys, cache):
     assert len(faces) >= 40
     check(tmp_path, faces, cache)
     assert capsys.readouterr().out == ""
@@ -67,7 +67,7 @@ def test_faces_off_the_template_get_a_warning(tmp_path, faces, images, capsys):
     assert "shows no eyes" in capsys.readouterr().out
 
 
-def test_real_faces_pass_and_their_opposites_do_not(real_faces, capsys):
+def test_real_faces_give_no_warning_and_flipped_or_bgr_ones_do(real_faces, capsys):
     reader = RecordReader(real_faces / "faces_mixed_112x112")
     chosen = np.random.default_rng(1).permutation(len(reader))[: checks.SAMPLE_SIZE]
     images = np.stack([reader.image(int(i)) for i in chosen])
@@ -107,19 +107,19 @@ def test_labels_that_do_not_fit_the_head():
             checks.check_labels(labels, classes)
 
 
-def test_a_set_that_lost_most_of_its_people_is_noticed():
+def test_a_set_without_most_of_its_identities_gives_a_warning():
     assert checks.missing_classes_warning(10572, 10572, 490623) == ""
     assert checks.missing_classes_warning(10575, 10572, 490623) == ""
     assert "declares 10,572" in checks.missing_classes_warning(10572, 4000, 490623)
 
 
 @pytest.mark.parametrize("counts", [[1000] * 2, [30] * 100, [1] * 3000, [2000, 1, 1, 1], [4] * 4])
-def test_the_order_has_to_be_shuffled(counts, monkeypatch):
+def test_an_order_that_is_not_shuffled_is_an_error(counts, monkeypatch):
     labels = np.repeat(np.arange(len(counts)), counts)
     for seed in range(20):
         checks.check_shuffled(labels, seed)
     if max(counts) == 1 or len(counts) * 10 < max(counts) or len(labels) < 100:
-        return  # sorted or not makes no difference to see
+        return  # too small for a sorted order to be told from a random one
     sorted_order = lambda positions, seed, epoch: (positions, None)  # noqa: E731
     monkeypatch.setattr(checks, "epoch_order", sorted_order)
     with pytest.raises(UserError, match="not shuffled"):
@@ -129,7 +129,7 @@ def test_the_order_has_to_be_shuffled(counts, monkeypatch):
         checks.check_shuffled(labels, 0)
 
 
-def test_evaluation_at_chance_beside_good_validation_is_called_out(capsys):
+def test_lfw_at_chance_level_beside_good_validation_gives_a_warning(capsys):
     for accuracy, lfw in ((0.9, []), (0.9, [0.5]), (0.2, [0.5, 0.5]), (0.9, [0.5, 0.7])):
         checks.warn_if_lfw_at_chance(accuracy, lfw)
     assert capsys.readouterr().out == ""

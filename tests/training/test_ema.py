@@ -6,7 +6,6 @@ import lfw_eval
 import train
 from config import Config, parse_args
 from fileio.checkpoint_file import load_checkpoint
-from models import Bottleneck, IRBlock, build_model
 from tests.helpers.tiny import FLAGS, assert_same, write_tiny_set
 from training.ema import ModelEMA
 from training.event_log import read_event_frames
@@ -98,26 +97,7 @@ def test_a_run_with_ema_weights_resumes_to_the_bit(folder, tmp_path, monkeypatch
     lfw_eval.main(parse_args([*where, *lfw], "lfw_eval"))
 
 
-# ------------------------------------------------------------------------------ details of networks
-
-
-@pytest.mark.parametrize("network", ["tiny", "mobilefacenet"])
-def test_zero_init_makes_blocks_their_shortcuts(network):
-    model = build_model(network, 16, zero_init=True).eval()
-    seen = 0
-    for block in model.modules():
-        plain = isinstance(block, IRBlock) and block.downsample is None
-        if plain or (isinstance(block, Bottleneck) and block.residual):
-            convolution = block.conv1 if plain else block.layers[0][0]
-            x = torch.randn(2, convolution.in_channels, 8, 8)
-            assert torch.equal(block(x), x)
-            seen += 1
-    assert seen >= 2
-    torch.manual_seed(0)
-    zero = build_model(network, 16, zero_init=True).state_dict()
-    torch.manual_seed(0)
-    usual = build_model(network, 16).state_dict()
-    assert 0 < sum(not torch.equal(zero[k], usual[k]) for k in zero) <= 15
+# ------------------------------------------------------------------------------ weight decay
 
 
 def test_decay_spares_batch_normalisation_and_biases():

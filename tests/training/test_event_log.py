@@ -65,7 +65,7 @@ def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monke
 
 
 @pytest.mark.parametrize("written", [0, 1, 3, 9])
-def test_a_full_disk_under_the_points_is_a_sentence(start, tmp_path, monkeypatch, written):
+def test_a_full_disk_under_the_points_is_a_user_error(start, tmp_path, monkeypatch, written):
     """However many are written before; the run resumes from its checkpoint to the same points."""
     append, calls = gfile.LocalFileSystem.append, []
 
@@ -86,10 +86,10 @@ def test_a_full_disk_under_the_points_is_a_sentence(start, tmp_path, monkeypatch
         return  # nothing was done that could be lost
     assert start("--resume", resumed=True)[0] == 0
     state = load_checkpoint(run / "last.pt")
-    found = [event.step for path in sorted(run.glob("events.*"))
+    logged_steps = [event.step for path in sorted(run.glob("events.*"))
              for _, event in events.read_event_frames(path.read_bytes())
              for value in event.summary.value if value.tag == "train/loss"]  # fmt: skip
-    assert found == [4 * epoch + step for epoch, step, *_ in state["history"]["train"]]
+    assert logged_steps == [4 * epoch + step for epoch, step, *_ in state["history"]["train"]]
 
 
 @pytest.mark.parametrize("epoch_is_open", [True, False])

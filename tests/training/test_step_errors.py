@@ -89,7 +89,7 @@ def raise_it(error):
 # ------------------------------------------------------------------------------ not finite
 
 
-def test_a_gradient_that_is_not_finite_is_found_at_its_step(start, capsys, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_reported_at_its_step(start, capsys, monkeypatch):
     def poison(run, images):
         # The loss is as it should be, its gradient is not.
         parameter = run.engine.head.weight
@@ -139,7 +139,7 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_reason(start, capsys, mo
     assert not (run / "bad_batch.pt").exists()
 
 
-def test_means_that_are_no_numbers_are_in_no_checkpoint(start, capsys, monkeypatch):
+def test_running_statistics_that_are_not_finite_are_in_no_checkpoint(start, capsys, monkeypatch):
     """Of batch normalisation: the loss may look good for long, but not what is evaluated."""
 
     def spoil(run, images):
@@ -217,7 +217,7 @@ def test_errors_of_full_memory_are_known_and_read():
     assert text == "memory is full, 1,073,741,824.00 GiB were asked for"
 
 
-def test_a_full_gpu_ends_the_run_with_a_sentence_and_what_was_saved(start, capsys, monkeypatch):
+def test_a_full_gpu_ends_the_run_with_a_user_error_and_what_was_saved(start, capsys, monkeypatch):
     needs = StepMemory(fixed=2 * 2**30, per_image=2**30, total=8 * 2**30)
     monkeypatch.setattr("training.run.free_gpu_memory", lambda device: 2**30)
     monkeypatch.setattr("training.run.measure_step_memory", lambda engine: needs)
