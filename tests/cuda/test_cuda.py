@@ -52,7 +52,8 @@ def run_train(stand_in, tmp_path, start=(), device="auto", more="", **fake):
     launcher = ["-m", "tests.helpers.fake_cuda.launcher", "train.py"]
     command = [sys.executable, *start, *launcher, *flags, *where.split(), "--epochs", "1"]
     command += ["--compile", "off", *more.split()]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    limits = {"timeout": 300, "check": False}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **limits)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -82,9 +83,7 @@ def test_a_driver_that_is_too_old_is_said(stand_in, tmp_path):
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_groups_train_each_process_on_its_own_device(processes, device, stand_in, tmp_path):
-    start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    start += ["--master-port=0", "-m"]
-    start = start[:-1]
+    start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]  # a free port
     code, printed = run_train(stand_in, tmp_path, start, device, devices=2)
     assert code == 0, printed[-3000:]
     for rank in range(processes):
