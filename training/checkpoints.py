@@ -107,8 +107,12 @@ def load_momentum(optimizer: torch.optim.SGD, state: dict[str, Any], path: Path)
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # Before anything can fail: an untrusted file must not leave settings of its own behind.
     for group, before in zip(optimizer.param_groups, settings, strict=True):
-        group.update(before | {"lr": float(group["lr"])})
+        group.update(before)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = float(rate)
         states = [optimizer.state.get(parameter, {}) for parameter in group["params"]]
         if all(entry.get("momentum_buffer") is None for entry in states):
             continue  # before the first step

@@ -9,7 +9,7 @@ import torch
 
 from fileio.checkpoint_file import CorruptCheckpointError, load_checkpoint, save_checkpoint
 from training import checkpoints
-from training.checkpoints import clean_up, load_last, load_momentum, save_last
+from training.checkpoints import INCOMPATIBLE, clean_up, load_last, load_momentum, save_last
 from utils import UserError
 
 # ------------------------------------------------------------------------------ the last few
@@ -177,3 +177,13 @@ def test_random_states_go_into_a_file_and_back(tmp_path):
     assert draw() != expected
     checkpoints.set_random_states(load_checkpoint(tmp_path / "a.pt"), device)
     assert draw() == expected
+
+
+def test_settings_of_an_untrusted_state_do_not_stay_when_it_is_refused(tmp_path):
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9, weight_decay=5e-4)
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= {"weight_decay": [1, 2], "lr": "fast"}
+    with pytest.raises(INCOMPATIBLE):
+        load_momentum(optimizer, state, tmp_path / "last.pt")
+    assert optimizer.param_groups[0]["weight_decay"] == 5e-4
