@@ -1,8 +1,16 @@
-"""A pickle of two lists read without trusting it: nothing that it names is ever imported or called.
+"""A restricted unpickler for two lists: nothing that the pickle names is imported or called.
 
-InsightFace's *.bin test sets are pickles of (list of JPEG bytes, list of bool), written by Python
-2 or 3, some with numpy's scalars and arrays in place of bools, bytes or lists. What such files
-name is answered by the stand-ins below, which do no more than keep bytes; all else is refused.
+    with open("lfw.bin", "rb") as file:
+        images, is_same = load_two_lists(file)
+
+A pickle is a program for a stack machine. It can name any function (GLOBAL), call it (REDUCE) and
+set attributes (BUILD), so `pickle.load` on an untrusted file runs whatever its author wants.
+
+InsightFace's *.bin test sets are pickles of (list of JPEG bytes, list of bool), written by Python 2
+or 3, some with numpy's scalars and arrays in place of bools, bytes or lists. The few names that
+such files need are answered by the stand-in classes below, which only keep the bytes they are
+given; every other name is refused. What is on the stack at the end is then turned into plain lists
+by `_Lists`, within limits on memory.
 """
 
 from __future__ import annotations
@@ -18,7 +26,10 @@ import numpy as np
 
 
 class _Bytes:
-    """In place of bytes, bytearray and _codecs.encode, by which older protocols write bytes."""
+    """In place of bytes, bytearray and _codecs.encode.
+
+    Protocols 0 to 2 have no bytes: Python 3 writes b"\\xe9" as _codecs.encode("\\u00e9", "latin1").
+    """
 
     def __init__(self, text: Any = b"", encoding: Any = "latin1"):
         if isinstance(text, _Bytes):  # bytearray(bytes), as protocols 3 and 4 write it
@@ -27,13 +38,14 @@ class _Bytes:
             raise pickle.UnpicklingError("it makes bytes of something that is no text")
         self.text = text
 
-    # Each stand-in has this method, so that a pickle's BUILD cannot set attributes of the class.
+    # Each stand-in has this method: without it, BUILD would set any attributes that the pickle
+    # gives, methods included.
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("it gives bytes a state")
 
 
 class _Dtype:
-    """In place of numpy.dtype: truth values, whole numbers, objects."""
+    """In place of numpy.dtype, of bools, integers or objects."""
 
     spec = "?"
 
@@ -57,12 +69,13 @@ class _Array:
     raw: Any = None
 
     def __init__(self, *arguments: Any):
-        # _frombuffer(bytes, dtype, shape, order); _reconstruct(...) is filled in by its state
+        # _frombuffer(bytes, dtype, shape, order) is all of an array (protocol 5);
+        # _reconstruct(type, shape, typecode) makes an empty one, filled by the state that follows.
         if len(arguments) == 4 and isinstance(arguments[1], _Dtype):
             self.raw, self.dtype = arguments[:2]
 
     def __setstate__(self, state: Any) -> None:
-        _, _, self.dtype, _, self.raw = state
+        _version, _shape, self.dtype, _is_fortran, self.raw = state
 
 
 class _Scalar:
@@ -89,7 +102,11 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own machine: that in C takes 32 GB for a memo of one number (LONG_BINPUT 2^31)."""
+    """The unpickler written in Python: the one in C can be made to allocate without limit.
+
+    Its memo is an array, so the 5 bytes of LONG_BINPUT 2^31 - 1 make it take 32 GB; here it is a
+    dict.
+    """
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _STAND_INS:
@@ -100,86 +117,91 @@ class _Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("it has a dict or a set")
 
     def _load_bytearray8(self) -> None:
-        # Python's own sets memory aside for as many bytes as the pickle claims.
+        # The library's own version allocates as many bytes as the pickle claims.
         (size,) = struct.unpack("<Q", self.read(8))
         data = self.read(min(size, sys.maxsize))
         if len(data) < size:
             raise pickle.UnpicklingError("it ends within a bytearray")
         self.append(bytearray(data))
 
-    # Neither is needed; keys of one hash would keep a dict or a set busy for hours.
+    # Opcodes of dicts and sets: EMPTY_DICT, DICT, SETITEM, SETITEMS, EMPTY_SET, ADDITEMS and
+    # FROZENSET. No test set needs them, and keys that all have the same hash would take hours.
     dispatch: ClassVar = pickle._Unpickler.dispatch | dict.fromkeys(b"}dsu\x8f\x90\x91", _refuse)
     dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
 
 
 class _Lists:
-    """Makes plain lists of what the machine left, of no more bytes than the file has.
+    """Turns what the unpickler left into plain lists that take no more bytes than the file has.
 
-    The stand-ins merely keep what they are given: a pickle can name one string a million times.
+    The stand-ins keep references, and a pickle can refer to one string of a megabyte a million
+    times: so each byte that is made is taken from a budget.
     """
 
-    def __init__(self, size: int):
-        self.left = size
-        self.made: dict[int, bytes] = {}  # by the identity of what they were made of
+    def __init__(self, file_bytes: int):
+        self.budget = file_bytes
+        # {id of what it was made of: bytes}: one image in many pairs is made, and counted, once.
+        self.made: dict[int, bytes] = {}
 
     def spend(self, size: int) -> None:
-        """Take from what may still be made."""
-        self.left -= size
-        if self.left < 0:
+        """Take from the budget; UnpicklingError if it is used up."""
+        self.budget -= size
+        if self.budget < 0:
             raise pickle.UnpicklingError("it repeats itself until it is larger than its file")
 
-    def items(self, part: Any) -> list[Any]:
-        """A list of the values of a list, a tuple or an array."""
-        if isinstance(part, _Array) and isinstance(part.dtype, _Dtype):
-            if "O" not in part.dtype.spec:
-                return self.numbers(part)
-            part = part.raw
-        if not isinstance(part, (list, tuple)):
-            raise pickle.UnpicklingError(f"it has a {_kind(part)} for a list")
-        self.spend(len(part))
-        return [self.leaf(item) for item in part]
+    def list_of(self, value: Any) -> list[Any]:
+        """The items of a list, a tuple or an array."""
+        if isinstance(value, _Array) and isinstance(value.dtype, _Dtype):
+            if "O" not in value.dtype.spec:
+                return self.numbers_of(value)
+            value = value.raw  # an array of objects keeps them in a list
+        if not isinstance(value, (list, tuple)):
+            raise pickle.UnpicklingError(f"it has a {_type_name(value)} for a list")
+        self.spend(len(value))
+        return [self.item_of(item) for item in value]
 
-    def numbers(self, part: _Array | _Scalar) -> list[Any]:
-        """The values of an array of truth values or whole numbers."""
-        raw = self.plain(part.raw)
+    def numbers_of(self, value: _Array | _Scalar) -> list[Any]:
+        """The values of an array or a scalar of bools or integers."""
+        raw = self.bytes_of(value.raw)
         self.spend(len(raw))
-        return np.frombuffer(raw, part.dtype.spec).tolist()
+        return np.frombuffer(raw, value.dtype.spec).tolist()
 
-    def plain(self, raw: Any) -> bytes:
-        """The bytes that a value of any kind of bytes means."""
-        if isinstance(raw, bytes):
-            return raw
-        if id(raw) in self.made:
-            return self.made[id(raw)]
-        text = raw.text if isinstance(raw, _Bytes) else raw
+    def bytes_of(self, value: Any) -> bytes:
+        """The bytes that bytes, a bytearray, a string or their stand-in mean."""
+        if isinstance(value, bytes):
+            return value
+        if id(value) in self.made:
+            return self.made[id(value)]
+        text = value.text if isinstance(value, _Bytes) else value
         if not isinstance(text, (str, bytes, bytearray)):
-            raise pickle.UnpicklingError(f"it has a {_kind(raw)} for bytes")
+            raise pickle.UnpicklingError(f"it has a {_type_name(value)} for bytes")
         self.spend(len(text))
-        self.made[id(raw)] = text.encode("latin1") if isinstance(text, str) else bytes(text)
-        return self.made[id(raw)]
+        # Text stands for bytes of the same numbers, see _Bytes.
+        self.made[id(value)] = text.encode("latin1") if isinstance(text, str) else bytes(text)
+        return self.made[id(value)]
 
-    def leaf(self, item: Any) -> bytes | bool | int:
-        """One value of a list."""
+    def item_of(self, item: Any) -> bytes | bool | int:
+        """One item of a list: an image's bytes, a bool or an integer."""
         if isinstance(item, _Scalar):
-            (item,) = self.numbers(item)
-        elif isinstance(item, _Array):
-            item = self.plain(item.raw)
+            (item,) = self.numbers_of(item)
+        elif isinstance(item, _Array):  # an encoded image as an array of uint8
+            item = self.bytes_of(item.raw)
         elif isinstance(item, (_Bytes, bytearray)):
-            item = self.plain(item)
+            item = self.bytes_of(item)
         if not isinstance(item, (bytes, bool, int)):
-            raise pickle.UnpicklingError(f"it has a {_kind(item)} in a list")
+            raise pickle.UnpicklingError(f"it has a {_type_name(item)} in a list")
         if isinstance(item, int) and item.bit_length() > 64:
             raise pickle.UnpicklingError("it has a number of more than 64 bits")
         return item
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
+    """For messages: "list", or "array" for the stand-in _Array."""
     name = type(value).__name__
     return name[1:].lower() if name.startswith("_") else name
 
 
 def load_two_lists(file: IO[bytes]) -> tuple[list[Any], list[Any]]:
-    """Read a pickle of two lists (or numpy arrays) of bytes, bools and whole numbers.
+    """Read a pickle of two lists (or numpy arrays) of bytes, bools and integers.
 
     Takes a few times the memory of the file. Raises pickle.UnpicklingError, whose text says what
     the pickle asks for or holds instead.
@@ -187,12 +209,13 @@ def load_two_lists(file: IO[bytes]) -> tuple[list[Any], list[Any]]:
     data = file.read()
     lists = _Lists(len(data))
     try:
-        # From memory: a file object would set memory aside for as many bytes as a pickle claims.
+        # From memory: when reading from a file, it allocates as many bytes as a pickle claims.
         value = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise pickle.UnpicklingError(f"it holds a {_kind(value)}, not a pair of lists")
-        return lists.items(value[0]), lists.items(value[1])
+            raise pickle.UnpicklingError(f"it holds a {_type_name(value)}, not a pair of lists")
+        return lists.list_of(value[0]), lists.list_of(value[1])
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # corrupt bytes can raise anything
-        raise pickle.UnpicklingError(f"it is no whole pickle ({type(error).__name__})") from None
+        reason = type(error).__name__
+        raise pickle.UnpicklingError(f"it is no complete pickle ({reason})") from None
