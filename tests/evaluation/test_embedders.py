@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from evaluation import embedders as emb
 from fileio.checkpoint_file import save_checkpoint
 from models import build_model
+from tests.helpers.onnx_files import write_onnx
 from tests.helpers.tf32 import allowed_tf32, tf32_on
 from utils import UserError
 
@@ -191,63 +192,6 @@ def test_a_whole_pickled_module_is_refused(network, tmp_path):
 # ---------------------------------------------------------------- ONNX
 
 BACKENDS = ["onnxruntime", "opencv"]
-
-
-def message(*fields):
-    """A protobuf message of (number, int | str | bytes) fields: ONNX without its package."""
-
-    def varint(value):
-        value &= (1 << 64) - 1
-        head, rest = value & 127, value >> 7
-        return bytes([head | 128]) + varint(rest) if rest else bytes([head])
-
-    out = b""
-    for number, value in fields:
-        if isinstance(value, int):
-            out += varint(number << 3) + varint(value)
-        else:
-            value = value.encode() if isinstance(value, str) else value
-            out += varint(number << 3 | 2) + varint(len(value)) + value
-    return out
-
-
-def onnx_node(kind, inputs, output, *attributes):
-    return message(*((1, name) for name in inputs), (2, output), (4, kind), *attributes)
-
-
-def onnx_tensor(name, values):
-    kind = {"float32": 1, "int64": 7}[values.dtype.name]
-    dims = [(1, size) for size in values.shape]
-    return message(*dims, (2, kind), (8, name), (9, values.tobytes()))
-
-
-def onnx_value(name, shape):
-    dims = [(1, message((1 if isinstance(size, int) else 2, size))) for size in shape]
-    return message((1, name), (2, message((1, message((1, 1), (2, message(*dims)))))))
-
-
-def write_onnx(path, batch, side=112, fixed_reshape=False, weights=None):
-    """A convolution, ReLU, and a linear layer (onnx.proto, opset 17); returns their weights."""
-    rng = np.random.default_rng(1)
-    kernel = rng.normal(0, 0.05, (4, 3, 16, 16)).astype(np.float32)
-    matrix = rng.normal(0, 0.05, (4 * (side // 16) ** 2, 8)).astype(np.float32)
-    kernel, matrix = weights or (kernel, matrix)
-    shape = np.array([batch if fixed_reshape else -1, len(matrix)], np.int64)
-    strides = (5, message((1, "strides"), (8, 16), (8, 16), (20, 7)))
-    graph = message(
-        (1, onnx_node("Conv", ["input", "kernel"], "a", strides)),
-        (1, onnx_node("Relu", ["a"], "b")),
-        (1, onnx_node("Reshape", ["b", "shape"], "c")),
-        (1, onnx_node("MatMul", ["c", "matrix"], "embedding")),
-        (2, "faces"),
-        (5, onnx_tensor("kernel", kernel)),
-        (5, onnx_tensor("matrix", matrix)),
-        (5, onnx_tensor("shape", shape)),
-        (11, onnx_value("input", [batch, 3, side, side])),
-        (12, onnx_value("embedding", [batch, matrix.shape[1]])),
-    )
-    path.write_bytes(message((1, 8), (7, graph), (8, message((1, ""), (2, 17)))))
-    return kernel, matrix
 
 
 class OnnxByHand(torch.nn.Module):

@@ -38,7 +38,6 @@ from fileio.record_writer import write_dataset
 from fileio.recordio import RecordError, RecordReader, record_offsets
 from fileio.shards import ShardReader, write_shards
 from models import build_model
-from tests.fileio.test_onnx_file import external, model
 from tests.helpers.bounded import limit_memory
 from tests.helpers.mutants import (
     CHANGES,
@@ -56,6 +55,7 @@ from tests.helpers.mutants import (
     with_crcs,
     with_sums,
 )
+from tests.helpers.onnx_files import EXTERNAL_MODEL
 from tests.helpers.tiny import FLAGS, write_tiny_set
 from training.resume import open_checkpoint, resumed_config
 from utils import UserError
@@ -403,7 +403,7 @@ def test_resumed_checkpoint(folder, trained, changes):
 
 
 @tried
-@given(data=changed(model(external("matrix", "x.onnx", offset="0"), nodes=[external("a", "b")])))
+@given(data=changed(EXTERNAL_MODEL))
 def test_onnx(folder, data):
     with written(folder, {"x.onnx": data}) as (path,):
         judge("onnx", check_onnx, path)

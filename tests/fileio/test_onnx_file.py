@@ -8,31 +8,18 @@ import torch
 
 from evaluation import embedders
 from fileio.onnx_file import check_onnx
-from tests.evaluation.test_embedders import CPU, message, onnx_node, onnx_tensor, onnx_value
 from tests.helpers.bounded import within
+from tests.helpers.onnx_files import (
+    EXTERNAL_WEIGHTS,
+    external_tensor,
+    linear_model,
+    message,
+    onnx_node,
+    onnx_tensor,
+)
 from utils import UserError
 
-WEIGHTS = np.random.default_rng(0).normal(0, 0.01, (3 * 112 * 112, 4)).astype(np.float32)
-
-
-def external(name, place, **more):
-    """A tensor of WEIGHTS' shape whose numbers lie in the file `place`."""
-    entries = [message((1, k), (2, v)) for k, v in {"location": place, **more}.items()]
-    dims = [(1, size) for size in WEIGHTS.shape]
-    return message(*dims, (2, 1), (8, name), *((13, entry) for entry in entries), (14, 1))
-
-
-def model(*tensors, nodes=(), more=()):
-    graph = message(
-        (1, onnx_node("Flatten", ["input"], "a")),
-        (1, onnx_node("MatMul", ["a", "matrix"], "embedding")),
-        *((1, node) for node in nodes),
-        (2, "faces"),
-        *((5, tensor) for tensor in tensors),
-        (11, onnx_value("input", ["n", 3, 112, 112])),
-        (12, onnx_value("embedding", ["n", 4])),
-    )
-    return message((1, 8), (7, graph), (8, message((1, ""), (2, 17))), *more)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -40,7 +27,7 @@ def folder(tmp_path):
     """A folder for the model, with a file of weights in it and one beside it."""
     folder = tmp_path / "models"
     (folder / "deeper").mkdir(parents=True)
-    WEIGHTS.tofile(folder / "m.data")
+    EXTERNAL_WEIGHTS.tofile(folder / "m.data")
     shutil.copy(folder / "m.data", folder / "deeper")
     shutil.copy(folder / "m.data", tmp_path / "secret")
     (folder / "link").symlink_to("../secret")
@@ -58,30 +45,30 @@ def refused(path, *words):
 
 
 @pytest.mark.parametrize(
-    "place", ["m.data", "./m.data", "deeper/m.data", "inner", "deeper/../m.data"]
+    "location", ["m.data", "./m.data", "deeper/m.data", "inner", "deeper/../m.data"]
 )
-def test_weights_in_the_same_folder_are_read(folder, place):
+def test_weights_in_the_same_folder_are_read(folder, location):
     pytest.importorskip("onnxruntime")
     path = folder / "m.onnx"
-    path.write_bytes(model(external("matrix", place)))
+    path.write_bytes(linear_model(external_tensor("matrix", location)))
     check_onnx(path)
-    if place != "inner" and ".." not in place:  # onnxruntime has views of its own on these
+    if location != "inner" and ".." not in location:  # onnxruntime has views of its own on these
         faces = torch.from_numpy(
             np.random.default_rng(1).integers(0, 256, (2, 112, 112, 3), np.uint8)
         )
         embed = embedders.onnx_embedder(path, CPU, flip=False, backend="onnxruntime")
         flat = embedders.preprocess_faces(faces, embedders.TRAIN_INPUT).flatten(1)
-        wanted = torch.nn.functional.normalize(flat @ torch.from_numpy(WEIGHTS))
+        wanted = torch.nn.functional.normalize(flat @ torch.from_numpy(EXTERNAL_WEIGHTS))
         torch.testing.assert_close(embed(faces), wanted, rtol=0, atol=1e-4)
 
 
 OUTSIDE = ["../secret", "deeper/../../secret", "link", "/etc/passwd", "*/_ORT_MEM_ADDR_/*", "", "."]
 
 
-@pytest.mark.parametrize("place", [*OUTSIDE, "absent.data", "n" * 4000])
-def test_weights_elsewhere_are_refused(folder, place):
+@pytest.mark.parametrize("location", [*OUTSIDE, "absent.data", "n" * 4000])
+def test_weights_elsewhere_are_refused(folder, location):
     path = folder / "m.onnx"
-    path.write_bytes(model(external("matrix", place)))
+    path.write_bytes(linear_model(external_tensor("matrix", location)))
     refused(path, "m.onnx")
     for backend in ("onnxruntime", "opencv"):
         with pytest.raises(UserError, match=r"in its own folder|not an ONNX model"):
@@ -90,21 +77,24 @@ def test_weights_elsewhere_are_refused(folder, place):
 
 def test_wherever_a_model_can_hold_a_tensor(folder):
     """Attributes, lists of them, graphs in them, sparse tensors, functions, training."""
-    tensor, matrix = external("t", "../secret"), onnx_tensor("matrix", WEIGHTS)
+    tensor, matrix = external_tensor("t", "../secret"), onnx_tensor("matrix", EXTERNAL_WEIGHTS)
     graph = message((5, tensor))
     sparse = message((1, tensor))
     attributes = [(5, tensor), (10, tensor), (6, graph), (11, graph), (22, sparse), (23, sparse)]
     attributes += [(6, message((1, message((5, message((1, "a"), (5, tensor)))))))]
     models = [
-        model(matrix, nodes=[onnx_node("Constant", [], "c", (5, message((1, "value"), inside)))])
+        linear_model(
+            matrix, nodes=[onnx_node("Constant", [], "c", (5, message((1, "value"), inside)))]
+        )
         for inside in attributes
     ]
-    models.append(model(matrix, more=[(7, message((15, message((2, tensor)))))]))  # merged into it
-    models.append(model(matrix, more=[(20, message((2, graph)))]))
+    # A second graph field: protobuf merges it into the first.
+    models.append(linear_model(matrix, more=[(7, message((15, message((2, tensor)))))]))
+    models.append(linear_model(matrix, more=[(20, message((2, graph)))]))
     function = message((7, message((5, message((5, tensor))))))
-    models.append(model(matrix, more=[(25, function)]))
+    models.append(linear_model(matrix, more=[(25, function)]))
     path = folder / "m.onnx"
-    path.write_bytes(model(matrix))
+    path.write_bytes(linear_model(matrix))
     check_onnx(path)
     for content in models:
         path.write_bytes(content)
@@ -115,7 +105,7 @@ def test_a_key_said_twice_counts_as_protobuf_reads_it(folder):
     """The last one of a field is what a library sees."""
     entry = message((2, "m.data"), (1, "offset"), (1, "location"), (2, "../secret"))
     tensor = message((8, "matrix"), (13, entry), (14, 1))
-    (folder / "m.onnx").write_bytes(model(tensor))
+    (folder / "m.onnx").write_bytes(linear_model(tensor))
     refused(folder / "m.onnx", "'../secret'")
 
 
@@ -128,7 +118,7 @@ def test_a_key_said_twice_counts_as_protobuf_reads_it(folder):
         b"\x3a\x05abc",
         b"\xff" * 20,
         b"\x0b\x0c",  # groups
-        model(external("matrix", "m.data"))[:-3],
+        linear_model(external_tensor("matrix", "m.data"))[:-3],
     ],
 )
 def test_what_is_no_model_is_a_sentence(folder, content):

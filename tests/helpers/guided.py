@@ -21,10 +21,9 @@ with atheris.instrument_imports(include=OURS):
     from fileio.shards import write_shards
     from tests.fileio import test_fuzz as fuzz
     from tests.fileio.test_guided_fuzz import KINDS
-    from tests.fileio.test_onnx_file import external, model
     from tests.helpers.mutants import JPEGS, OTHERS, PNGS, TARS, TIFFS, WEBPS, ZIPS
+    from tests.helpers.onnx_files import EXTERNAL_MODEL
 
-ONNX = model(external("matrix", "x.onnx", offset="0"), nodes=[external("a", "b")])
 SEEDS = {
     "zip": ZIPS,
     "tar": TARS,
@@ -36,7 +35,7 @@ SEEDS = {
     "index.tsv": [fuzz.INDEX],
     "pairs": [fuzz.PAIRS],
     "pair-list": [fuzz.PAIR_LIST],
-    "onnx": [ONNX],
+    "onnx": [EXTERNAL_MODEL],
 }
 OF_BYTES = {
     "image": fuzz.decode_image,

@@ -11,7 +11,7 @@ from fileio.checkpoint_file import load_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
-from tests.evaluation.test_embedders import write_onnx
+from tests.helpers.onnx_files import write_onnx
 from tools import label_noise
 from training.sample_lists import KeepList, read_keep_list, write_keep_list
 from utils import UserError
