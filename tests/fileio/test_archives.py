@@ -29,11 +29,11 @@ from tests.helpers.archive_files import (
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_the_same_images_in_sorted_order(kind, tmp_path):
-    got, names, passed, damage = read_all(make(kind, tmp_path, FILES))
+    got, names, skipped, corruption = read_all(make(kind, tmp_path, FILES))
     assert names == SORTED == list(got)
     assert got == FILES
-    assert not passed
-    assert not damage
+    assert not skipped
+    assert not corruption
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,9 +110,9 @@ def test_names_are_never_paths(kind, tmp_path):
     inner.mkdir(parents=True)
     path = make(kind, inner, evil)
     before = sorted(tmp_path.rglob("*"))
-    got, _, passed, _ = read_all(path, inner)
+    got, _, skipped, _ = read_all(path, inner)
     assert got == {"s/a/1.jpg": b"good", "s/a/2.jpg": b"good too"}
-    assert passed == {"unsafe_name": 4}
+    assert skipped == {"unsafe_name": 4}
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -124,9 +124,9 @@ def test_links_and_devices_in_a_tar(tmp_path):
         info = tarfile.TarInfo(f"s/a/{kind.decode()}.jpg")
         info.type, info.linkname = kind, str(secret)
         extra.append(info)
-    got, _, passed, _ = read_all(make_tar(tmp_path / "x.tar", {"s/a/1.jpg": b"1"}, extra))
+    got, _, skipped, _ = read_all(make_tar(tmp_path / "x.tar", {"s/a/1.jpg": b"1"}, extra))
     assert got == {"s/a/1.jpg": b"1"}
-    assert passed == {"link": 2, "not_a_regular_file": 2}
+    assert skipped == {"link": 2, "not_a_regular_file": 2}
 
 
 def test_links_in_a_zip(tmp_path):
@@ -135,9 +135,9 @@ def test_links_in_a_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr(info, "/etc/passwd")
         archive.writestr("s/a/1.jpg", b"1")
-    got, _, passed, _ = read_all(tmp_path / "x.zip")
+    got, _, skipped, _ = read_all(tmp_path / "x.zip")
     assert got == {"s/a/1.jpg": b"1"}
-    assert passed == {"link": 1}
+    assert skipped == {"link": 1}
 
 
 def test_links_and_pipes_in_a_folder(tmp_path):
@@ -146,9 +146,9 @@ def test_links_and_pipes_in_a_folder(tmp_path):
     (root / "a" / "link.jpg").symlink_to(outside / "a" / "secret.jpg")
     (root / "linked").symlink_to(outside)
     os.mkfifo(root / "a" / "pipe.jpg")
-    got, _, passed, _ = read_all(root)
+    got, _, skipped, _ = read_all(root)
     assert got == {"a/1.jpg": b"1"}
-    assert passed == {"link": 2, "not_a_regular_file": 1}
+    assert skipped == {"link": 2, "not_a_regular_file": 1}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,9 +162,9 @@ def test_what_is_no_image_is_counted(kind, tmp_path):
         "loose.jpg": b"",
         "s/a/no_suffix": b"tried as an image",
     }
-    got, _, passed, _ = read_all(make(kind, tmp_path, files))
+    got, _, skipped, _ = read_all(make(kind, tmp_path, files))
     assert set(got) == {"s/a/1.jpg", "s/a/no_suffix"}
-    assert passed == {"system_file": 3, "not_a_picture": 1, "no_identity_folder": 1}
+    assert skipped == {"system_file": 3, "not_a_picture": 1, "no_identity_folder": 1}
 
 
 def test_empty_folders_are_counted(tmp_path):
@@ -175,9 +175,9 @@ def test_empty_folders_are_counted(tmp_path):
     tar = make_tar(tmp_path / "x.tar", {"s/a/1.jpg": b"1"}, [info])
     zipped = make_zip(tmp_path / "x.zip", {"s/a/1.jpg": b"1", "s/empty/inner/": b""})
     for path in (root, tar, zipped):
-        got, _, passed, _ = read_all(path)
+        got, _, skipped, _ = read_all(path)
         assert got == {"s/a/1.jpg": b"1"}
-        assert passed == {"empty_folder": 1}
+        assert skipped == {"empty_folder": 1}
 
 
 @pytest.mark.parametrize("kind", ["tar", "tgz"])
@@ -188,9 +188,9 @@ def test_a_name_twice_means_the_later_one(kind, tmp_path):
             info = tarfile.TarInfo("s/a/1.jpg")
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    got, _, passed, _ = read_all(path)
+    got, _, skipped, _ = read_all(path)
     assert got == {"s/a/1.jpg": b"newer"}
-    assert passed == {"duplicate_name": 1}
+    assert skipped == {"duplicate_name": 1}
 
 
 def test_chinese_names_of_all_encodings(tmp_path):
@@ -231,9 +231,9 @@ def test_hard_links_and_sockets_in_a_folder(tmp_path):
     (root / "a" / "2.jpg").hardlink_to(root / "a" / "1.jpg")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(root / "a" / "3.jpg"))
-        got, _, passed, _ = read_all(root)
+        got, _, skipped, _ = read_all(root)
     assert got == {"a/1.jpg": b"1", "a/2.jpg": b"1"}
-    assert passed == {"not_a_regular_file": 1}
+    assert skipped == {"not_a_regular_file": 1}
 
 
 def test_a_device_or_a_pipe_for_an_archive_is_a_sentence(tmp_path):

@@ -45,7 +45,7 @@ def test_what_is_no_archive_is_a_sentence(content, tmp_path):
         source.entries()
 
 
-def test_one_damaged_member_of_a_zip(tmp_path):
+def test_one_corrupt_member_of_a_zip(tmp_path):
     files = {"s/a/1.jpg": os.urandom(999), "s/a/2.jpg": os.urandom(999), "s/a/3.jpg": b"3"}
     path = make_zip(tmp_path / "x.zip", files)
     data = bytearray(path.read_bytes())
@@ -71,42 +71,42 @@ def test_cut_tar_gives_what_is_there(kind, tmp_path):
     files = {f"s/{i}/1.jpg": os.urandom(3000) for i in range(8)}
     path = make_tar(tmp_path / f"x.{kind}", files)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 55 // 100])
-    got, _, _, damage = read_all(path)
-    whole = {name: data for name, data in got.items() if isinstance(data, bytes)}
-    assert whole == {name: files[name] for name in whole}
-    assert 3 <= len(whole) <= 5
-    assert len(got) - len(whole) <= 1
-    assert "cut short" in damage
+    got, _, _, corruption = read_all(path)
+    complete = {name: data for name, data in got.items() if isinstance(data, bytes)}
+    assert complete == {name: files[name] for name in complete}
+    assert 3 <= len(complete) <= 5
+    assert len(got) - len(complete) <= 1
+    assert "cut short" in corruption
 
 
 def test_cut_unsorted_tgz(tmp_path):
     files = {f"s/{9 - i}/1.jpg": os.urandom(3000) for i in range(8)}
     path = make_tar(tmp_path / "x.tgz", files)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 55 // 100])
-    got, _, _, damage = read_all(path)
+    got, _, _, corruption = read_all(path)
     assert 3 <= sum(isinstance(data, bytes) for data in got.values()) <= 5
-    assert damage
+    assert corruption
 
 
 def test_tar_cut_between_members_is_noticed(tmp_path):
     path = make_tar(tmp_path / "x.tar", {"s/a/1.jpg": b"1", "s/b/1.jpg": b"2"})
     path.write_bytes(path.read_bytes()[:1024])
-    got, _, _, damage = read_all(path)
+    got, _, _, corruption = read_all(path)
     assert got == {"s/a/1.jpg": b"1"}
-    assert "end mark" in damage
+    assert "end mark" in corruption
 
 
-def test_spoilt_header_in_a_tar_is_no_silent_end(tmp_path):
+def test_corrupt_header_in_a_tar_is_no_silent_end(tmp_path):
     path = make_tar(tmp_path / "x.tar", {"s/a/1.jpg": b"1", "s/b/1.jpg": b"2", "s/c/1.jpg": b"3"})
     data = bytearray(path.read_bytes())
-    data[1024 + 150] ^= 0xFF  # in the second header's check sum
+    data[1024 + 150] ^= 0xFF  # in the second header's checksum
     path.write_bytes(data)
-    got, _, _, damage = read_all(path)
+    got, _, _, corruption = read_all(path)
     assert got == {"s/a/1.jpg": b"1"}
-    assert "header at byte 1,024" in damage
+    assert "header at byte 1,024" in corruption
 
 
-def test_wrong_check_sum_of_a_tgz_is_noticed(tmp_path):
+def test_wrong_checksum_of_a_tgz_is_noticed(tmp_path):
     path = make_tar(tmp_path / "x.tgz", {"s/a/1.jpg": b"1"})
     data = bytearray(path.read_bytes())
     data[-6] ^= 1  # the CRC stands before the last four bytes
@@ -123,9 +123,9 @@ def test_negative_size_in_a_tar_does_not_loop(tmp_path):
     header[148:156] = b"%06o\0 " % sum(header)
     data[1024:1536] = header
     path.write_bytes(data)
-    got, _, _, damage = read_all(path)
+    got, _, _, corruption = read_all(path)
     assert got == {"s/a/1.jpg": b"1"}
-    assert damage
+    assert corruption
 
 
 def test_too_large_is_told_from_the_size_alone(tmp_path):
@@ -147,15 +147,15 @@ def test_a_file_that_vanishes_is_counted(tmp_path):
     assert second == b"2"
 
 
-def test_random_damage_never_escapes(tmp_path):
+def test_random_corruption_never_escapes(tmp_path):
     """Bytes changed anywhere give images, reasons or an ArchiveError; nothing else."""
     rng = random.Random(0)
     files = {f"s/{i}/1.jpg": rng.randbytes(200) for i in range(4)}
     for kind in ("zip", "tar", "tgz"):
         path = make(kind, tmp_path, files)
-        whole = path.read_bytes()
+        complete = path.read_bytes()
         for _ in range(150):
-            data = bytearray(whole)
+            data = bytearray(complete)
             for _ in range(rng.randint(1, 5)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
             path.write_bytes(data[: rng.randint(1, len(data))] if rng.random() < 0.3 else data)

@@ -336,10 +336,13 @@ CHECKPOINT, LEGACY = state_file(), state_file(_use_new_zipfile_serialization=Fal
 def repacked(pickled: bytes) -> bytes:
     """The checkpoint with another pickle, its check sums right."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(CHECKPOINT)) as whole, zipfile.ZipFile(buffer, "w") as packed:
-        for info in whole.infolist():
+    with (
+        zipfile.ZipFile(io.BytesIO(CHECKPOINT)) as original,
+        zipfile.ZipFile(buffer, "w") as packed,
+    ):
+        for info in original.infolist():
             is_pickle = info.filename.endswith("data.pkl")
-            packed.writestr(info.filename, pickled if is_pickle else whole.read(info))
+            packed.writestr(info.filename, pickled if is_pickle else original.read(info))
     return buffer.getvalue()
 
 
@@ -352,11 +355,11 @@ def read_checkpoint(path):
 
 
 @tried
-@given(whole=st.sampled_from([PICKLED, CHECKPOINT, LEGACY]), edits=CHANGES)
+@given(original=st.sampled_from([PICKLED, CHECKPOINT, LEGACY]), edits=CHANGES)
 @pytest.mark.filterwarnings("ignore")
-def test_checkpoint(folder, whole, edits):
-    data = change(whole, edits)  # here, or Hypothesis would keep hundreds of them
-    data = repacked(data) if whole is PICKLED else data
+def test_checkpoint(folder, original, edits):
+    data = change(original, edits)  # here, or Hypothesis would keep hundreds of them
+    data = repacked(data) if original is PICKLED else data
     with written(folder, {"x.pt": data}) as (path,):
         judge("checkpoint", read_checkpoint, path)
 

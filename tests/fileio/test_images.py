@@ -1,4 +1,4 @@
-"""images.py: sizes without decoding, all colour models right, every kind of damage named."""
+"""images.py: sizes without decoding, all colour models right, each kind of corruption named."""
 
 import io
 import random
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fileio.images import ImageError, decode_image, image_size
+from fileio.images import ImageError, decode_image, encode_jpeg, image_size
 from preprocessing.pipeline import align_face
 from tests.helpers.bounded import within
+from tests.helpers.record_files import smooth_image
 from tests.helpers.synthetic_faces import face
 
 
@@ -166,13 +167,13 @@ def test_no_truncated_file_gives_a_image(kind, pixels):
 
 
 def test_a_thumbnails_end_is_not_the_images_end(pixels):
-    """An embedded thumbnail is a whole JPEG, with an end marker of its own."""
+    """An embedded thumbnail is a complete JPEG, with an end marker of its own."""
     thumbnail = encode(Image.fromarray(pixels[:8, :8]), "JPEG")
     data = encode(Image.fromarray(pixels), "JPEG")
     segment = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
-    whole = data[:2] + segment + data[2:]
-    assert decode_image(whole).shape == (60, 50, 3)
-    assert status_of(whole[: len(whole) - len(data) // 4]) == "truncated"
+    complete = data[:2] + segment + data[2:]
+    assert decode_image(complete).shape == (60, 50, 3)
+    assert status_of(complete[: len(complete) - len(data) // 4]) == "truncated"
 
 
 def test_bytes_after_the_end_do_no_harm(pixels):
@@ -216,7 +217,7 @@ def webp(kind, fields):
 
 
 def jpeg_claiming(side, kind=b"\xff\xc0"):
-    """A JPEG that is whole but for its size."""
+    """A JPEG that is complete but for its size."""
     data = encode(Image.new("RGB", (16, 16)), "JPEG", progressive=kind == b"\xff\xc2")
     frame = data.find(kind)
     return data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 :]
@@ -287,22 +288,22 @@ def test_a_tiffs_other_sizes_take_no_memory(tag):
 
 
 def test_compressed_text_in_a_png_stays_compressed(pixels):
-    whole = encode(Image.fromarray(pixels), "PNG")
+    complete = encode(Image.fromarray(pixels), "PNG")
     for kind in (b"zTXt", b"iCCP", b"iTXt"):
         text = b"x\0\1\0\0\0" if kind == b"iTXt" else b"x\0\0"
         body = kind + text + zlib.compress(bytes(100 << 20), 9)
         chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-        image = within(60, decode_image, whole[:33] + chunk + whole[33:])
+        image = within(60, decode_image, complete[:33] + chunk + complete[33:])
         np.testing.assert_array_equal(image, pixels)
 
 
-def test_one_pixel_is_a_image():
+def test_one_pixel_is_an_image():
     assert decode_image(encode(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG")).tolist() == [
         [[1, 2, 3]]
     ]
 
 
-def test_random_damage_never_escapes(pixels):
+def test_random_corruption_never_escapes(pixels):
     rng = random.Random(0)
     image = Image.fromarray(pixels)
     files = [encode(image, kind) for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")]
@@ -319,3 +320,14 @@ def test_random_damage_never_escapes(pixels):
                 assert decode_image(bytes(data)).ndim == 3
             except ImageError as error:
                 assert error.status in {"unreadable", "truncated"}
+
+
+def test_jpeg_is_rgb_and_close(tmp_path):
+    red = np.zeros((112, 96, 3), np.uint8)
+    red[..., 0] = 200
+    again = decode_image(encode_jpeg(red))
+    assert again.shape == red.shape and again.dtype == np.uint8
+    assert np.abs(again.astype(int) - red).max() <= 3
+    assert len(encode_jpeg(smooth_image(1), 30)) < len(encode_jpeg(smooth_image(1)))
+    grey = cv2.imencode(".png", smooth_image(0)[..., 0])[1].tobytes()
+    assert decode_image(grey).shape == (112, 112, 3)

@@ -92,7 +92,7 @@ def test_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("change", "words"),
     [
         (lambda text: "", "no header line"),
         (lambda text: text.replace("source", "file"), "no header line"),
@@ -109,10 +109,10 @@ def test_columns(tmp_path):
         (lambda text: text.split("\n")[0] + "\n1\t0\n" * 2, r"Line 2 .*2 columns, not 20"),
     ],
 )
-def test_damage_is_a_sentence(tmp_path, damage, words):
+def test_corruption_is_a_sentence(tmp_path, change, words):
     save(tmp_path, [FOUND, MISSED, CROPPED])
     path = tmp_path / "index.tsv"
-    path.write_text(damage(path.read_text("utf-8")), "utf-8")
+    path.write_text(change(path.read_text("utf-8")), "utf-8")
     with pytest.raises(UserError, match=words) as caught:
         read_index(tmp_path)
     assert str(path) in str(caught.value) and "pre_process.py" in str(caught.value)

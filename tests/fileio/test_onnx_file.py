@@ -135,6 +135,6 @@ def test_graphs_in_graphs_without_end(folder):
 
 
 def test_a_large_file_takes_no_memory(folder):
-    """3 million empty nodes, and weights that are merely skipped."""
+    """3 million empty nodes, and weights that are only skipped."""
     (folder / "m.onnx").write_bytes(message((7, b"\x0a\0" * 500_000), (7, message((5, bytes(0))))))
     within(20, check_onnx, folder / "m.onnx")

@@ -138,7 +138,7 @@ def test_other_values_are_refused_by_name(value, words):
         b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7fa.",  # bytes longer than any memory
     ],
 )
-def test_damaged_or_crafted_bytes_end_in_one_error(data):
+def test_corrupt_or_crafted_bytes_end_in_one_error(data):
     with pytest.raises(pickle.UnpicklingError):
         load(data)
 
@@ -149,7 +149,7 @@ def counted(number, code="<i"):
 
 TEXT = b"X" + counted(4_000_000) + bytes(4_000_000)  # memoized as 0 below
 BOMBS = {
-    # C's unpickler would take 32 GB for the place that these name in its memo.
+    # C's unpickler would take 32 GB for the memo entry that these name.
     "LONG_BINPUT": (b"\x80\x02]r\xff\xff\xff\x7f]\x86.", ([], [])),
     "PUT": (b"]p2147483647\n]\x86.", ([], [])),
     "LONG_BINGET": (b"\x80\x02j\xff\xff\xff\x7f]\x86.", None),
@@ -197,11 +197,11 @@ def test_images_named_twice_are_no_bomb():
             assert load(data) == ([bytes(one)] * 100, [True] * 50)
 
 
-def test_any_damage_ends_in_one_error_or_in_lists():
+def test_any_corruption_ends_in_one_error_or_in_lists():
     rng = np.random.default_rng(0)
-    whole = pickle.dumps((IMAGES, np.array(SAME)), 4)
+    complete = pickle.dumps((IMAGES, np.array(SAME)), 4)
     for _ in range(2000):
-        data = bytearray(whole)
+        data = bytearray(complete)
         data[rng.integers(len(data))] = rng.integers(256)
         try:
             images, same = load(bytes(data))

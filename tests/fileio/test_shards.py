@@ -20,30 +20,30 @@ from training.sharded_dataset import ShardOrder, mirror_mask
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def single_file(tmp_path_factory):
     return write_tiny_set(tmp_path_factory.mktemp("set"))
 
 
 @pytest.fixture(scope="module")
-def folder(whole, tmp_path_factory):
+def folder(single_file, tmp_path_factory):
     """The 48 images in 5 files."""
     folder = tmp_path_factory.mktemp("shards")
-    argv = f"--source {whole} --output {folder}/s --shard-images 10 --seed 3"
+    argv = f"--source {single_file} --output {folder}/s --shard-images 10 --seed 3"
     make_shards.main(parse_args(argv.split(), "make_shards", make_shards.Settings))
     return folder / "s"
 
 
-def test_shards_hold_every_image_once(whole, folder):
-    reader, plain = ShardReader(folder), RecordReader(whole)
+def test_shards_hold_every_image_once(single_file, folder):
+    reader, plain = ShardReader(folder), RecordReader(single_file)
     assert len(reader.files) == 5
     assert sorted(np.diff(reader.starts).tolist()) == [9, 9, 10, 10, 10]
     assert (len(reader), reader.num_classes) == (48, 4)
     numbers = np.arange(48)
-    found = [
+    images = [
         (reader.encoded(i), label) for i, label in enumerate(reader.labels_of(numbers).tolist())
     ]
     expected = [(plain.encoded(i), int(plain.labels[i])) for i in range(48)]
-    assert sorted(found) == sorted(expected)
+    assert sorted(images) == sorted(expected)
     assert reader.image(7).shape == (112, 112, 3)
     # Each file is a record file that others can read, with the same labels.
     single = RecordReader(reader.files[2])
@@ -127,9 +127,9 @@ def test_an_epoch_shows_every_image_once_to_one_process(batch, every):
         batches = epoch(order, 0, batch, ranks)
         flat = [i for step in batches for images in step for i in images]
         assert sorted(flat + held_out) == list(range(3000))
-        whole = batches[: len(order) // batch]
-        assert all(sum(map(len, step)) == batch for step in whole)
-        shown[ranks] = [sorted(i for images in step for i in images) for step in whole]
+        complete = batches[: len(order) // batch]
+        assert all(sum(map(len, step)) == batch for step in complete)
+        shown[ranks] = [sorted(i for images in step for i in images) for step in complete]
     assert shown[1] == shown[3] == shown[4]  # the batches are the same for any number of processes
 
 
@@ -173,7 +173,7 @@ def test_training_on_shards_resumes_with_another_number_of_processes(groups, fol
         torch.testing.assert_close(some["model"][key], value, rtol=1e-3, atol=1e-5)
 
 
-def test_a_damaged_image_is_passed_over(folder, tmp_path, groups):
+def test_a_corrupt_image_is_skipped(folder, tmp_path, groups):
     data = [file.read_bytes() for file in sorted(folder.glob("*.rec"))]
     reader = ShardReader(folder)
     jpegs = [reader.encoded(i) for i in range(48)]
@@ -186,10 +186,10 @@ def test_a_damaged_image_is_passed_over(folder, tmp_path, groups):
     assert "epoch 1/1" in printed[0]
 
 
-def test_after_any_failing_call_the_files_are_no_set(whole, tmp_path, monkeypatch, capsys):
+def test_after_any_failing_call_the_files_are_no_set(single_file, tmp_path, monkeypatch, capsys):
     for fail_at in range(1, 400, 3):
         output = tmp_path / f"{fail_at}"
-        argv = f"--source {whole} --output {output} --shard-images 10"
+        argv = f"--source {single_file} --output {output} --shard-images 10"
         with monkeypatch.context() as patch:
             disk = FailingDisk(patch, fail_at)
             try:

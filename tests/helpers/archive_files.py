@@ -54,7 +54,7 @@ def make(kind, folder, files):
 
 
 def read_all(path, spool_dir=None, **limits):
-    """{name: bytes or the reason's word}, the sorted names, and the source's tally and damage."""
+    """{name: bytes or the reason's word}, sorted names, what was skipped, corruption."""
     with open_source(path, spool_dir, Limits(**limits)) as source:
         entries = source.entries()
         got = {

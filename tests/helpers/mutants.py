@@ -17,26 +17,26 @@ EXTREMES = [
     n + d for n in (0, 1 << 7, 1 << 15, 1 << 16, 1 << 31, 1 << 32, 1 << 63) for d in (-1, 0, 1)
 ]
 WORDS = [b"-1", b"nan", b"inf", b"1e400", b"9" * 30, b"9" * 5000, b"0x10", b"", b"1_0", b"\xd9\xa1"]
-PLACE = st.integers(-1 << 12, 1 << 16)  # from the end or the beginning
+POSITION = st.integers(-1 << 12, 1 << 16)  # from the end or the beginning
 CODES = st.sampled_from("BHIQ")
 EDITS = st.one_of(
-    st.tuples(st.just("flip"), PLACE, st.integers(1, 255)),
-    st.tuples(st.just("number"), PLACE, st.sampled_from(EXTREMES), CODES, st.sampled_from("<>")),
-    st.tuples(st.just("word"), PLACE, st.sampled_from(WORDS)),
-    st.tuples(st.just("cut"), PLACE, st.integers(1, 300)),
-    st.tuples(st.just("end"), PLACE),
-    st.tuples(st.just("insert"), PLACE, st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("copy"), PLACE, PLACE, st.integers(1, 600)),
-    st.tuples(st.just("repeat"), PLACE, st.integers(1, 64), st.integers(2, 200)),
+    st.tuples(st.just("flip"), POSITION, st.integers(1, 255)),
+    st.tuples(st.just("number"), POSITION, st.sampled_from(EXTREMES), CODES, st.sampled_from("<>")),
+    st.tuples(st.just("word"), POSITION, st.sampled_from(WORDS)),
+    st.tuples(st.just("cut"), POSITION, st.integers(1, 300)),
+    st.tuples(st.just("end"), POSITION),
+    st.tuples(st.just("insert"), POSITION, st.binary(min_size=1, max_size=40)),
+    st.tuples(st.just("copy"), POSITION, POSITION, st.integers(1, 600)),
+    st.tuples(st.just("repeat"), POSITION, st.integers(1, 64), st.integers(2, 200)),
 )  # fmt: skip
 
 CHANGES = st.lists(EDITS, min_size=1, max_size=4)
 
 
 def change(data: bytes, edits) -> bytes:
-    """The bytes after each of the edits, whose places go round."""
-    for kind, place, *how in edits:
-        at = place % max(1, len(data))
+    """The bytes after each of the edits, whose positions wrap around."""
+    for kind, position, *how in edits:
+        at = position % max(1, len(data))
         rest = data[at:]
         if kind == "flip" and rest:
             rest = bytes([rest[0] ^ how[0]]) + rest[1:]
@@ -45,9 +45,9 @@ def change(data: bytes, edits) -> bytes:
             packed = struct.pack(order + code, number % (1 << 8 * struct.calcsize(code)))
             rest = packed + rest[len(packed) :]
         elif kind == "word":
-            found = re.compile(rb"-?[0-9][0-9.]*").search(data, at)
-            if found:
-                at, rest = found.start(), how[0] + data[found.end() :]
+            match = re.compile(rb"-?[0-9][0-9.]*").search(data, at)
+            if match:
+                at, rest = match.start(), how[0] + data[match.end() :]
         elif kind == "cut":
             rest = rest[how[0] :]
         elif kind == "end":
@@ -173,7 +173,7 @@ REPLACEMENTS = st.tuples(st.lists(st.integers(0, 99), min_size=2, max_size=6), s
 
 
 def replaced(tree, choices, value):
-    """A nest of dicts, lists and tuples with the value at the place that the choices lead to."""
+    """A nest of dicts, lists and tuples with the value where the choices lead."""
     if not choices or not isinstance(tree, (dict, list, tuple)) or not tree:
         return value
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
