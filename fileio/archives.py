@@ -174,7 +174,7 @@ def open_source(
     path = Path(path)
     if path.is_dir():
         return FolderSource(path, spool_dir, limits)
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise ArchiveError(f"{path} is a device or a pipe; name a folder or an archive.")
     try:
         with path.open("rb") as file:

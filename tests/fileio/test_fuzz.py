@@ -1,7 +1,7 @@
 """Every untrusted file, changed at random: a result or a sentence, nothing else.
 
 A valid small file of each kind is flipped, cut, spliced, and given extreme numbers; some inputs are
-bytes from nowhere. `make test` tries a few hundred, the same ones each time; `make fuzz` sets
+random bytes. `make test` tries a few hundred, the same ones each time; `make fuzz` sets
 FUZZ_EXAMPLES, the number for each kind, and tries new ones. It ends with a table of what came of
 them.
 """
@@ -334,7 +334,7 @@ CHECKPOINT, LEGACY = state_file(), state_file(_use_new_zipfile_serialization=Fal
 
 
 def repacked(pickled: bytes) -> bytes:
-    """The checkpoint with another pickle, its check sums right."""
+    """The checkpoint with another pickle, its checksums right."""
     buffer = io.BytesIO()
     with (
         zipfile.ZipFile(io.BytesIO(CHECKPOINT)) as original,

@@ -92,7 +92,7 @@ def tar_of(files, form) -> bytes:
 
 
 def with_sums(tar: bytes) -> bytes:
-    """Each block that may be a header gets a right check sum, or no change would get far."""
+    """Each block that may be a header gets a right checksum, or no change would get far."""
     blocks = [bytearray(tar[i : i + 512]) for i in range(0, len(tar), 512)]
     for block in blocks:
         if block[257:262] == b"ustar":
@@ -119,7 +119,7 @@ def encoded(kind: str, **options) -> bytes:
 
 
 def with_crcs(png: bytes) -> bytes:
-    """A PNG whose chunks have right check sums."""
+    """A PNG whose chunks have right checksums."""
     if not png.startswith(b"\x89PNG"):
         return png
     out, at = png[:8], 8
