@@ -15,6 +15,7 @@ A *position* is the index of an image in a store, a *record id* its key in train
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -328,12 +329,15 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of an epoch from `first_step` on; (seed, epoch) alone decide their order.
 
-    In a group of processes each gets its slice of every batch. `augment` changes uint8 images.
+    In a group of processes each gets its slice of every batch. `augment` changes uint8 images. Who
+    may stop early closes the iterator (contextlib.closing): it can hold a loader thread, which the
+    garbage collector would join at some moment, perhaps while another thread is being started.
     """
     steps = range(first_step, steps_per_epoch(len(positions), batch_size))
     slices = store.batch_slices(positions, batch_size, seed, epoch, steps, flip)
-    for (own, _), images in zip(slices, _prefetch(store, slices), strict=True):
-        yield _make_batch(store, images, own, augment)
+    with contextlib.closing(_prefetch(store, slices)) as loaded:
+        for (own, _), images in zip(slices, loaded, strict=True):
+            yield _make_batch(store, images, own, augment)
 
 
 def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
@@ -345,8 +349,9 @@ def valid_batches(store: ImageStore, positions: np.ndarray, *, batch_size: int) 
     sizes = [min(batch_size, len(positions) - start) for start in starts]
     rows = [_own_rows(start, size) for start, size in zip(starts, sizes, strict=True)]
     slices = [(positions[own], None) for own in rows]
-    for (own, _), images in zip(slices, _prefetch(store, slices), strict=True):
-        yield _make_batch(store, images, own)
+    with contextlib.closing(_prefetch(store, slices)) as loaded:
+        for (own, _), images in zip(slices, loaded, strict=True):
+            yield _make_batch(store, images, own)
 
 
 def _own_rows(start: int, size: int) -> slice:
@@ -373,7 +378,7 @@ def _prefetch(store: ImageStore, slices: BatchSlices) -> Iterator[Tensor]:
     if store.images is not None and store.images.device == store.device:
         yield from (store.fetch(*batch_slice) for batch_slice in slices)
         return
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         pending = [pool.submit(store.fetch, *batch_slice) for batch_slice in slices[:1]]
         for index in range(len(slices)):
             images = _loaded(pending.pop())

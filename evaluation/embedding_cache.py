@@ -125,7 +125,7 @@ def save_features(path: Path, key: str, features: np.ndarray) -> None:
     with atomic_write(path) as file:
         np.lib.format.write_array(file, np.ascontiguousarray(features, np.float32))
     with atomic_write(key_path, "w") as file:
-        file.write(f"{key} {_file_checksum(path)}\n")
+        file.write(f"{key} {file_checksum(path)}\n")
 
 
 def open_features(path: Path, key: str, count: int) -> np.ndarray | None:
@@ -140,7 +140,7 @@ def open_features(path: Path, key: str, count: int) -> np.ndarray | None:
     if " ".join(stored_key) != key:
         return None
     try:
-        if checksum != _file_checksum(path):
+        if checksum != file_checksum(path):
             raise ValueError("its checksum does not match")
         features = np.load(path, mmap_mode="r", allow_pickle=False)
         _check_embeddings(features, count)
@@ -155,7 +155,8 @@ def _check_embeddings(array: np.ndarray, count: int) -> None:
         raise ValueError(f"{array.dtype} numbers of shape {array.shape}")
 
 
-def _file_checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, which may be larger than memory, in hexadecimal digits."""
     digest = hashlib.sha256()
     _update_with_file(digest, path)
     return digest.hexdigest()

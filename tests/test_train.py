@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import math
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fileio.record_writer import write_dataset
 from heads.softmax_margins import ArcFace
 from models import build_model
 from training import engine
+from training.event_log import NullEventLog
 from training.run import Run
 from training.schedule import learning_rate
 from training.step_errors import TrainingError
@@ -348,3 +350,20 @@ def test_a_long_run_without_a_compiler_is_not_compiled(monkeypatch, capsys):
     monkeypatch.setattr(engine.shutil, "which", lambda name: None)
     assert engine.choose_compile("auto", torch.device("cpu"), 10**6) == "off"
     assert "faster with a C++ compiler" in capsys.readouterr().out
+
+
+def test_a_failing_step_leaves_no_loader_thread(configure, monkeypatch):
+    """The garbage collector would join it, perhaps inside another thread's start: a deadlock."""
+    run = make_run(configure("--cache none"))
+    alive = []
+
+    def fail(*_):
+        alive.extend(t.name for t in threading.enumerate() if t.name.startswith("prefetch"))
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(run, "train_step", fail)
+    with pytest.raises(ValueError, match="a bug") as error:  # which keeps the frames alive
+        run.train_one_epoch(NullEventLog())
+    assert alive  # it does load ahead
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
+    del error

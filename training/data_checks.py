@@ -75,7 +75,7 @@ def missing_classes_warning(declared: int, num_classes: int, images: int) -> str
 
     Published sets declare a few identities that have no images, and --max-classes leaves some out:
     only losing more than half of them is worth a warning. Sets with one image per identity are not
-    checked, since held-out images take whole identities there.
+    checked.
     """
     if declared <= 2 * num_classes or num_classes == images:
         return ""

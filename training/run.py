@@ -8,6 +8,7 @@ The state of the run, with its counters, its history and its checkpoints, is in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -69,9 +70,10 @@ class Run(RunState):
         self.engine.train()
         options = {"unit": "step", "leave": False, "disable": not is_main()}
         title = f"epoch {self.epoch + 1}/{self.epochs}"
-        with tqdm(total=self.steps, initial=self.step, desc=title, **options) as bar:
+        bar = tqdm(total=self.steps, initial=self.step, desc=title, **options)
+        with bar, contextlib.closing(self._batches()) as batches:
             start, first = time.perf_counter(), self.step
-            for batch in self._batches():
+            for batch in batches:
                 self._run_step(batch)
                 bar.update()
                 if len(self.window) >= self.log_every or self.step == self.steps:
@@ -141,7 +143,8 @@ class Run(RunState):
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
         batches = valid_batches(self.store, self.valid_positions, batch_size=self.eval_batch)
-        return self.engine.evaluate(batches, -(-self.eval_batch // world_size()))
+        with contextlib.closing(batches):
+            return self.engine.evaluate(batches, -(-self.eval_batch // world_size()))
 
     # -------------------------------------------------------------------------- errors
 

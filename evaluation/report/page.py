@@ -7,7 +7,6 @@ The page needs no network and no other file: images and plots are inside it. It 
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from config import Config, settings_of
+from evaluation.embedding_cache import file_checksum
 from evaluation.metrics import ComparedModel, EvaluationInfo
 from evaluation.pair_sets import SetResult
 from evaluation.report import plots
@@ -254,8 +254,7 @@ def provenance(model: EvaluationInfo, results: Sequence[SetResult]) -> dict[str,
     for label, path in files.items():
         about[label] = path
         if path.is_file():  # a folder of images has no checksum of its own
-            with path.open("rb") as file:
-                about[f"{label}, SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            about[f"{label}, SHA-256"] = file_checksum(path)
     for label in ("network", "epoch", "seed"):
         if model.get(label) is not None:
             about[label] = model[label]

@@ -250,6 +250,9 @@ def main(folder: Path, wanted: list[str]) -> None:
             seconds = round(time.perf_counter() - start, 1)
             print(json.dumps({"case": title(case), "seconds": seconds, **result}), flush=True)
         report.stop()
+        differences = dict(report.differences)
+        line = {"case": "the CPU's results have CUDA's shapes and types", "ok": not differences}
+        print(json.dumps(line | {"why": str(differences)}), flush=True)
 
 
 if __name__ == "__main__":

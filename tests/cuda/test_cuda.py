@@ -43,6 +43,11 @@ def test_case(name, results):
     assert results[name]["ok"], results[name]["why"]
 
 
+def test_values_are_put_into_results_of_the_same_shape_and_type(results):
+    (line,) = [line for case, line in results.items() if case.startswith("the CPU's results")]
+    assert line["ok"], line["why"]
+
+
 def run_train(stand_in, tmp_path, start=(), device="auto", more="", **fake):
     """train.py on fake GPUs, as a command; its status and all that it printed."""
     env = environment(stand_in / "shim", **fake) | {"OMP_NUM_THREADS": "1"}

@@ -38,14 +38,19 @@ NATIVE = {"prim::device"} | _names(
     "is_same_size _has_compatible_shallow_copy_type _reshape_alias as_strided_ squeeze_ unsqueeze_ "
     "transpose_ t_ resize_as_ is_coalesced detach_ requires_grad_"
 )
-# cuDNN's and cuBLAS's operations: how many kernels each is, at least.
+# cuDNN's and cuBLAS's operations, and those whose further results a CPU lays out otherwise: how
+# many kernels each is, at least.
 LIBRARY = dict.fromkeys(
     _names(
         "convolution cudnn_convolution mm addmm bmm baddbmm addmv mv dot vdot _addmm_activation "
         "cudnn_batch_norm cudnn_batch_norm_backward convolution_overrideable prod"
     ),
     1,
-) | {"aten::convolution_backward": 2}
+) | {
+    "aten::convolution_backward": 2,
+    "aten::_embedding_bag": 2,
+    "aten::_embedding_bag_forward_only": 2,
+}
 # The host must know the size of the result, or a number in it.
 WAITING = _names(
     "nonzero masked_select _unique2 unique_dim unique_consecutive _unique bincount equal "
