@@ -12,7 +12,13 @@ import torch
 
 from evaluation import verification
 from evaluation.evaluated_model import EvaluatedModel
-from evaluation.figures import plot_angles, plot_corruptions, plot_robustness, plot_roc
+from evaluation.figures import (
+    plot_angles,
+    plot_corruptions,
+    plot_robustness,
+    roc_figure,
+    save_figure,
+)
 from evaluation.galleries import write_galleries
 from evaluation.metrics import (
     ComparedMetrics,
@@ -97,7 +103,7 @@ def write_figures(images_dir: Path, result: SetResult, source: str = "") -> str:
     if notice:
         print(notice)
     plot_angles(images_dir / "theta_dist.png", result.scores, same, metrics)
-    plot_roc(images_dir / "roc.png", verification.roc(result.scores, same), metrics)
+    save_figure(roc_figure(verification.roc(result.scores, same), metrics), images_dir / "roc.png")
     names = ["theta_dist.png", "roc.png"]
     if "robustness" in metrics:
         plot_robustness(images_dir / "robustness.png", metrics["robustness"])

@@ -277,7 +277,8 @@ def test_figures_are_drawn_for_poor_and_perfect_models(tmp_path, quality):
     scores = np.tanh(rng.normal(0, 0.2, 400) + quality * same)
     report = verification.verify(scores, same, verification.contiguous_folds(400))
     figures.plot_angles(tmp_path / "new" / "theta_dist.png", scores, same, report)
-    figures.plot_roc(tmp_path / "new" / "roc.png", verification.roc(scores, same), report)
+    roc = figures.roc_figure(verification.roc(scores, same), report)
+    figures.save_figure(roc, tmp_path / "new" / "roc.png")
     for name in ("theta_dist.png", "roc.png"):
         image = cv2.imread(str(tmp_path / "new" / name))
         assert min(image.shape[:2]) > 400

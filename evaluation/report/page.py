@@ -15,22 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 
 from config import Config, settings_of
+from evaluation.drawing import draw_training_curves
 from evaluation.embedding_cache import file_checksum
 from evaluation.metrics import ComparedModel, EvaluationInfo
 from evaluation.pair_sets import SetResult
-from evaluation.report import plots
-from evaluation.report.markup import (
-    escape_text,
-    html_page,
-    html_paragraph,
-    html_section,
-    html_table,
-    isolated_name,
-    percent,
-    plot_grid,
-)
+from evaluation.report.blocks import Group, Plots, Section, Table, Text, percent, render_page
+from evaluation.report.plots import svg_plot
 from evaluation.report.set_sections import SetSections
 from fileio.safe_files import atomic_write, make_folder
 
@@ -55,20 +48,16 @@ def write_page(
     models. source names the original images; without it, each set's own source is used.
     """
     gallery = max(4, min(GALLERY_PAIRS, GALLERY_PAIRS_OF_ALL_SETS // len(results)))
-    sections = [html_section(2, "summary", "Summary", *_summary(results, compared))]
-    contents = [("summary", "Summary")]
+    sections = [Section("summary", "Summary", [*_summary(results, compared)])]
     for number, result in enumerate(results):
-        anchor, set_name = f"set{number}", result.test_set.name
-        parts = SetSections(result, anchor, gallery, source).render()
-        sections.append(html_section(2, anchor, f"Test set: {set_name}", *parts))
-        contents.append((anchor, set_name))
-    sections.append(html_section(2, "training", "Training", *_training(training)))
-    versions = html_table("Provenance", ("what", "value"), about.items(), text_columns=2)
-    sections.append(html_section(2, "provenance", "Versions and checksums", versions))
-    contents += [("training", "Training"), ("provenance", "Versions and checksums")]
-    model = isolated_name(about.get("checkpoint", "model"))
-    header = f'<p class="soft">Do two images show the same identity? Results of {model}.</p>'
-    page = html_page("Face verification report", header, contents, "".join(sections))
+        anchor, name = f"set{number}", result.test_set.name
+        inner = [*SetSections(result, anchor, gallery, source).sections()]
+        sections.append(Section(anchor, f"Test set: {name}", [], inner, contents=name))
+    sections.append(Section("training", "Training", [*_training(training)]))
+    versions = Table("Provenance", ("what", "value"), [*about.items()], text_columns=2)
+    sections.append(Section("provenance", "Versions and checksums", [versions]))
+    model = str(about.get("checkpoint", "model"))
+    page = render_page("Face verification report", model, sections)
     make_folder(Path(path).parent)
     with atomic_write(path, "w") as file:
         file.write(page)
@@ -77,18 +66,13 @@ def write_page(
 # ------------------------------------------------------------------------------ all sets
 
 
-def _summary(results: Sequence[SetResult], compared: Sequence[ComparedModel]) -> Iterator[str]:
-    cards = "".join(
-        f"<li><span>{escape_text(title)}</span><strong>{value}</strong>"
-        f"<span>{escape_text(note)}</span></li>"
-        for title, value, note in _cards(results)
-    )
-    yield f'<ul class="cards">{cards}</ul>'
+def _summary(results: Sequence[SetResult], compared: Sequence[ComparedModel]) -> Iterator[Any]:
+    yield Group("cards", [*_cards(results)])
     fars = list(results[0].metrics["tar_at_far"])
     head = ["set", "pairs", "faces", "missed faces", "accuracy", "± s.e."]
     head += ["best threshold (optimistic)", *(f"TAR at FAR {far}" for far in fars), "EER", "AUC"]
-    yield html_table("All test sets", head, [_metrics_row(result, fars) for result in results])
-    yield html_paragraph(
+    yield Table("All test sets", head, [_metrics_row(result, fars) for result in results])
+    yield Text(
         "Accuracy is the mean over folds, each at the threshold that is best on the other folds. "
         "“Best threshold (optimistic)” is the accuracy at the best threshold on the test pairs "
         "themselves. A missed face is one that the detector did not find: it is cropped from the "
@@ -135,7 +119,7 @@ def _metrics_row(result: SetResult, fars: Sequence[str]) -> list[str]:
     ]
 
 
-def _intervals(results: Sequence[SetResult]) -> Iterator[str]:
+def _intervals(results: Sequence[SetResult]) -> Iterator[Any]:
     with_intervals = [result for result in results if "intervals" in result.metrics]
     if not with_intervals:
         return
@@ -149,7 +133,7 @@ def _intervals(results: Sequence[SetResult]) -> Iterator[str]:
         rows.append([result.test_set.name, *cells])
     caption = f"95 % intervals: bootstrap over identities, {first['resamples']:,} resamples"
     head = ["set", "accuracy", *(f"TAR at FAR {far}" for far in fars), "EER"]
-    yield html_table(caption, head, rows)
+    yield Table(caption, head, rows)
 
 
 def _interval(interval: Sequence[float] | None) -> str:
@@ -159,7 +143,7 @@ def _interval(interval: Sequence[float] | None) -> str:
     return f"{percent(low, 2)} to {percent(high, 2)}"
 
 
-def _comparisons(results: Sequence[SetResult], compared: Sequence[ComparedModel]) -> Iterator[str]:
+def _comparisons(results: Sequence[SetResult], compared: Sequence[ComparedModel]) -> Iterator[Any]:
     rows = []
     for other in compared:
         for result in results:
@@ -175,8 +159,8 @@ def _comparisons(results: Sequence[SetResult], compared: Sequence[ComparedModel]
                 )
     if rows:
         head = ("second model, set", "first: this model", "second", "statistically significant?")
-        yield html_table("Comparison with other models: accuracy", head, rows, text_columns=4)
-        yield html_paragraph(
+        yield Table("Comparison with other models: accuracy", head, rows, text_columns=4)
+        yield Text(
             "Both McNemar's exact test and the bootstrap over identities must show a difference "
             "(conservative)."
         )
@@ -194,25 +178,25 @@ def read_training(checkpoint: Path) -> dict[str, Any]:
     return {key: loaded[key] for key in ("config", "history", "steps", "best") if key in loaded}
 
 
-def _training(training: dict[str, Any]) -> Iterator[str]:
+def _training(training: dict[str, Any]) -> Iterator[Any]:
     config, history = training.get("config"), training.get("history")
     if not isinstance(config, dict):
-        yield html_paragraph("The model does not come from train.py: its training is not known.")
+        yield Text("The model does not come from train.py: its training is not known.")
         return
     curves = list(_training_curves(history, training.get("steps")))
     if curves:
-        yield plot_grid(curves)
+        yield Plots(curves)
     else:
-        yield html_paragraph("The checkpoint has no training curves.")
+        yield Text("The checkpoint has no training curves.")
     # A checkpoint holds the settings of all scripts; only those of train.py shaped the model.
     other_scripts = {field.name for field in fields(Config)} - set(settings_of("train"))
     rows = [(setting, value) for setting, value in config.items() if setting not in other_scripts]
     caption = "Configuration of the run"
-    settings = html_table(caption, ("setting", "value"), rows, text_columns=2)
-    yield f"<details><summary>{caption}</summary>{settings}</details>"
+    settings = Table(caption, ("setting", "value"), rows, text_columns=2)
+    yield Group("details", [settings], caption)
 
 
-def _training_curves(history: Any, steps: Any) -> Iterator[tuple[str, str]]:
+def _training_curves(history: Any, steps: Any) -> Iterator[tuple[Markup, str]]:
     """(SVG, caption) of the training curves; nothing if the history is not one of train.py.
 
     The checkpoint is untrusted input: its history may be anything that torch.load allows.
@@ -229,12 +213,15 @@ def _training_curves(history: Any, steps: Any) -> Iterator[tuple[str, str]]:
             lines = [("training", epochs, train[:, column])]
             if len(valid):
                 lines.append(("held-out images", valid[:, 0], valid[:, column - 1]))
-            svg = plots.training_curves_svg(lines, label, rate=label == "accuracy")
-            yield svg, f"{label.title()} over epochs"
+            yield _curves(lines, label), f"{label.title()} over epochs"
     if len(lfw):
         line = ("LFW, mean over folds", lfw[:, 0], lfw[:, 1])
-        svg = plots.training_curves_svg([line], "accuracy", rate=True)
-        yield svg, "Accuracy on the test set after each epoch"
+        yield _curves([line], "accuracy"), "Accuracy on the test set after each epoch"
+
+
+def _curves(lines: list[tuple[str, np.ndarray, np.ndarray]], label: str) -> Markup:
+    title = f"{label} over epochs"
+    return svg_plot(title, draw_training_curves, lines, label, label == "accuracy")
 
 
 # ------------------------------------------------------------------------------ provenance

@@ -11,7 +11,7 @@ from evaluation.robustness import CORRUPTIONS
 def saved(monkeypatch):
     """The figures that are saved, in place of their files."""
     saved = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: saved.append(figure))
     return saved
 
 

@@ -10,12 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from markupsafe import Markup
 
 from config import Config
 from evaluation import robustness, verification
 from evaluation.evaluate import set_statistics
 from evaluation.pair_sets import PairSet, SetResult
-from evaluation.report import markup, plots, set_sections
+from evaluation.report import blocks, set_sections
 from evaluation.report import page as report_page
 from fileio.checkpoint_file import save_checkpoint
 from fileio.images import encode_jpeg
@@ -30,18 +31,9 @@ IDENTITIES = 24
 def empty_plots(request, monkeypatch):
     """Plots cost seconds: a page has empty ones unless the test asks for real_plots."""
     if "real_plots" not in request.fixturenames:
-        empty = '<svg role="img" aria-label="plot"></svg>'
-        for plot in (
-            "roc",
-            "det",
-            "histogram",
-            "folds",
-            "quality",
-            "training_curves",
-            "robustness",
-            "reliability",
-        ):
-            monkeypatch.setattr(plots, f"{plot}_svg", lambda *_, **__: empty)
+        empty = Markup('<svg role="img" aria-label="plot"></svg>')
+        for module in (report_page, set_sections):
+            monkeypatch.setattr(module, "svg_plot", lambda *_, **__: empty)
 
 
 @pytest.fixture
@@ -254,8 +246,8 @@ def test_pages_of_many_sets_stay_below_eight_megabytes(tmp_path):
     text, _ = write(tmp_path, results)
     assert len(text.encode()) < 8e6
     rng = np.random.default_rng(0)
-    largest = markup.inline_image(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
-    assert len(largest) < 4 / 3 * markup._IMAGE_BYTES + 200
+    largest = blocks.inline_image(rng.integers(0, 256, (900, 1200, 3), np.uint8), "noise")
+    assert len(largest) < 4 / 3 * blocks.IMAGE_BYTES + 200
 
 
 def test_training_is_read_from_the_checkpoint(tmp_path):
@@ -273,27 +265,3 @@ def test_provenance_holds_checksums(tmp_path):
     assert about["checkpoint, SHA-256"].startswith("ba7816bf8f01cfea414140de5dae2223")
     assert about["test set lfw, SHA-256"].startswith("e3b0c44298fc1c149afbf4c8996fb924")
     assert (about["seed"], about["torch"], about["protocol"]) == (4, "2", "cosine")
-
-
-def staircase(x, y, at):
-    """The value of a "steps-post" line at positions: y of the last point at or before each."""
-    return y[np.searchsorted(x, at, side="right") - 1]
-
-
-def test_a_curve_keeps_its_shape_when_reduced_to_its_corners():
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=2000) + np.repeat([0, 1], 1000)
-    curve = verification.roc(scores, np.arange(2000) >= 1000)
-    x, y = plots._corners(curve.far, curve.tar)
-    assert len(x) < len(curve.far) / 2
-    at = rng.random(5000)
-    assert (staircase(x, y, at) == staircase(curve.far, curve.tar, at)).all()
-    points = [(0, 0), (0, 1), (0, 2), (1, 2)]
-    x, y = plots._corners(*np.array(points).T)
-    assert list(zip(x, y, strict=True)) == [(0, 0), (0, 2), (1, 2)]
-
-
-def test_a_long_curve_is_thinned_out_to_its_ends():
-    x, y = plots._at_most(np.arange(10_000), np.arange(10_000))
-    assert len(x) == plots._MAX_POINTS
-    assert (x[0], x[-1], y[-1]) == (0, 9999, 9999)

@@ -17,7 +17,7 @@ import torch
 
 import pre_process
 from config import Config
-from evaluation.figures import _figure, _save
+from evaluation.figures import draw_figure, save_figure
 from fileio.bin_sets import write_bin
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
@@ -57,7 +57,7 @@ def write_and_read_back(path):
 
 
 def write_figure(path):
-    _save(_figure("curve")[0], path.with_suffix(".png"))
+    save_figure(draw_figure("curve", lambda *_: None), path.with_suffix(".png"))
 
 
 WRITERS = {
