@@ -35,7 +35,7 @@ def setting(
     `scripts` may be left out where all settings of a class are for the same ones (SCRIPTS).
     `low` and `high` are the ends of its range. `resume`: a resumed run may change it. `alone` is
     the value of the flag without a value. `positional` makes it an argument without a flag, as many
-    as argparse's `nargs` says: "?", "*" or "+".
+    as it says: "1", or argparse's `nargs` "?", "*" or "+".
     """
     metadata = {"help": help, "scripts": scripts.split(), "low": low, "high": high}
     metadata |= {"resume": resume, "alone": alone, "positional": positional}
@@ -465,7 +465,8 @@ def _positionals(settings: type[Config]) -> str:
     shown = ""
     for field in dataclasses.fields(settings):
         name = field.name.upper()
-        forms = {"?": f"[{name}] ", "*": f"[{name} ...] ", "+": f"{name} [{name} ...] "}
+        forms = {"1": f"{name} ", "?": f"[{name}] ", "*": f"[{name} ...] "}
+        forms["+"] = f"{name} [{name} ...] "
         shown += forms.get(field.metadata.get("positional", ""), "")
     return shown
 
@@ -497,7 +498,8 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
         if meta["alone"] is not None:
             options |= {"nargs": "?", "const": meta["alone"]}
     if meta["positional"]:
-        options |= {"nargs": meta["positional"], "metavar": field.name.upper()}
+        nargs = None if meta["positional"] == "1" else meta["positional"]
+        options |= {"nargs": nargs, "metavar": field.name.upper()}
         group.add_argument(field.name, **options)
     else:
         group.add_argument(flag, dest=field.name, **options)

@@ -37,7 +37,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that its name says."""
     make_folder(path.parent)
     with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:])
+        figure.savefig(file, format=path.suffix[1:].lower())
 
 
 def plot_curves(folder: Path, history: dict[str, list[tuple[float, ...]]], steps: int) -> None:

@@ -55,7 +55,8 @@ def set_table(metrics: Metrics) -> str:
     lines.append(("EER", percent_column(metrics["eer"]), eer_note))
     rows = [f"{name:<22}{value:>12}  {note}".rstrip() for name, value, note in lines]
     thresholds = " ".join(f"{value:.4f}" for value in metrics["fold_thresholds"])
-    rows += [f"thresholds by fold: {thresholds}", *_operating_points(metrics)]
+    rows += [f"thresholds by fold: {thresholds}", *operating_point_rows(metrics)]
+    rows += _calibration_rows(metrics)
     rows.append(
         f"95 % intervals: bootstrap over {metrics['identities']:,} identities (known "
         f"{metrics['identities_known']}), {metrics['resamples']:,} resamples."
@@ -64,22 +65,25 @@ def set_table(metrics: Metrics) -> str:
     return "\n".join(rows)
 
 
-def _operating_points(metrics: Metrics) -> list[str]:
-    """Lines of thresholds with their rates, of FARs that the set cannot support, of calibration."""
+def operating_point_rows(metrics: Metrics) -> list[str]:
+    """Lines of thresholds with their rates, and of FARs that the set cannot support."""
     rows = [f"{'threshold':>9} {'degrees':>8} {'FAR':>9} {'FRR':>9}"]
     for point in metrics["operating_points"]:
         rates = f"{100 * point['far']:7.3f} % {100 * point['frr']:7.3f} %"
         rows.append(f"{point['threshold']:9.4f} {point['degrees']:8.2f} {rates}")
-    rows += metrics["operating_points_refused"]
-    if "calibration" in metrics:
-        calibration = metrics["calibration"]
-        genuine = f"{100 * calibration['share_matched']:.0f} %"
-        rows.append(
-            f"P(same identity) = 1 / (1 + exp({-calibration['intercept']:.3f} - "
-            f"{calibration['slope']:.3f} * cosine)) where {genuine} of pairs "
-            f"are genuine; ECE {100 * calibration['ece']:.2f} % on held-out folds"
-        )
-    return rows
+    return rows + metrics["operating_points_refused"]
+
+
+def _calibration_rows(metrics: Metrics) -> list[str]:
+    """A line of how cosines are probabilities, where that is known."""
+    if "calibration" not in metrics:
+        return []
+    calibration = metrics["calibration"]
+    return [
+        f"P(same identity) = 1 / (1 + exp({-calibration['intercept']:.3f} - "
+        f"{calibration['slope']:.3f} * cosine)) where {100 * calibration['share_matched']:.0f} % "
+        f"of pairs are genuine; ECE {100 * calibration['ece']:.2f} % on held-out folds"
+    ]
 
 
 def comparison_table(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -149,6 +150,59 @@ def roc_points(
 # ------------------------------------------------------------------------------ 1:N
 
 
+class SearchScores(NamedTuple):
+    """What a search of each probe in a gallery gives: (p,) float64 each, cosines but for `rank`."""
+
+    mate: np.ndarray  # of the probe's own subject; nan where that is not in the gallery
+    other: np.ndarray  # the highest of another subject
+    rank: np.ndarray  # of its own subject, from 1; nan likewise
+
+    @property
+    def mated(self) -> np.ndarray:
+        """Which probes have their subject in the gallery: (p,) bool."""
+        return ~np.isnan(self.mate)
+
+
+def search_probes(
+    probes: np.ndarray,
+    probe_subjects: np.ndarray,
+    gallery: np.ndarray,
+    gallery_subjects: np.ndarray,
+    leave_one_out: bool = False,
+) -> SearchScores:
+    """Search probes (p, d) in a gallery (g, d) by cosine; subjects (p,) and (g,).
+
+    A subject's score is that of its best template. Equal scores count against the mate. With
+    `leave_one_out` probes and gallery are the same rows, and none is compared with itself.
+    """
+    # Gallery sorted by subject, so that reduceat takes the maximum over each subject's templates.
+    subjects, subject_of = np.unique(gallery_subjects, return_inverse=True)
+    order = np.argsort(subject_of, kind="stable")
+    begins = np.searchsorted(subject_of[order], np.arange(len(subjects)))
+    column_of = np.argsort(order)
+    mate = np.searchsorted(subjects, probe_subjects).clip(max=len(subjects) - 1)
+    mated = subjects[mate] == probe_subjects
+    if leave_one_out:
+        mated &= np.bincount(subject_of)[mate] > 1
+    result = SearchScores(*(np.full(len(probes), np.nan) for _ in range(3)))
+    columns = np.ascontiguousarray(gallery[order].T)
+    for start in range(0, len(probes), PROBES_PER_BLOCK):
+        block = slice(start, start + PROBES_PER_BLOCK)
+        cosines = probes[block] @ columns
+        row = np.arange(len(cosines))
+        if leave_one_out:
+            cosines[row, column_of[block]] = -np.inf
+        scores = np.maximum.reduceat(cosines, begins, axis=1)  # (block, subjects)
+        has_mate = mated[block]
+        result.mate[block] = np.where(has_mate, scores[row, mate[block]], np.nan)
+        # Without the mate, what is left are the scores of other subjects.
+        scores[row[has_mate], mate[block][has_mate]] = -np.inf
+        result.other[block] = scores.max(1)
+        beaten = (scores >= result.mate[block, None]).sum(1)
+        result.rank[block] = np.where(has_mate, 1 + beaten, np.nan)
+    return result
+
+
 def identify(
     probes: np.ndarray,
     probe_subjects: np.ndarray,
@@ -156,44 +210,30 @@ def identify(
     gallery_subjects: np.ndarray,
     fpirs: Sequence[str] = FPIRS,
 ) -> IdentificationMetrics:
-    """Search each probe (p, d) in a gallery (g, d) of templates by cosine; subjects (p,) and (g,).
+    """Metrics of search_probes; a probe is mated if its subject is in the gallery.
 
-    A subject's score is that of its best template; a probe is mated if its subject is in the
-    gallery. FPIR is the fraction of non-mated probes for which any subject scores above the
-    threshold (Grother and Ngan, NIST IR 8009). Where all probes are mated, each probe's best score
-    of another subject is used in its place, as in InsightFace's evaluation. Equal scores count
-    against the mate. Raises ValueError where no probe is mated.
+    FPIR is the fraction of non-mated probes for which any subject scores above the threshold
+    (Grother and Ngan, NIST IR 8009). Where all probes are mated, each probe's best score of another
+    subject is used in its place, as in InsightFace's evaluation. Raises ValueError where no probe
+    is mated.
     """
-    # Gallery sorted by subject, so that reduceat takes the maximum over each subject's templates.
-    subjects, subject_of = np.unique(gallery_subjects, return_inverse=True)
-    order = np.argsort(subject_of, kind="stable")
-    begins = np.searchsorted(subject_of[order], np.arange(len(subjects)))
-    mate = np.searchsorted(subjects, probe_subjects).clip(max=len(subjects) - 1)
-    mated = subjects[mate] == probe_subjects
+    found = search_probes(probes, probe_subjects, gallery, gallery_subjects)
+    mated = found.mated
     if not mated.any():
         raise ValueError("no probe has a mate in the gallery")
-    mate_score, best_other, rank = (np.full(len(probes), np.nan) for _ in range(3))
-    columns = np.ascontiguousarray(gallery[order].T)
-    for start in range(0, len(probes), PROBES_PER_BLOCK):
-        block = slice(start, start + PROBES_PER_BLOCK)
-        scores = np.maximum.reduceat(probes[block] @ columns, begins, axis=1)  # (block, subjects)
-        has_mate, row = mated[block], np.arange(len(scores))
-        mate_score[block] = np.where(has_mate, scores[row, mate[block]], np.nan)
-        # Without the mate, what is left are the scores of other subjects.
-        scores[row[has_mate], mate[block][has_mate]] = -np.inf
-        best_other[block] = scores.max(1)
-        rank[block] = 1 + (scores >= mate_score[block, None]).sum(1)
-    non_mated = best_other if mated.all() else best_other[~mated]
-    non_mated = np.sort(non_mated)[::-1]
-    tpir = {}
-    for fpir in fpirs:
-        allowed = min(int(float(fpir) * len(non_mated) + 1e-9), len(non_mated) - 1)
-        tpir[fpir] = float(np.mean(mate_score[mated] > non_mated[allowed]))
+    non_mated = found.other if mated.all() else found.other[~mated]
+    thresholds = {fpir: fpir_threshold(non_mated, fpir) for fpir in fpirs}
     return {
-        "rank1": float(np.mean(rank[mated] <= 1)),
-        "rank5": float(np.mean(rank[mated] <= 5)),
-        "tpir": tpir,
+        "rank1": float(np.mean(found.rank[mated] <= 1)),
+        "rank5": float(np.mean(found.rank[mated] <= 5)),
+        "tpir": {fpir: float(np.mean(found.mate[mated] > t)) for fpir, t in thresholds.items()},
         "mated": int(mated.sum()),
         "others": len(non_mated),
         "best_non_mates": bool(mated.all()),
     }
+
+
+def fpir_threshold(non_mated: np.ndarray, fpir: str) -> float:
+    """The score above which at most a fraction `fpir` of non-mated searches (n,) has a subject."""
+    allowed = min(int(float(fpir) * len(non_mated) + 1e-9), len(non_mated) - 1)
+    return float(np.sort(non_mated)[len(non_mated) - 1 - allowed])

@@ -10,6 +10,7 @@ names, header or image file may take more memory than the limits here.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import lzma
 import re
@@ -180,6 +181,7 @@ class Source:
         self.limits = limits
         self.skipped = Tally()
         self.corruption = ""
+        self.needs_identities = True  # else images outside of any folder are entries, too
         self._entries: list[Entry] | None = None
 
     def entries(self) -> list[Entry]:
@@ -205,6 +207,12 @@ class Source:
                     f"--max-file-mb allows ({max_bytes >> 20:,} MB)."
                 )
                 yield entry, ArchiveError(sentence, "too_large")
+
+    def restricted_to(self, entries: list[Entry]) -> Source:
+        """This source with these of its entries alone, sorted as they are in it."""
+        part = copy.copy(self)
+        part._entries = entries
+        return part
 
     def fingerprint(self) -> str:
         """A hash of all names and sizes: equal for the same images in any kind of archive."""
@@ -247,7 +255,7 @@ class Source:
                     folders.add(name)
             elif reason or member.kind != "file":
                 self.skipped.add(reason or member.kind, name)
-            elif "/" not in name:
+            elif self.needs_identities and "/" not in name:
                 self.skipped.add("no_identity_folder", name)
             else:
                 if name in files:  # the later one counts, as when extracting

@@ -67,6 +67,7 @@ class Detection(NamedTuple):
     score: float | None = None
     box: np.ndarray | None = None  # (4,)
     points: np.ndarray | None = None  # (5, 2)
+    others: np.ndarray | None = None  # (k, 4), the boxes of the image's other faces
 
 
 def default_min_face(height: int, width: int) -> float:
@@ -274,9 +275,9 @@ def _chosen(status: str, detections: Detections, height: int, width: int) -> Det
     best = choose_face(detections, height, width)
     if best is None:
         return Detection("no_face")
-    return Detection(
-        status, float(detections.scores[best]), detections.boxes[best], detections.points[best]
-    )
+    boxes, scores, points = detections
+    others = np.delete(boxes, best, 0)
+    return Detection(status, float(scores[best]), boxes[best], points[best], others)
 
 
 def central_crop_points(height: int, width: int) -> np.ndarray:

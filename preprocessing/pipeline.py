@@ -56,6 +56,7 @@ class AlignResult(NamedTuple):
     score: float | None = None
     box: np.ndarray | None = None  # (4,) in pixels of the original image
     points: np.ndarray | None = None  # (5, 2) likewise
+    others: np.ndarray | None = None  # (k, 4), the boxes of the image's other faces
 
 
 # ------------------------------------------------------------------------------ many images
@@ -216,12 +217,14 @@ def align_and_encode(decoded: DecodedImage, detection: Detection, crop_missed: b
         return AlignResult(entry, "central_crop", jpeg)
     # From the shrunk copy to the original. Whole numbers are the centres of pixels: shrunk by 1/4,
     # pixel 0 covers the original's pixels 0 to 3, and its centre is at 1.5 = (0 + 0.5) * 4 - 0.5.
-    points = (np.asarray(detection.points, np.float64) + 0.5) / factor - 0.5
-    box = (np.asarray(detection.box, np.float64) + 0.5) / factor - 0.5
+    box, points, others = (
+        (np.asarray(array, np.float64) + 0.5) / factor - 0.5
+        for array in (detection.box, detection.points, detection.others)
+    )
     if data:
         image = decode_image(data)
     jpeg = encode_jpeg(align_face(image, points))
-    return AlignResult(entry, detection.status, jpeg, detection.score, box, points)
+    return AlignResult(entry, detection.status, jpeg, detection.score, box, points, others)
 
 
 def align_face(image: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ RETIRED = {
     r"\bstrangers?\b": "untrusted, third-party",
     r"\b(gone|goes|going|go) on with\b": "resume",
     r"\bpass(es|ed|ing)? over\b(?! (the|an?|all|them|it|memory))": "skip",
-    r"\bpictures?\b": "image",
+    # But for --picture of tools/compare.py and tools/search.py.
+    r"(?<!--)(?<!cfg\.)\bpictures?\b(?!: str = setting)": "image",
     r"\bknobs?\b": "setting",
     r"\bdrawn (faces?|images?|people|sets?|archives?)\b": "synthetic",
     r"\bmismatched\b": "impostor",

@@ -61,7 +61,7 @@ def test_help_answers_at_once_and_in_full(command, tmp_path):
 def test_an_unknown_flag_is_a_message(command, tmp_path):
     script = [str(ROOT / command[0])] if command[0].endswith(".py") else command
     # More than any tool wants to be given, lest it asks for that first.
-    done = run([*script, "--no-such-flag", "a"], cwd=tmp_path)
+    done = run([*script, "--no-such-flag", "a", "b"], cwd=tmp_path)
     assert done.returncode == 2
     assert "unrecognized arguments: --no-such-flag" in done.stderr
     assert "Traceback" not in done.stderr
