@@ -122,6 +122,7 @@ def search_photos(cfg: Settings, gallery: Gallery) -> int:
     import numpy as np
 
     from evaluation.photo_search import nearest
+    from fileio.images import decode_image
 
     model, decision = open_gallery_model(cfg, gallery)
     threshold, origin = decision.choose_threshold(cfg.far, cfg.threshold, len(gallery))
@@ -143,7 +144,14 @@ def search_photos(cfg: Settings, gallery: Gallery) -> int:
         print(f"{path}: {verdict or 'the nearest'}")
         print(nearest_table(gallery.names[photo_rows], photo_scores, decision))
     if cfg.picture:
-        draw_results(cfg, gallery, [photo.crop for photo in photos], rows, scores, threshold)
+        draw_results(
+            cfg,
+            gallery,
+            [decode_image(photo.face.jpeg) for photo in photos],
+            rows,
+            scores,
+            threshold,
+        )
     return 0 if np.all(found) else 1
 
 

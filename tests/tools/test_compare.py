@@ -32,7 +32,6 @@ from tests.helpers.synthetic_faces import face, image_without_face
 from tools import compare
 from tools.photo_faces import read_photo
 
-
 INPUT = ["--input-std", "0.25", "0.25", "0.25"]
 
 
