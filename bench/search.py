@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from evaluation.photo_gallery import Gallery, open_gallery, save_gallery
+from evaluation.photo_gallery import PhotoGallery, open_gallery, save_gallery
 from evaluation.photo_search import nearest
 
 
-def make_gallery(faces: int, dimension: int) -> Gallery:
+def make_gallery(faces: int, dimension: int) -> PhotoGallery:
     """Random unit vectors, names of 40 characters."""
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((faces, dimension), np.float32)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     names = np.array([f"{i // 10:020d}/{i:015d}.jpg" for i in range(faces)], dtype=str)
     empty = np.zeros(0, "U1")
-    return Gallery(
+    return PhotoGallery(
         {},
         names,
         np.full(faces, "ok"),

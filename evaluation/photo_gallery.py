@@ -26,7 +26,7 @@ from utils import UserError
 
 DIGEST_BYTES = 16  # of BLAKE2b over a photo's bytes
 # Of each array: the kind of its numbers, and the shape of a row; None is any size.
-KEPT = {
+FACE_ARRAYS = {
     "names": ("U", ()),
     "statuses": ("U", ()),
     "digests": ("u1", (DIGEST_BYTES,)),
@@ -34,7 +34,7 @@ KEPT = {
     "points": ("f4", (5, 2)),
     "embeddings": ("f4", (None,)),
 }
-SKIPPED = {
+SKIPPED_ARRAYS = {
     "skipped_names": ("U", ()),
     "skipped_statuses": ("U", ()),
     "skipped_digests": ("u1", (DIGEST_BYTES,)),
@@ -43,7 +43,7 @@ ZIP_HEADER = struct.Struct("<26xHH")  # a member's local header; lengths of its 
 
 
 @dataclasses.dataclass(frozen=True)
-class Gallery:
+class PhotoGallery:
     """n photos with a face and m without, the former sorted as their source is."""
 
     made: dict[str, Any]  # how: source, model and its input, versions
@@ -67,11 +67,11 @@ class Gallery:
 
 
 def select_rows(
-    galleries: Sequence[Gallery], kept: np.ndarray, skipped: np.ndarray, made: dict[str, Any]
-) -> Gallery:
+    galleries: Sequence[PhotoGallery], kept: np.ndarray, skipped: np.ndarray, made: dict[str, Any]
+) -> PhotoGallery:
     """A gallery of rows of others: indices (k,) and (s,) into their concatenation."""
     arrays = {}
-    for group, rows in ((KEPT, kept), (SKIPPED, skipped)):
+    for group, rows in ((FACE_ARRAYS, kept), (SKIPPED_ARRAYS, skipped)):
         for name in group:
             parts = [getattr(gallery, name) for gallery in galleries]
             # Those without any face know no embedding dimension.
@@ -79,20 +79,20 @@ def select_rows(
             # A second copy of the embeddings only where the order changes.
             in_order = np.array_equal(rows, np.arange(len(joined)))
             arrays[name] = joined if in_order else joined[rows]
-    return Gallery(made, **arrays)
+    return PhotoGallery(made, **arrays)
 
 
-def save_gallery(path: Path, gallery: Gallery) -> None:
+def save_gallery(path: Path, gallery: PhotoGallery) -> None:
     """Write a gallery, completely or not at all; equal galleries have the same bytes."""
     # The embeddings first: their header is 64 bytes there, so that their memory map is aligned; of
     # one that is not, NumPy makes a copy for each product.
-    names = sorted((*KEPT, *SKIPPED), key="embeddings".__ne__)
+    names = sorted((*FACE_ARRAYS, *SKIPPED_ARRAYS), key="embeddings".__ne__)
     arrays = {name: getattr(gallery, name) for name in names}
     with atomic_write(path) as file:
         np.savez(file, **arrays, made=np.array(json.dumps(gallery.made)))
 
 
-def open_gallery(path: Path) -> Gallery:
+def open_gallery(path: Path) -> PhotoGallery:
     """Open a gallery, its embeddings as a memory map; all bytes are checked (zip's CRC).
 
     Raises UserError where the file is missing, no gallery, or corrupt.
@@ -104,9 +104,13 @@ def open_gallery(path: Path) -> Gallery:
             made = json.loads(str(stored["made"]))
             if not isinstance(made, dict):
                 raise ValueError("it does not say how it was made")
-            arrays = {name: stored[name] for name in (*KEPT, *SKIPPED) if name != "embeddings"}
+            arrays = {
+                name: stored[name]
+                for name in (*FACE_ARRAYS, *SKIPPED_ARRAYS)
+                if name != "embeddings"
+            }
         arrays["embeddings"] = _map_array(path, "embeddings.npy")
-        for group in (KEPT, SKIPPED):
+        for group in (FACE_ARRAYS, SKIPPED_ARRAYS):
             for name, (kind, row) in group.items():
                 _check_array(name, arrays[name], kind, (len(arrays[next(iter(group))]), *row))
     except CORRUPT_NPZ as error:
@@ -115,7 +119,7 @@ def open_gallery(path: Path) -> Gallery:
             f"{path} is not a gallery, or is corrupt ({reason}); `python -m tools.embed FOLDER` "
             "makes one."
         ) from None
-    return Gallery(made, **arrays)
+    return PhotoGallery(made, **arrays)
 
 
 def _check_array(name: str, array: np.ndarray, kind: str, shape: tuple[int | None, ...]) -> None:

@@ -19,7 +19,7 @@ from evaluation.metrics import Interval
 from evaluation.significance import percentile_interval
 from evaluation.templates import FPIRS, fpir_threshold, search_probes
 
-RESAMPLES = 1000
+SEARCH_RESAMPLES = 1000
 MOST_LINKED = 8000  # faces whose pairs are all kept: 512 MB of distances
 BLOCK_COSINES = 2**22  # of faces compared with all others at a time: 16 MB
 ROUNDING = 1e-6  # of a cosine of float32 vectors
@@ -80,7 +80,7 @@ def evaluate_search(embeddings: np.ndarray, identities: np.ndarray, seed: int) -
     hits = [*ranks, *(found.mate > threshold for threshold in thresholds.values())]
     rng = np.random.default_rng(seed)
     order = np.argsort(-found.other)
-    resampled = np.full((RESAMPLES, len(hits)), np.nan)
+    resampled = np.full((SEARCH_RESAMPLES, len(hits)), np.nan)
     for row in resampled:
         drawn = np.bincount(rng.integers(0, len(names), len(names)), minlength=len(names))
         weight = drawn[identity]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from evaluation.evaluated_model import EvaluatedModel
-    from evaluation.photo_gallery import Gallery
+    from evaluation.photo_gallery import PhotoGallery
     from fileio.archive_source import Source
     from preprocessing.pipeline import AlignResult
 
@@ -80,7 +80,7 @@ def read_digests(source: Source) -> dict[str, bytes]:
     return digests
 
 
-def known_rows(galleries: Sequence[Gallery]) -> dict[bytes, tuple[bool, int]]:
+def known_rows(galleries: Sequence[PhotoGallery]) -> dict[bytes, tuple[bool, int]]:
     """Of each digest whether its photo has a face, and its row in the galleries' concatenation."""
     rows: dict[bytes, tuple[bool, int]] = {}
     for has_face, name in ((False, "skipped_digests"), (True, "digests")):
@@ -114,11 +114,11 @@ def embed_block(
     digests: dict[str, bytes],
     model: EvaluatedModel,
     made: dict[str, Any],
-) -> Gallery:
+) -> PhotoGallery:
     """A gallery of one block of photos."""
     import numpy as np
 
-    from evaluation.photo_gallery import DIGEST_BYTES, Gallery
+    from evaluation.photo_gallery import DIGEST_BYTES, PhotoGallery
 
     def columns(results: list[AlignResult]) -> tuple[np.ndarray, ...]:
         names = np.array([result.entry.name for result in results], dtype=str)
@@ -137,7 +137,7 @@ def embed_block(
         embeddings = embed_crops(model, [result.jpeg for result in kept])
     boxes = numbers((result.box for result in kept), 4)
     points = numbers((result.points for result in kept), 5, 2)
-    return Gallery(made, *columns(kept), boxes, points, embeddings, *columns(skipped))
+    return PhotoGallery(made, *columns(kept), boxes, points, embeddings, *columns(skipped))
 
 
 def embed_new(
@@ -147,7 +147,7 @@ def embed_new(
     parts: Path,
     model: EvaluatedModel,
     made: dict[str, Any],
-) -> list[Gallery]:
+) -> list[PhotoGallery]:
     """Galleries of a source's photos, block by block; each is a file in the folder `parts`.
 
     Blocks and batches follow from the list of photos alone, and what is left of a list after some
@@ -175,8 +175,8 @@ def embed_new(
 
 
 def update_gallery(
-    cfg: Settings, source: Source, galleries: list[Gallery], parts: Path, model: EvaluatedModel
-) -> Gallery:
+    cfg: Settings, source: Source, galleries: list[PhotoGallery], parts: Path, model: EvaluatedModel
+) -> PhotoGallery:
     """The gallery of a source: rows of earlier galleries, and what is new embedded."""
     import numpy as np
 
@@ -213,7 +213,7 @@ def update_gallery(
 # ------------------------------------------------------------------------------ the command
 
 
-def open_existing(output: Path, made: dict[str, Any]) -> list[Gallery]:
+def open_existing(output: Path, made: dict[str, Any]) -> list[PhotoGallery]:
     """The gallery that is to be brought up to date, if any; UserError if another model made it."""
     from evaluation.photo_gallery import open_gallery
 
@@ -228,7 +228,7 @@ def open_existing(output: Path, made: dict[str, Any]) -> list[Gallery]:
     return [gallery]
 
 
-def print_counts(gallery: Gallery, source: Source) -> None:
+def print_counts(gallery: PhotoGallery, source: Source) -> None:
     """What was kept, what was skipped and why."""
     from preprocessing.summary import format_counts
 

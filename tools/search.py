@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from evaluation.decisions import Decision
     from evaluation.evaluated_model import EvaluatedModel
-    from evaluation.photo_gallery import Gallery
+    from evaluation.photo_gallery import PhotoGallery
 
 SHEET_ROWS, SHEET_COLUMNS = 20, 10  # faces of --cluster that are drawn
 
@@ -60,7 +60,7 @@ class Settings(Config):
     checkpoint: str = setting("", "the gallery's model; default: where it was")
 
 
-def open_gallery_model(cfg: Settings, gallery: Gallery) -> tuple[EvaluatedModel, Decision]:
+def open_gallery_model(cfg: Settings, gallery: PhotoGallery) -> tuple[EvaluatedModel, Decision]:
     """The model that made the gallery, and its evaluation; UserError if it is another one now."""
     made = {}
     for name in MODEL_SETTINGS.split():
@@ -89,7 +89,7 @@ def open_gallery_model(cfg: Settings, gallery: Gallery) -> tuple[EvaluatedModel,
     return model, decision
 
 
-def read_gallery_crops(gallery: Gallery, rows: list[int]) -> dict[int, np.ndarray]:
+def read_gallery_crops(gallery: PhotoGallery, rows: list[int]) -> dict[int, np.ndarray]:
     """The aligned faces of some rows, as far as the gallery's source still has their photos."""
     from fileio.archive_source import ArchiveError
     from fileio.archives import open_source
@@ -117,7 +117,7 @@ def read_gallery_crops(gallery: Gallery, rows: list[int]) -> dict[int, np.ndarra
 # ------------------------------------------------------------------------------ photos
 
 
-def search_photos(cfg: Settings, gallery: Gallery) -> int:
+def search_photos(cfg: Settings, gallery: PhotoGallery) -> int:
     """Search for each photo and print what is nearest; returns the exit status."""
     import numpy as np
 
@@ -168,7 +168,7 @@ def nearest_table(names: np.ndarray, scores: np.ndarray, decision: Decision) -> 
 
 def draw_results(
     cfg: Settings,
-    gallery: Gallery,
+    gallery: PhotoGallery,
     queries: list[np.ndarray],
     rows: np.ndarray,
     scores: np.ndarray,
@@ -180,9 +180,9 @@ def draw_results(
     crops = read_gallery_crops(gallery, rows.ravel().tolist())
     sheet = []
     for path, query, photo_rows, photo_scores in zip(cfg.photo, queries, rows, scores, strict=True):
-        cells = [Cell(query, f"{Path(path).name[-28:]}\n")]
+        cells = [Cell(query, f"{Path(path).name[-23:]}\n")]
         for row, score in zip(photo_rows.tolist(), photo_scores.tolist(), strict=True):
-            caption = f"{gallery.names[row][-28:]}\n{score:.4f}"
+            caption = f"{gallery.names[row][-23:]}\n{score:.4f}"
             stressed = threshold is not None and score >= threshold
             cells.append(Cell(crops.get(row), caption, stressed))
         sheet.append(cells)
@@ -194,7 +194,7 @@ def draw_results(
 # ------------------------------------------------------------------------------ the gallery
 
 
-def evaluate_gallery(cfg: Settings, gallery: Gallery) -> None:
+def evaluate_gallery(cfg: Settings, gallery: PhotoGallery) -> None:
     """Search each face among the others, and print the rates."""
     from evaluation.photo_search import evaluate_search
     from evaluation.tables import format_interval
@@ -218,7 +218,7 @@ def evaluate_gallery(cfg: Settings, gallery: Gallery) -> None:
     print("95 % intervals resample folders; of 0 or 100 %, the exact binomial over folders.")
 
 
-def cluster_gallery(cfg: Settings, gallery: Gallery) -> None:
+def cluster_gallery(cfg: Settings, gallery: PhotoGallery) -> None:
     """Group the faces by person, print the groups, draw the largest."""
     import numpy as np
 
@@ -245,7 +245,7 @@ def cluster_gallery(cfg: Settings, gallery: Gallery) -> None:
         shown = [group[:SHEET_COLUMNS].tolist() for group in groups]
         crops = read_gallery_crops(gallery, [row for group in shown for row in group])
         sheet = [
-            [Cell(crops.get(row), f"{i}: {gallery.names[row][-26:]}") for row in group]
+            [Cell(crops.get(row), f"{i}: {gallery.names[row][-20:]}") for row in group]
             for i, group in enumerate(shown, 1)
         ]
         plot_sheet(Path(cfg.picture), sheet, f"{title}; the largest {len(sheet)}")

@@ -7,14 +7,21 @@ import zipfile
 import numpy as np
 import pytest
 
-from evaluation.photo_gallery import KEPT, SKIPPED, Gallery, open_gallery, save_gallery, select_rows
+from evaluation.photo_gallery import (
+    FACE_ARRAYS,
+    SKIPPED_ARRAYS,
+    PhotoGallery,
+    open_gallery,
+    save_gallery,
+    select_rows,
+)
 from utils import UserError
 
 
 def make_gallery(names=("a/1.jpg", "b/2.jpg", "3.jpg"), skipped=("x.jpg",), dimension=4):
     rng = np.random.default_rng(len(names))
     count, missing = len(names), len(skipped)
-    return Gallery(
+    return PhotoGallery(
         {"checksum": "c", "network": "r50"},
         np.array(names, dtype=str),
         np.array(["ok"] * count, dtype=str),
@@ -30,7 +37,7 @@ def make_gallery(names=("a/1.jpg", "b/2.jpg", "3.jpg"), skipped=("x.jpg",), dime
 
 def assert_equal(a, b):
     assert a.made == b.made
-    for name in (*KEPT, *SKIPPED):
+    for name in (*FACE_ARRAYS, *SKIPPED_ARRAYS):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
@@ -81,7 +88,7 @@ def damage_member(data, member, value=None):
 @pytest.mark.parametrize(
     ("member", "value"),
     [
-        *((name, None) for name in ("made", *KEPT, *SKIPPED)),
+        *((name, None) for name in ("made", *FACE_ARRAYS, *SKIPPED_ARRAYS)),
         ("embeddings", np.zeros((3, 4), np.float64)),
         ("embeddings", np.zeros((2, 4), np.float32)),
         ("embeddings", np.asfortranarray(np.zeros((3, 4), np.float32))),

@@ -13,7 +13,7 @@ import pre_process
 from config import parse_args
 from evaluation import photo_gallery
 from evaluation.embedders import load_embedder
-from evaluation.photo_gallery import KEPT, SKIPPED, open_gallery
+from evaluation.photo_gallery import FACE_ARRAYS, SKIPPED_ARRAYS, open_gallery
 from fileio.images import decode_image
 from fileio.index_tsv import read_index
 from fileio.recordio import RecordReader
@@ -57,7 +57,7 @@ def embed_faces(jpegs):
 
 def assert_equal(path, other):
     a, b = open_gallery(path), open_gallery(other)
-    for name in (*KEPT, *SKIPPED):
+    for name in (*FACE_ARRAYS, *SKIPPED_ARRAYS):
         assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 

@@ -136,7 +136,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(run, world):
     kernel, matrix = write_onnx(world / "other.onnx", "n")
     write_onnx(world / "other.onnx", "n", weights=(kernel * 2, matrix))
     with_embeddings(world, np.eye(15), [f"{i}.jpg" for i in range(15)])
-    picture = ["--picture", world / "s.png"]
+    drawn = ["--picture", world / "s.png"]
     before = sorted(world.rglob("*"))
     for argv, sentence in (
         (["photos.npz"], "Name photos to search for, or --evaluate, or --cluster: one of"),
@@ -154,7 +154,7 @@ def test_bad_input_is_a_sentence_and_nothing_is_written(run, world):
         (["made.npz", "--evaluate"], r"in made\.npz all faces are of one folder"),
         (["photos.npz", "unknown.jpg", "--picture", "s.txt"], r"s\.txt should end in one of"),
     ):
-        status, _, err = run(*argv, *([] if "--picture" in argv else picture))
+        status, _, err = run(*argv, *([] if "--picture" in argv else drawn))
         assert status == 2, argv
         assert re.search(sentence, err), (argv, err)
         assert sorted(world.rglob("*")) == before, argv
