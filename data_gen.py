@@ -127,17 +127,20 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def choose_cache(count: int, device: torch.device) -> str:
+def room_for_cache(device: torch.device) -> dict[str, float]:
+    """Bytes that a cache of this process may take, "gpu" and "ram"."""
+    # Half of the GPU's memory stays free for the network, the head and activations.
+    gpu = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 0
+    # Each process of this machine has a cache of its own.
+    return {"gpu": gpu, "ram": 0.7 * available_memory() / local_world_size()}
+
+
+def choose_cache(count: int, room: dict[str, float]) -> str:
     """Where `count` decoded images are cached: "gpu", "ram" or "none", the first with enough room.
 
-    490,000 images are 18.4 GB.
+    490,000 images are 18.4 GB. `room` is room_for_cache's, of all processes the least.
     """
-    size = count * FACE_BYTES
-    # Half of the GPU's memory stays free for the network, the head and activations.
-    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] // 2:
-        return "gpu"
-    # Each process of this machine has a cache of its own.
-    return "ram" if size * local_world_size() < available_memory() * 0.7 else "none"
+    return next((place for place in room if count * FACE_BYTES < room[place]), "none")
 
 
 class ImageStore:
@@ -156,13 +159,16 @@ class ImageStore:
         device: torch.device,
         *,
         cache: str = "auto",
+        room: dict[str, float] | None = None,
         workers: int = 0,
         progress: str = "",
     ) -> None:
         self.reader = reader
         self.indices = split.indices
         self.device = device
-        self.cache = choose_cache(len(split.indices), device) if cache == "auto" else cache
+        self.cache = cache
+        if cache == "auto":
+            self.cache = choose_cache(len(split.indices), room or room_for_cache(device))
         if self.cache == "gpu" and device.type != "cuda":
             self.cache = "ram"
         self.labels = torch.from_numpy(split.labels).to(device)

@@ -55,7 +55,7 @@ def main(cfg: Config) -> None:
 
 def prepare_all(cfg: Config) -> None:
     """Prepare every data set that cfg asks for, and print a summary of each."""
-    from distributed.collectives import run_on_all
+    from distributed.collectives import run_on_main
     from distributed.process_group import local_device, local_world_size, rank, world_size
     from fileio.archive_source import Limits
     from preprocessing.detector import FaceDetector
@@ -72,7 +72,7 @@ def prepare_all(cfg: Config) -> None:
             raise UserError("--shard is for a single process: leave out torchrun and --merge.")
     lfw = None
     if cfg.download_lfw:
-        lfw = run_on_all(lambda: download_lfw(cfg.data_dir))
+        lfw = run_on_main(lambda: download_lfw(cfg.data_dir))
     jobs = find_jobs(Path(cfg.data_dir), cfg.source, cfg.output, cfg.missed, lfw)
     threads = cfg.workers or max(1, core_count() // local_world_size())
     options = PrepareOptions(

@@ -23,7 +23,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import Config, parse_args
 from utils import UserError, exit_on_user_error
@@ -94,6 +94,7 @@ def build_run(cfg: Config, folder: Path) -> Run:
     from distributed.collectives import run_on_all
     from distributed.process_group import local_device, seed_per_rank
     from training.data_checks import check_training_set
+    from training.dataset import agreed_room
     from training.engine import choose_compile
     from training.run import Run
     from training.schedule import learning_rate
@@ -106,7 +107,8 @@ def build_run(cfg: Config, folder: Path) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # Each process opens and decodes for itself; if one of them fails, all end.
-    store, split = run_on_all(lambda: open_data(cfg, device))
+    room = agreed_room(device)
+    store, split = run_on_all(lambda: open_data(cfg, device, room))
     positions = store.readable(split.train)
     steps = steps_per_epoch(len(positions), cfg.batch_size) * cfg.epochs
     cfg = dataclasses.replace(cfg, compile=choose_compile(cfg.compile, device, steps))
@@ -145,7 +147,7 @@ def build_run(cfg: Config, folder: Path) -> Run:
     return run
 
 
-def open_data(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
+def open_data(cfg: Config, device: torch.device, room: dict) -> tuple[ImageStore, Split]:
     """The images to train on, in their cache, and their split into training and validation."""
     from training.dataset import DEFAULT_SET, open_training_set
 
@@ -159,6 +161,7 @@ def open_data(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
         keep=cfg.keep,
         hold_out=cfg.hold_out,
         cache=cfg.cache,
+        room=room,
         workers=cfg.workers,
     )
 
@@ -190,9 +193,6 @@ def build_engine(
             f"--focal-loss weights a softmax, and --margin {cfg.margin} has a loss of its own; "
             "leave one of them out."
         )
-    options: dict[str, Any] = dict(cfg.margin_options)
-    if cfg.easy_margin:
-        options["easy_margin"] = True
     network_options = {"dropout": cfg.dropout, "use_se": cfg.use_se, "zero_init": cfg.zero_init}
     try:
         model = build_model(cfg.network, cfg.emb_size, **network_options)
@@ -209,7 +209,7 @@ def build_engine(
             num_classes,
             margin_s=cfg.margin_s,
             margin_m=cfg.margin_m,
-            options=options,
+            options=dict(cfg.margin_options) | ({"easy_margin": True} if cfg.easy_margin else {}),
             batch_size=cfg.batch_size,
             sample_rate=cfg.sample_rate,
             seed=cfg.seed,

@@ -135,7 +135,7 @@ def get_device(name: str = "auto") -> torch.device:
     import torch
 
     if name == "auto":
-        if _cuda_is_available():
+        if cuda_is_available():
             index = _own_gpu()
             problem = _unsupported_gpu(index)
             if not problem:
@@ -146,7 +146,7 @@ def get_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     try:
         device = torch.device(name)
-        if device.type == "cuda" and _cuda_is_available():
+        if device.type == "cuda" and cuda_is_available():
             device = torch.device("cuda", _own_gpu() if device.index is None else device.index)
             if device.index < torch.cuda.device_count() and _unsupported_gpu(device.index):
                 raise UserError(_unsupported_gpu(device.index))
@@ -157,7 +157,7 @@ def get_device(name: str = "auto") -> torch.device:
     return device
 
 
-def _cuda_is_available() -> bool:
+def cuda_is_available() -> bool:
     """Whether CUDA works; says so if there is a GPU that its driver does not let us use."""
     import torch
 

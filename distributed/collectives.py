@@ -11,7 +11,7 @@ after it, all processes know whether it failed, and all of them end.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,7 @@ def run_on_all(work: Callable[[], T]) -> T:
     result, error = _attempt(work)
     failed = all_gather_objects(error is not None)  # by rank
     if any(failed):
-        if error is not None and rank() == failed.index(True):
-            raise error
-        raise SystemExit(2)
+        _end_all(error if rank() == failed.index(True) else None)
     return result
 
 
@@ -53,12 +51,18 @@ def run_on_main(work: Callable[[], T], *, broadcast: bool = True) -> T | None:
     result, error = _attempt(work) if is_main() else (None, None)
     message = [(result if broadcast else None, error is not None)]
     dist.broadcast_object_list(message)  # from rank 0; overwrites the list of the others
-    if error is not None:
-        raise error
     shared, failed = message[0]
     if failed:
-        raise SystemExit(2)
+        _end_all(error)
     return result if is_main() else shared
+
+
+def _end_all(error: Exception | None) -> NoReturn:
+    """Raise what ends this process, as all do: its error, or SystemExit if another one has it."""
+    if error is None:
+        raise SystemExit(2)
+    error.is_known_to_all = True  # so process_group need not tell the others
+    raise error
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

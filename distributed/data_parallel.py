@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.collectives import all_reduce_sum
 from distributed.process_group import world_size
+from utils import FACE_SIZE
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
@@ -27,13 +27,19 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     if world_size() == 1:
         return model
     device = next(model.parameters()).device
-    device_ids = [device] if device.type == "cuda" else None
-    # Every parameter is used. But without this flag DDP reorders its buckets after the first step,
-    # and with them the order in which gradients are summed: a resumed run, whose first step is a
-    # later one, would differ from the uninterrupted run in the last bits.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    replica = DistributedDataParallel(model, device_ids, find_unused_parameters=True)
+    replica = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     replica.register_comm_hook(None, _sum_gradients)
+    # After its first backward pass DDP puts its buckets into the order in which gradients came, and
+    # with it changes the order in which they are summed. A pass before the first step has every
+    # step sum alike; else a resumed run, whose first step is a later one, would differ in the last
+    # bits. In evaluation mode it changes no statistics and draws no random numbers.
+    faces = torch.zeros(2, 3, FACE_SIZE, FACE_SIZE, device=device)
+    was_training = model.training
+    replica.eval()
+    with torch.backends.cudnn.flags(benchmark=False):  # of a batch that never comes again
+        replica(faces.to(memory_format=torch.channels_last)).sum().backward()
+    replica.train(was_training)
+    replica.zero_grad()
     return replica
 
 

@@ -17,17 +17,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import UserError, get_device, is_out_of_memory
+from distributed.watchdog import Watchdog, end_process
+from utils import UserError, cuda_is_available, get_device, is_out_of_memory
 
-# Longer than rank 0 needs to evaluate or to write a checkpoint while the others wait for it.
-TIMEOUT = datetime.timedelta(minutes=30)
+# Longer than rank 0 needs for what it does alone, such as writing a checkpoint of 40 GB to a slow
+# disk, or than one process compiles longer than another. Dead ones are noticed by the watchdog.
+TIMEOUT = datetime.timedelta(hours=2)
 
 
 def rank() -> int:
@@ -59,51 +61,78 @@ def local_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name} is one GPU for {world_size()} processes; use --device cuda."
         )
-    return get_device(name)
+    device = get_device(name)
+    if dist.is_initialized() and device.type == "cuda":
+        # Before anything else uses CUDA: by default each process would make a context on GPU 0.
+        torch.cuda.set_device(device)
+    return device
+
+
+class LostPeerError(UserError):
+    """Another process of the group has ended, so this one ends too."""
+
+
+def _describe_loss(error: BaseException) -> str:
+    """What a process prints before it ends because of another one."""
+    return (
+        f"{describe_lost_peer(error)} Finished work is saved: run the same command again to "
+        "continue."
+    )
+
+
+@contextlib.contextmanager
+def losses_described_by(describe: Callable[[BaseException], str]) -> Iterator[None]:
+    """For the block, what is printed if another process is lost while this one waits for a GPU."""
+    global _describe_loss
+    before, _describe_loss = _describe_loss, describe
+    try:
+        yield
+    finally:
+        _describe_loss = before
 
 
 @contextlib.contextmanager
 def process_group(device: str, timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
     """Join torchrun's group for the block, if it started this process; only rank 0 prints in it.
 
-    `device` is the value of --device. A peer that dies is noticed at once, one that hangs after
-    `timeout`. Raises UserError if the group cannot be joined or loses a process.
+    `device` is the value of --device: all but "cpu" joins GPUs, too, where there are any. A process
+    that dies or fails ends the others within seconds, one that hangs after `timeout`. Raises
+    UserError if the group cannot be joined.
     """
     # torchrun's interface: it tells each process its place in the group by these variables.
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
-    own = get_device(device)
-    on_gpu = own.type == "cuda"
-    if on_gpu:
-        # Before anything else uses CUDA: by default each process would make a context on GPU 0.
-        torch.cuda.set_device(own)
-    # Flags and Python objects travel as CPU tensors by gloo even where gradients use NCCL.
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    # Flags and Python objects travel as CPU tensors by gloo even where gradients use NCCL, which
+    # connects GPUs only once tensors on them are exchanged.
+    on_gpu = device != "cpu" and cuda_is_available() and dist.is_nccl_available()
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+        watchdog = Watchdog(lambda error: _describe_loss(error))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"The processes cannot connect to each other ({reason}); start them with torchrun, as "
             "docs/scaling.md shows for one machine and for several."
         ) from None
-    local_device(device)  # one GPU for all of them is refused here
     with contextlib.ExitStack() as stack:
         if not is_main():
             devnull = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(devnull))
         try:
             yield
-        except RuntimeError as error:
-            if not is_lost_peer(error):
-                raise
-            raise UserError(
-                f"{describe_lost_peer(error)} Finished work is saved: run the same command again "
-                "to continue."
-            ) from None
-    # Not in a `finally`: after an error NCCL could wait here for a process that has ended.
-    dist.destroy_process_group()
+        except BaseException as error:
+            if isinstance(error, LostPeerError) or is_lost_peer(error):
+                is_told = isinstance(error, LostPeerError)
+                end_process(str(error) if is_told else _describe_loss(error))
+            # SystemExit: what all processes have agreed on, a stop or another one's error.
+            agreed = isinstance(error, SystemExit) or hasattr(error, "is_known_to_all")
+            if watchdog.leave(failed=True, agreed=agreed) and agreed:
+                dist.destroy_process_group()
+            raise
+        # After other errors NCCL could wait here for a process that has ended.
+        if watchdog.leave():
+            dist.destroy_process_group()
 
 
 # PyTorch raises a plain RuntimeError for most of these, so the text has to tell: what gloo, NCCL

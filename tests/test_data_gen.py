@@ -190,8 +190,10 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path, cache):
 
 def test_cache_goes_where_the_images_fit(monkeypatch):
     monkeypatch.setattr(data_gen, "available_memory", lambda: 10 * data_gen.FACE_BYTES)
-    assert data_gen.choose_cache(5, torch.device("cpu")) == "ram"
-    assert data_gen.choose_cache(9, torch.device("cpu")) == "none"
+    room = data_gen.room_for_cache(torch.device("cpu"))
+    assert data_gen.choose_cache(5, room) == "ram"
+    assert data_gen.choose_cache(9, room) == "none"
+    assert data_gen.choose_cache(5, {"gpu": 6 * data_gen.FACE_BYTES, "ram": 0}) == "gpu"
 
 
 def test_real_records_feed(real_faces):

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_gen import ImageStore, Split, make_split
+from data_gen import ImageStore, Split, make_split, room_for_cache
+from distributed.collectives import all_gather_objects
 from distributed.process_group import is_main
 from fileio.recordio import RecordReader
 from fileio.shards import ShardReader, is_sharded
@@ -33,12 +34,13 @@ def open_training_set(
     keep: str = "",
     hold_out: str = "",
     cache: str = "auto",
+    room: dict[str, float] | None = None,
     workers: int = 0,
 ) -> tuple[ImageStore, Split]:
     """The images to train on, decoded into their cache, and their split.
 
-    `keep` and `hold_out` are lists of sample_lists.py. Raises UserError if the folder is not a
-    training set, or if too little of it is left to train on.
+    `keep` and `hold_out` are lists of sample_lists.py, `room` is agreed_room's. Raises UserError if
+    the folder is not a training set, or if too little of it is left to train on.
     """
     if not folder.exists():
         raise UserError(
@@ -59,7 +61,9 @@ def open_training_set(
     if split.num_classes < 2:
         raise UserError(f"{folder} has one identity only; a classifier needs two or more.")
     progress = "decoding" if is_main() else ""
-    store = ImageStore(reader, split, device, cache=cache, workers=workers, progress=progress)
+    store = ImageStore(
+        reader, split, device, cache=cache, room=room, workers=workers, progress=progress
+    )
     for reason in list(store.corrupt.values())[:NAMED_CORRUPT]:
         print(f"Left out: {reason}")
     if len(store.corrupt) > NAMED_CORRUPT:
@@ -67,6 +71,16 @@ def open_training_set(
     if len(store.readable(split.train)) < 2:
         raise UserError(f"{folder} has no images left to train on.")
     return store, split
+
+
+def agreed_room(device: torch.device) -> dict[str, float]:
+    """data_gen.room_for_cache of the process that has least; every process must call it.
+
+    With the same room all choose the same cache. Where only some had one, corrupt images would
+    change their order of an epoch in other ways, and processes would train on each other's images.
+    """
+    rooms = all_gather_objects(room_for_cache(device))
+    return {place: min(room[place] for room in rooms) for place in rooms[0]}
 
 
 def open_shards(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from data_gen import Batch
-from distributed.collectives import all_reduce_sum, even_slice
+from distributed.collectives import all_reduce_sum, any_rank, even_slice
 from distributed.data_parallel import broadcast_buffers, no_gradient_sync, wrap_ddp
 from distributed.process_group import world_size
 from heads.base import Criterion, Head, HeadLoss
@@ -217,7 +217,7 @@ class Engine:
         """Whether all weights and running statistics, of all processes, are finite."""
         tensors = [*self.model.state_dict().values(), *self.head.state_dict().values()]
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
-        return not bool(all_reduce_sum((~finite).float()))
+        return not any_rank(not finite)[0]
 
 
 def trainable_parameters(model: nn.Module, head: Head) -> list[nn.Parameter]:

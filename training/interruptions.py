@@ -14,7 +14,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from distributed.process_group import describe_lost_peer, is_lost_peer, is_main, world_size
+from distributed.process_group import (
+    LostPeerError,
+    describe_lost_peer,
+    is_lost_peer,
+    is_main,
+    losses_described_by,
+    world_size,
+)
 from training.event_log import EventLog
 from training.gpu_memory import free_gpu_memory
 from training.run import Run
@@ -58,7 +65,8 @@ def saved_on_exit(run: Run, log: EventLog) -> Iterator[None]:
     mid-step the state is inconsistent and is not saved: the checkpoint before it stays.
     """
     try:
-        yield
+        with losses_described_by(lambda error: _lost_peer_message(run, error)):
+            yield
     except KeyboardInterrupt:
         if is_main():
             at = f"epoch {run.epoch + 1}, step {run.step}"
@@ -66,7 +74,7 @@ def saved_on_exit(run: Run, log: EventLog) -> Iterator[None]:
         raise SystemExit(130) from None
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         if is_lost_peer(error):
-            raise UserError(_lost_peer_message(run, error)) from None
+            raise LostPeerError(_lost_peer_message(run, error)) from None
         if isinstance(error, TrainingError) or run.is_mid_step:
             raise
         if world_size() == 1:  # the other processes would have to take part in saving

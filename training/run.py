@@ -76,14 +76,14 @@ class Run(RunState):
             for batch in batches:
                 self._run_step(batch)
                 bar.update()
+                # All decide alike; and notice one that has ended, for which the device would wait.
+                is_due = is_main() and self.checkpoint_is_due()
+                stop, save = any_rank(self.stop_requested, is_due)
                 if len(self.window) >= self.log_every or self.step == self.steps:
                     self.check_finite()
                     seconds = time.perf_counter() - start
                     self._log_point((self.step - first) * self.batch_size / seconds, log, bar)
                     start, first = time.perf_counter(), self.step
-                # All processes decide alike: a signal may have reached one of them only.
-                is_due = is_main() and self.checkpoint_is_due()
-                stop, save = any_rank(self.stop_requested, is_due)
                 if stop or save:
                     self.save_last(log)
                 if stop:

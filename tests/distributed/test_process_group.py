@@ -165,6 +165,34 @@ def test_a_process_that_dies_ends_the_run_and_last_pt_resumes(groups, folder, tm
     assert newest(tmp_path)["epoch"] == 2
 
 
+@pytest.mark.parametrize("fault", ["kill", "error"])
+def test_a_process_that_waits_in_c_is_ended_by_the_watchdog(fault, groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(folder)]
+    printed, codes = groups.run(tmp_path, 2, "train_and_wait", flags, 5, fault, fails=True)
+    assert codes == [2, -signal.SIGKILL if fault == "kill" else 2]
+    assert "At epoch 2, step 2 of 4: Another of the 2 processes has ended" in printed[0]
+    assert "last.pt is as it was written last; resume, with any number" in printed[0]
+    assert ("it reports an error" in printed[0]) == (fault == "error")
+    assert ("It failed." in printed[1]) == (fault == "error")
+    assert newest(tmp_path)["epoch"] == 1
+
+
+def test_a_stop_of_all_processes_destroys_the_group(groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(folder)]
+    printed, codes = groups.run(tmp_path, 2, "stop_together", flags, fails=True)
+    assert codes == [130, 130]
+    assert "Stopped at epoch 1, step 3; resume with:" in printed[0]
+    assert all("initialized: False" in text for text in printed)
+
+
+def test_processes_agree_on_the_cache(groups, folder, tmp_path):
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--epochs", "1"]
+    printed = groups.run(tmp_path / "little", 2, "train_with_little_memory", flags, 1)
+    assert "cache: none" in printed[0]
+    printed = groups.run(tmp_path / "enough", 2, "train_with_little_memory", flags, 2)
+    assert "cache: ram" in printed[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
@@ -200,4 +228,5 @@ def test_torchrun_itself(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "; 2 processes" in done.stdout
+    assert "find_unused_parameters" not in done.stderr
     assert done.stdout.count("epoch 2/2 ") == 1

@@ -1,11 +1,13 @@
 """What the processes of processes.py do; results are written into the working folder."""
 
+import ctypes
 import os
 import signal
 
 import torch
 from torch import nn
 
+import data_gen
 import models
 import pre_process
 import train
@@ -130,14 +132,51 @@ def train_and_die(argv, steps, rank):
     run_train(argv)
 
 
+def train_and_wait(argv, steps, fault):
+    """train.py, in which rank 1 has a fault while rank 0 waits in C, as for a GPU, for ever."""
+
+    def wait():
+        while True:  # a signal ends the call, but Python's handler may not raise
+            ctypes.CDLL(None).sleep(3600)
+
+    def fail():
+        raise UserError("It failed.")
+
+    faults = {"error": fail, "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}
+    do_at_step(steps + 1, lambda: faults[fault] if rank() else wait)
+    run_train(argv)
+
+
+def stop_together(argv):
+    """train.py, in which rank 1 gets Ctrl-C; each process says whether its group is destroyed."""
+    at_step(3, lambda: 1, signal.SIGINT)
+    try:
+        run_train(argv)
+    finally:
+        print("initialized:", torch.distributed.is_initialized())
+
+
+def train_with_little_memory(argv, where):
+    """train.py, in which process number `where` finds no memory for its cache."""
+    if os.environ["RANK"] == str(where):
+        data_gen.available_memory = lambda: 0
+    run_train(argv)
+
+
 def at_step(count, who, number):
     """Have a process send itself a signal at the beginning of its step number `count`."""
+    kill = lambda: os.kill(os.getpid(), number)  # noqa: E731
+    do_at_step(count, lambda: kill if rank() == who() else lambda: None)
+
+
+def do_at_step(count, choose):
+    """Have each process do what `choose` returns in it at the beginning of its step `count`."""
     train_step, steps = run_module.Run.train_step, []
 
     def step(self, *args):
         steps.append(1)
-        if len(steps) == count and rank() == who():
-            os.kill(os.getpid(), number)
+        if len(steps) == count:
+            choose()()
         return train_step(self, *args)
 
     run_module.Run.train_step = step

@@ -16,7 +16,8 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tests.helpers.fake_cuda.cpu_forms import CPU_FORMS, VALUES_ONLY
 from tests.helpers.fake_cuda.report import Report
+
+T = TypeVar("T")
 
 
 def _names(text: str) -> set[str]:
@@ -239,10 +242,25 @@ class Interpreter(TorchDispatchMode):
         cpu_args, cpu_kwargs = tree_map_only(
             Tensor, lambda t: shared(t) if on_cuda(t) else t, (args, kwargs)
         )
-        out = func(*cpu_args, **cpu_kwargs)
+        out = waiting_as_nccl(lambda: func(*cpu_args, **cpu_kwargs))
+        works = [x for x in (out if isinstance(out, tuple) else (out,)) if hasattr(x, "wait")]
+        for work in works:  # whoever waits for the device now waits for the others
+            waiting_as_nccl(work.wait)
         pairs = zip(tree_flatten(args)[0], tree_flatten(cpu_args)[0], strict=True)
         original = {id(cpu): device for device, cpu in pairs if isinstance(cpu, Tensor)}
         return tree_map_only(Tensor, lambda t: original.get(id(t), t), out)
+
+
+def waiting_as_nccl(work: Callable[[], T]) -> T:
+    """The result of a collective, which waits for ever in C for a process that has ended.
+
+    gloo notices that its connection is closed. NCCL's kernel goes on waiting, and the host with it.
+    """
+    try:
+        return work()
+    except RuntimeError:
+        while True:  # a signal ends the call, but Python's handler may not raise
+            ctypes.CDLL(None).sleep(3600)
 
 
 def gloo_for_nccl() -> None:
@@ -256,7 +274,12 @@ def gloo_for_nccl() -> None:
 
     def all_reduce(state, bucket):  # gloo's result is a CPU tensor on the bucket's memory
         reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return reduced.then(lambda done: bucket.buffer())
+
+        def wait(done):
+            waiting_as_nccl(done.value)
+            return bucket.buffer()
+
+        return reduced.then(wait)
 
     data_parallel._sum_gradients = all_reduce
 
