@@ -126,17 +126,18 @@ def test_a_run_resumes_with_another_number_of_processes(groups, folder, tmp_path
 
 
 @pytest.mark.slow
-def test_a_resumed_group_writes_the_same_bytes(groups, folder, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 3])  # 3: sums depend on their order
+def test_a_resumed_group_writes_the_same_bytes(ranks, groups, folder, tmp_path):
     # With dropout, statistics per process, and sampled classes.
     flags = [*FLAGS.split(), "--train-set", str(folder), "--sample-rate", "0.5"]
-    groups.run(tmp_path / "straight", 2, "run_train", flags)
-    groups.run(tmp_path / "cut", 2, "train_until", flags, 3, fails=True)
-    groups.run(tmp_path / "cut", 2, "run_train", ["--resume"])
+    groups.run(tmp_path / "straight", ranks, "run_train", flags)
+    groups.run(tmp_path / "cut", ranks, "train_until", flags, 3, fails=True)
+    groups.run(tmp_path / "cut", ranks, "run_train", ["--resume"])
     (straight,), (cut,) = (list(tmp_path.glob(f"{name}/runs/*")) for name in ("straight", "cut"))
     for name in ("last.pt", "best.pt"):
         assert (straight / name).read_bytes() == (cut / name).read_bytes()
     states = newest(tmp_path / "cut")
-    assert len(states["random_of_others"]) == 1
+    assert len(states["random_of_others"]) == ranks - 1
     assert not torch.equal(states["random"]["cpu"], states["random_of_others"][0]["cpu"])
 
 
@@ -175,6 +176,19 @@ def test_a_process_that_waits_in_c_is_ended_by_the_watchdog(fault, groups, folde
     assert ("it reports an error" in printed[0]) == (fault == "error")
     assert ("It failed." in printed[1]) == (fault == "error")
     assert newest(tmp_path)["epoch"] == 1
+
+
+def test_a_busy_process_is_waited_for(groups, tmp_path):
+    printed = groups.run(tmp_path, 2, "busy_and_finished")
+    assert printed == ["initialized: False\n"] * 2
+
+
+def test_one_process_downloads(groups, tmp_path):
+    printed, codes = groups.run(tmp_path, 2, "download_in_group", [], fails=True)
+    assert codes == [2, 2]
+    assert (tmp_path / "downloads.txt").read_text() == "rank 0\n"
+    assert "The host cannot be reached." in printed[0]
+    assert printed[1] == ""
 
 
 def test_a_stop_of_all_processes_destroys_the_group(groups, folder, tmp_path):

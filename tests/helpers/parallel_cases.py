@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from distributed.process_group import is_main, process_group, rank, world_size
 from fileio.checkpoint_file import save_checkpoint
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
-from preprocessing import prepare
+from preprocessing import lfw_download, prepare
 from tests.helpers import preload  # noqa: F401
 from training import run as run_module
 from training import run_report
@@ -161,6 +162,26 @@ def train_with_little_memory(argv, where):
     if os.environ["RANK"] == str(where):
         data_gen.available_memory = lambda: 0
     run_train(argv)
+
+
+def busy_and_finished():
+    """Rank 0 holds Python's lock for longer than a watchdog is patient; rank 1 has finished."""
+    with process_group("cpu"):
+        if is_main():
+            ctypes.PyDLL(None).sleep(4)
+    print("initialized:", torch.distributed.is_initialized())
+
+
+def download_in_group(argv):
+    """pre_process.py --download-lfw, whose download notes who has come, and fails."""
+
+    def download(folder):
+        with Path("downloads.txt").open("a") as file:
+            file.write(f"rank {rank()}\n")
+        raise UserError("The host cannot be reached.")
+
+    lfw_download.download_lfw = download
+    pre_process.main(parse_args([*argv, "--download-lfw"], "pre_process"))
 
 
 def at_step(count, who, number):
