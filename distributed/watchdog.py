@@ -23,7 +23,7 @@ INTERVAL = 0.5  # seconds between two collectives
 GRACE = 3.0  # seconds for the main thread to end by itself: it may know more
 # A machine that vanishes closes no connection. A thread answers later only if its process is
 # stopped, or if a library keeps Python's lock for so long.
-TIMEOUT = datetime.timedelta(minutes=10)
+SILENCE = datetime.timedelta(minutes=10)
 
 RUNNING, FINISHED, FAILED = 0, 1, 2  # what the processes tell each other
 
@@ -36,7 +36,7 @@ class Watchdog:
 
     def __init__(self, describe: Callable[[BaseException], str]) -> None:
         self.describe = describe
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = dist.new_group(backend="gloo", timeout=SILENCE)
         self._state, self._agreed = RUNNING, False
         self._left, self._all_left = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
