@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed.collectives import rank_slice
+from distributed.collectives import any_rank, rank_slice, run_on_all
 from distributed.process_group import local_world_size, world_size
 from fileio.image_loader import decode_records, load_images
 from fileio.recordio import RecordReader
-from utils import FACE_SIZE, UserError, core_count
+from utils import FACE_SIZE, UserError, core_count, is_out_of_memory
 
 FACE_BYTES = FACE_SIZE * FACE_SIZE * 3
 CHUNK_SIZE = 32  # images that a thread gathers at least
@@ -127,20 +127,19 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def room_for_cache(device: torch.device) -> dict[str, float]:
-    """Bytes that a cache of this process may take, "gpu" and "ram"."""
-    # Half of the GPU's memory stays free for the network, the head and activations.
-    gpu = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 0
-    # Each process of this machine has a cache of its own.
-    return {"gpu": gpu, "ram": 0.7 * available_memory() / local_world_size()}
-
-
-def choose_cache(count: int, room: dict[str, float]) -> str:
+def choose_cache(count: int, device: torch.device, gpu_room: float | None = None) -> str:
     """Where `count` decoded images are cached: "gpu", "ram" or "none", the first with enough room.
 
-    490,000 images are 18.4 GB. `room` is room_for_cache's, of all processes the least.
+    Enough in every process of a group; each must call it. `gpu_room` is how many bytes of a GPU's
+    memory they may take, by default half of what is free. 490,000 images are 18.4 GB.
     """
-    return next((place for place in room if count * FACE_BYTES < room[place]), "none")
+    size = count * FACE_BYTES
+    if gpu_room is None:
+        gpu_room = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 0.0
+    # Each process of this machine has a cache of its own.
+    fits = {"gpu": size < gpu_room, "ram": size * local_world_size() < available_memory() * 0.7}
+    lacking = any_rank(*(not enough for enough in fits.values()))
+    return next((cache for cache, lacks in zip(fits, lacking, strict=True) if not lacks), "none")
 
 
 class ImageStore:
@@ -151,6 +150,7 @@ class ImageStore:
     """
 
     labels: Tensor | None  # (n,) by position, on the device; None if they are read as needed
+    can_cache = True
 
     def __init__(
         self,
@@ -166,24 +166,42 @@ class ImageStore:
         self.reader = reader
         self.indices = split.indices
         self.device = device
-        self.cache = cache
-        if cache == "auto":
-            self.cache = choose_cache(len(split.indices), room or room_for_cache(device))
-        if self.cache == "gpu" and device.type != "cuda":
-            self.cache = "ram"
         self.labels = torch.from_numpy(split.labels).to(device)
         self.corrupt: dict[int, str] = {}
-        self.images: Tensor | None = None  # the cache
+        self.cache, self.images = "none", None
         self.workers = workers or core_count()
         self.pool = ThreadPoolExecutor(self.workers)
-        if self.cache != "none":
-            self.images, self.corrupt = load_images(
-                reader,
-                split.indices,
-                device=device if self.cache == "gpu" else "cpu",
-                workers=workers,
-                progress=progress,
-            )
+        if cache == "auto":
+            cache = choose_cache(len(split.indices), device)
+        if cache != "none":
+            self.fill_cache(cache, progress)
+
+    def fill_cache(self, cache: str, progress: str = "") -> None:
+        """Decode all images into a cache, "gpu" or "ram"; "none" decodes nothing.
+
+        If memory fills in one process of a group, all take the next cache; each must call it.
+        """
+        self.cache = "ram" if cache == "gpu" and self.device.type != "cuda" else cache
+        while self.cache != "none":
+            has_room = run_on_all(lambda: self._decode_all(progress))
+            if not any_rank(not has_room)[0]:
+                return
+            self.images, full = None, self.cache
+            ram = choose_cache(len(self.indices), torch.device("cpu"))
+            self.cache = ram if full == "gpu" else "none"
+            print(f"Memory was full for --cache {full}; taking --cache {self.cache} instead.")
+
+    def _decode_all(self, progress: str) -> bool:
+        """Fill the cache; whether memory sufficed."""
+        device = self.device if self.cache == "gpu" else "cpu"
+        options = {"device": device, "workers": self.workers, "progress": progress}
+        try:
+            self.images, self.corrupt = load_images(self.reader, self.indices, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     # -------------------------------------------------------------------------- images
 

@@ -94,31 +94,38 @@ def build_run(cfg: Config, folder: Path) -> Run:
     from distributed.collectives import run_on_all
     from distributed.process_group import local_device, seed_per_rank
     from training.data_checks import check_training_set
-    from training.dataset import agreed_room
+    from training.dataset import cache_images
     from training.engine import choose_compile
+    from training.gpu_memory import choose_training_cache
     from training.run import Run
     from training.schedule import learning_rate
     from utils import seed_everything
 
     device = run_on_all(lambda: local_device(cfg.device))
-    seed_everything(cfg.seed)
-    torch.backends.cudnn.benchmark = True  # every training step has the same shapes
     # What autocast leaves in float32 uses a GPU's tensor cores; evaluation is exact by itself.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # Each process opens and decodes for itself; if one of them fails, all end.
-    room = agreed_room(device)
-    store, split = run_on_all(lambda: open_data(cfg, device, room))
-    positions = store.readable(split.train)
+    store, split = run_on_all(lambda: open_data(cfg, device))
+    slice_size = store.slice_size(cfg.batch_size)
+
+    def build(compiled: str) -> Engine:
+        uses = dataclasses.replace(cfg, compile=compiled)
+        return build_engine(uses, split.num_classes, device, slice_size)
+
+    at_a_time = -(-slice_size // cfg.accumulate)
+    cache = choose_training_cache(cfg.cache, store, lambda: build("off"), at_a_time)
+    positions = cache_images(store, split.train, cache)
+    seed_everything(cfg.seed)
+    torch.backends.cudnn.benchmark = True  # every training step has the same shapes
     steps = steps_per_epoch(len(positions), cfg.batch_size) * cfg.epochs
     cfg = dataclasses.replace(cfg, compile=choose_compile(cfg.compile, device, steps))
     settings = dataclasses.asdict(cfg)
     # How train.py was called does not make a run what it is.
     settings = {k: v for k, v in settings.items() if k not in ("given", "resume")}
 
-    engine = build_engine(cfg, split.num_classes, device, store.slice_size(cfg.batch_size))
     run = Run(
-        engine=engine,
+        engine=build(cfg.compile),
         store=store,
         split=split,
         folder=folder,
@@ -147,8 +154,8 @@ def build_run(cfg: Config, folder: Path) -> Run:
     return run
 
 
-def open_data(cfg: Config, device: torch.device, room: dict) -> tuple[ImageStore, Split]:
-    """The images to train on, in their cache, and their split into training and validation."""
+def open_data(cfg: Config, device: torch.device) -> tuple[ImageStore, Split]:
+    """The images to train on, and their split into training and validation."""
     from training.dataset import DEFAULT_SET, open_training_set
 
     return open_training_set(
@@ -160,8 +167,6 @@ def open_data(cfg: Config, device: torch.device, room: dict) -> tuple[ImageStore
         max_classes=cfg.max_classes,
         keep=cfg.keep,
         hold_out=cfg.hold_out,
-        cache=cfg.cache,
-        room=room,
         workers=cfg.workers,
     )
 
@@ -174,7 +179,6 @@ def build_engine(
     `slice_size` is the size of the largest slice of a batch, by default an even one. Raises
     UserError where settings do not fit together.
     """
-    import torch
     from torch import nn
 
     from distributed.data_parallel import convert_sync_batch_norm
@@ -202,7 +206,7 @@ def build_engine(
             enable_activation_checkpointing(model)
         if cfg.sync_bn:
             model = convert_sync_batch_norm(model, device)
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device)
         head = build_head(
             cfg.margin,
             cfg.emb_size,
@@ -236,15 +240,15 @@ def build_engine(
 
 def fit(run: Run, cfg: Config, resumed: bool) -> None:
     """Train to the last epoch, evaluating and saving after each, and report the result."""
-    from distributed.collectives import any_rank, run_on_main
-    from training.epochs import finish_epoch, open_lfw
+    from distributed.collectives import any_rank
+    from evaluation.shared_set import open_lfw
+    from training.epochs import finish_epoch
     from training.event_log import open_log
     from training.interruptions import saved_on_exit, stop_on_signals
     from training.run_report import print_header, report_result, settings_table
 
-    lfw = run_on_main(  # rank 0 evaluates for all
-        lambda: open_lfw(cfg.lfw, cfg.data_dir, cfg.train_set, cfg.workers), broadcast=False
-    )
+    options = {"batch": run.eval_batch, "device": run.device}
+    lfw = open_lfw(cfg.lfw, cfg.data_dir, cfg.train_set, cfg.workers, **options)
     print_header(run)
     with stop_on_signals(run), open_log(run.folder, run.global_step, run.step > 0) as log:
         if not resumed:

@@ -16,7 +16,8 @@ import torch
 
 from bench.common import network_flops, time_runs
 from bench.gpu_parts import ROOT, Context, free_memory, read_faces, require_packages
-from utils import has_bfloat16, is_out_of_memory
+from data_gen import normalise
+from utils import exact_float32, has_bfloat16, is_out_of_memory
 
 Rows = Iterator[dict[str, Any]]
 Roofline = dict[str, float]
@@ -121,19 +122,30 @@ def _step(context: Context, network: str, size: int, compiled: str, floor: float
 
 
 def evaluation(context: Context, roofline: Roofline) -> Rows:
-    """Embeddings in float32 with mirror images; floor: two forward passes per face."""
-    from evaluation.embedders import torch_embedder
+    """Embeddings in float32 with mirror images, floor: two forward passes per face; both layouts.
+
+    utils.conv_layout takes the contiguous one on a GPU, by what others have measured.
+    """
+    from evaluation.embedders import fold_batch_norm, torch_embedder
     from models import build_model
 
     count = 16 if context.quick else 2048
     faces = read_faces(context, count)
     for network in ("tiny",) if context.quick else ("r50", "mobilefacenet"):
         free_memory()
-        model = build_model(network).to(context.device, memory_format=torch.channels_last)
+        model = build_model(network).to(context.device)
         embed = torch_embedder(model, context.device)
         seconds = time_runs(lambda embed=embed: embed(faces), context.device, 3)
         floor = roofline["float32"] / (2 * network_flops(network))
         yield row(f"evaluate {network}", count, seconds, floor)
+        folded, images = fold_batch_norm(model), normalise(faces[:256].to(context.device))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            folded.to(memory_format=layout)
+            laid_out = images.contiguous(memory_format=layout)
+            with torch.inference_mode(), exact_float32():
+                seconds = time_runs(lambda f=folded, x=laid_out: f(x), context.device, 3)
+            stage = f"forward {network}, float32, {layout}".replace("torch.", "")
+            yield row(stage, len(images), seconds, 2 * floor)
 
 
 SPEEDS = (align, feed, train, evaluation)

@@ -10,7 +10,7 @@ after it, all processes know whether it failed, and all of them end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -158,19 +158,42 @@ class _AllGatherRows(torch.autograd.Function):
         return own  # (n, ...)
 
 
-def gather_to_main(rows: Tensor, count: int) -> Tensor | None:
-    """The (count, ...) tensor of which each process has its `rank_slice`; None but in rank 0.
+def gather_to_main(
+    rows: Tensor, count: int, slices: Sequence[slice] | None = None
+) -> Tensor | None:
+    """The (count, ...) tensor of which each process has a slice; None but in rank 0.
 
-    It is in CPU memory, received slice by slice, so that no GPU has to hold all rows. A single
-    process gets its tensor back.
+    `slices` are by rank, by default each process's `rank_slice`; only others than rank 0's may be
+    empty. It is in CPU memory, received slice by slice, so that no GPU has to hold all rows. A
+    single process gets its tensor back.
     """
     if world_size() == 1:
         return rows
+    slices = slices or [even_slice(count, number, world_size()) for number in range(world_size())]
     if not is_main():
-        dist.send(rows.detach().cpu().contiguous(), 0)
+        if len(rows):
+            dist.send(rows.detach().cpu().contiguous(), 0)
         return None
     gathered = torch.empty(count, *rows.shape[1:], dtype=rows.dtype)
-    gathered[rank_slice(count)] = rows.detach().cpu()
-    for sender in range(1, world_size()):
-        dist.recv(gathered[even_slice(count, sender, world_size())], sender)
+    gathered[slices[0]] = rows.detach().cpu()
+    for sender, part in enumerate(slices[1:], 1):
+        if part.stop > part.start:
+            dist.recv(gathered[part], sender)
     return gathered
+
+
+def scatter_from_main(rows: Tensor, slices: Sequence[slice]) -> Tensor:
+    """This process's slice, `slices` are by rank, of the (n, ...) CPU tensor that rank 0 has.
+
+    The other processes give a tensor of the same type and shape but for its length.
+    """
+    own = slices[rank()]
+    if is_main():
+        for receiver, part in enumerate(slices[1:], 1):
+            if part.stop > part.start:
+                dist.send(rows[part].contiguous(), receiver)
+        return rows[own]
+    part = rows.new_empty(own.stop - own.start, *rows.shape[1:])
+    if len(part):
+        dist.recv(part, 0)
+    return part

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from evaluation.onnx_backends import ONNX_BACKENDS, default_onnx_backend, in_fix
 from fileio.checkpoint_file import check_weights, load_checkpoint
 from fileio.onnx_file import check_onnx
 from models import build_model
-from utils import UserError, exact_float32
+from utils import UserError, conv_layout, exact_float32, is_out_of_memory
 
 # Aligned faces (n, 112, 112, 3) uint8 RGB on the CPU -> embeddings (n, d) float32 on the CPU.
 Embed = Callable[[Tensor], Tensor]
+
+_Result = TypeVar("_Result")
 
 
 class InputSpec(NamedTuple):
@@ -50,13 +52,43 @@ CPU_BATCH = 64
 # ------------------------------------------------------------------------------ batches
 
 
+def embedding_batch(device: torch.device, batch: int) -> int:
+    """How many faces a network embeds at a time on a device where `batch` are asked for."""
+    return min(batch, CPU_BATCH) if device.type == "cpu" else batch
+
+
+def in_batches_that_fit(work: Callable[[int], _Result], batch: int) -> _Result:
+    """`work(batch)`, repeated with half the batch while memory does not suffice for it.
+
+    Raises UserError if it does not suffice for one image.
+    """
+    while True:
+        try:
+            return work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        # Not in the except clause: the error keeps the tensors of what has failed alive.
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if batch == 1:
+            raise UserError(
+                f"Memory does not suffice for evaluating one image at a time ({reason}); free "
+                "some, or take --device cpu."
+            )
+        batch //= 2
+        print(f"Memory is full: evaluating {batch} images at a time.")
+
+
 def preprocess_faces(faces: Tensor, spec: InputSpec) -> Tensor:
-    """Faces (n, 112, 112, 3) uint8 RGB to a model's input (n, 3, 112, 112), channels_last."""
+    """Faces (n, 112, 112, 3) uint8 RGB to a model's input (n, 3, 112, 112)."""
     images = normalise(faces)  # (n, 3, 112, 112) in [-1, 1]
     if (spec.mean, spec.std) != (TRAIN_INPUT.mean, TRAIN_INPUT.std):
         mean, std = images.new_tensor((spec.mean, spec.std))[..., None, None]  # (3, 1, 1) each
         images = (images * 0.5 + 0.5 - mean) / std
-    return images.flip(1) if spec.bgr else images
+    images = images.flip(1) if spec.bgr else images
+    return images.contiguous(memory_format=conv_layout(images.device))
 
 
 def embed_in_batches(
@@ -114,14 +146,11 @@ def torch_embedder(
     It runs in float32: under bfloat16 cosines change by 0.003 on average and by up to 0.02, more
     than the 0.001 to which thresholds and TARs are quoted (MobileFaceNet on aligned faces).
     """
-    batch = min(batch, CPU_BATCH) if device.type == "cpu" else batch
 
     def embed(faces: Tensor) -> Tensor:
-        forward = fold_batch_norm(model)
-        autocast_off = torch.autocast(device.type, enabled=False)
-        with torch.inference_mode(), autocast_off, exact_float32():
+        def embed_by(batch: int) -> Tensor:
             return embed_in_batches(
-                forward,
+                fold_batch_norm(model),
                 faces,
                 flip=flip,
                 batch=batch,
@@ -130,6 +159,10 @@ def torch_embedder(
                 progress=progress,
                 unnormalised=unnormalised,
             )
+
+        autocast_off = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(), autocast_off, exact_float32():
+            return in_batches_that_fit(embed_by, embedding_batch(device, batch))
 
     return embed
 
@@ -143,7 +176,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         folded = fuse(model.eval())  # folds running statistics, hence evaluation mode
     model.train(was_training)
-    return folded.to(memory_format=torch.channels_last)
+    return folded.to(memory_format=conv_layout(next(folded.parameters()).device))
 
 
 # ------------------------------------------------------------------------------ ONNX
@@ -254,10 +287,8 @@ def load_embedder(
             "give another --checkpoint."
         )
     info["network"] = network
-    model = _build_with_weights(network, use_se, state, checkpoint)
-    model = model.to(device, memory_format=torch.channels_last)
     embed = torch_embedder(
-        model,
+        _build_with_weights(network, use_se, state, checkpoint).to(device),
         device,
         flip,
         batch,

@@ -44,12 +44,17 @@ RESAMPLES = 1000
 def evaluate_lfw(embed: Embed, test_set: PairSet) -> SetResult:
     """Embed every face once and verify the pairs, by this project's protocol.
 
-    This is the evaluation of train.py after each epoch: the set is loaded once, and embed is a
-    torch_embedder of the network in training. evaluate_set adds other protocols and a cache.
+    train.py evaluates so after each epoch, by shared_set.py; evaluate_set adds other protocols and
+    a cache.
     """
-    embeddings = embed(test_set.images).float().cpu().numpy()
-    scores = verification.pair_scores(embeddings, test_set.pairs.first, test_set.pairs.second)
-    return SetResult(test_set, scores, pair_set_metrics(scores, test_set), embeddings)
+    return verify_embeddings(embed(test_set.images), test_set)
+
+
+def verify_embeddings(embeddings: Tensor, test_set: PairSet) -> SetResult:
+    """The result that the embeddings (n, d) of a set's faces give by this project's protocol."""
+    rows = embeddings.float().cpu().numpy()
+    scores = verification.pair_scores(rows, test_set.pairs.first, test_set.pairs.second)
+    return SetResult(test_set, scores, pair_set_metrics(scores, test_set), rows)
 
 
 def pair_set_metrics(scores: np.ndarray, test_set: PairSet) -> Metrics:

@@ -9,6 +9,8 @@ from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from training.augment import build_augmentation
 
+GPU = torch.device("cuda", 0)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -190,10 +192,39 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path, cache):
 
 def test_cache_goes_where_the_images_fit(monkeypatch):
     monkeypatch.setattr(data_gen, "available_memory", lambda: 10 * data_gen.FACE_BYTES)
-    room = data_gen.room_for_cache(torch.device("cpu"))
-    assert data_gen.choose_cache(5, room) == "ram"
-    assert data_gen.choose_cache(9, room) == "none"
-    assert data_gen.choose_cache(5, {"gpu": 6 * data_gen.FACE_BYTES, "ram": 0}) == "gpu"
+    assert data_gen.choose_cache(5, torch.device("cpu")) == "ram"
+    assert data_gen.choose_cache(9, torch.device("cpu")) == "none"
+    assert data_gen.choose_cache(5, GPU, gpu_room=6 * data_gen.FACE_BYTES) == "gpu"
+    assert data_gen.choose_cache(5, GPU, gpu_room=4 * data_gen.FACE_BYTES) == "ram"
+    # By default half of the GPU's memory stays free.
+    memory = (11 * data_gen.FACE_BYTES, 80 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: memory)
+    assert [data_gen.choose_cache(count, GPU) for count in (5, 6)] == ["gpu", "ram"]
+
+
+def test_a_cache_that_memory_does_not_suffice_for_is_left_out(tmp_path, monkeypatch, capsys):
+    write_dataset(tmp_path, [encode_jpeg(face(i)) for i in range(6)], [i // 3 for i in range(6)])
+    reader = RecordReader(tmp_path)
+    faces = make_split(reader.labels, valid_fraction=0)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(data_gen, "load_images", full)
+    store = ImageStore(reader, faces, torch.device("cpu"), cache="ram", workers=2)
+    assert (store.cache, store.images) == ("none", None)
+    printed = capsys.readouterr().out
+    assert printed == "Memory was full for --cache ram; taking --cache none instead.\n"
+    assert len(next(iter(train_batches(store, faces.train, batch_size=6, seed=0, epoch=0))).images)
+
+
+@pytest.mark.parametrize("short_of", ["nothing", "room", "memory"])
+def test_a_cache_that_one_process_has_no_room_for_is_no_ones(groups, tmp_path, short_of):
+    """Otherwise corrupt images would change their orders of an epoch in different ways."""
+    write_dataset(tmp_path / "set", [encode_jpeg(face(i)) for i in range(4)], [0, 0, 1, 1])
+    printed = groups.run(tmp_path, 2, "cache_together", str(tmp_path / "set"), short_of)
+    cache = "cache ram, True" if short_of == "nothing" else "cache none, False"
+    assert all(cache in text for text in printed), printed
 
 
 def test_real_records_feed(real_faces):

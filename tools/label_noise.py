@@ -168,7 +168,6 @@ def main(cfg: Settings) -> None:
         max_classes=run.max_classes,
         keep=run.keep,
         hold_out=run.hold_out,
-        cache=run.cache,
         workers=run.workers,
     )
     if store.labels is None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_gen import ImageStore, Split, make_split, room_for_cache
-from distributed.collectives import all_gather_objects
+from data_gen import ImageStore, Split, make_split
+from distributed.collectives import run_on_all
 from distributed.process_group import is_main
 from fileio.recordio import RecordReader
 from fileio.shards import ShardReader, is_sharded
@@ -33,14 +33,12 @@ def open_training_set(
     max_classes: int = 0,
     keep: str = "",
     hold_out: str = "",
-    cache: str = "auto",
-    room: dict[str, float] | None = None,
     workers: int = 0,
 ) -> tuple[ImageStore, Split]:
-    """The images to train on, decoded into their cache, and their split.
+    """The images to train on, not decoded yet, and their split.
 
-    `keep` and `hold_out` are lists of sample_lists.py, `room` is agreed_room's. Raises UserError if
-    the folder is not a training set, or if too little of it is left to train on.
+    `keep` and `hold_out` are lists of sample_lists.py. Raises UserError if the folder is not a
+    training set, or if one identity is left to train on.
     """
     if not folder.exists():
         raise UserError(
@@ -60,27 +58,28 @@ def open_training_set(
     split = make_split(reader.labels, **options, used=mask)
     if split.num_classes < 2:
         raise UserError(f"{folder} has one identity only; a classifier needs two or more.")
-    progress = "decoding" if is_main() else ""
-    store = ImageStore(
-        reader, split, device, cache=cache, room=room, workers=workers, progress=progress
-    )
+    return ImageStore(reader, split, device, cache="none", workers=workers), split
+
+
+def cache_images(store: ImageStore, train: np.ndarray, cache: str) -> np.ndarray:
+    """Decode a store's images into a cache, and say which are corrupt; every process must call it.
+
+    Returns those of the positions `train` (n,) that can be trained on; UserError if there are none.
+    """
+    if store.can_cache:
+        store.fill_cache(cache, "decoding" if is_main() else "")
     for reason in list(store.corrupt.values())[:NAMED_CORRUPT]:
         print(f"Left out: {reason}")
     if len(store.corrupt) > NAMED_CORRUPT:
         print(f"Left out: {len(store.corrupt) - NAMED_CORRUPT} images more.")
-    if len(store.readable(split.train)) < 2:
-        raise UserError(f"{folder} has no images left to train on.")
-    return store, split
+    positions = store.readable(train)
 
+    def check() -> None:
+        if len(positions) < 2:
+            raise UserError(f"{store.reader.path} has no images left to train on.")
 
-def agreed_room(device: torch.device) -> dict[str, float]:
-    """data_gen.room_for_cache of the process that has least; every process must call it.
-
-    With the same room all choose the same cache. Where only some had one, corrupt images would
-    change their order of an epoch in other ways, and processes would train on each other's images.
-    """
-    rooms = all_gather_objects(room_for_cache(device))
-    return {place: min(room[place] for room in rooms) for place in rooms[0]}
+    run_on_all(check)
+    return positions
 
 
 def open_shards(

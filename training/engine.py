@@ -28,7 +28,7 @@ from distributed.process_group import world_size
 from heads.base import Criterion, Head, HeadLoss
 from training.checkpoints import load_momentum
 from training.ema import ModelEMA
-from utils import FACE_SIZE, UserError
+from utils import FACE_SIZE, UserError, conv_layout, has_bfloat16
 
 COMPILED_STEPS = 2000  # compiling takes a minute, which pays off in runs of that many steps
 
@@ -69,6 +69,8 @@ class Engine:
         self.optimizer, self.device = optimizer, device
         self.slice_size, self.accumulate = slice_size, accumulate
         self.clip_norm, self.amp = clip_norm, amp
+        self.layout = conv_layout(device, tensor_cores=amp or has_bfloat16(device))  # or TF32
+        model.to(memory_format=self.layout)
         self.replica = wrap_ddp(model)  # the model itself in one process
         self.forward = torch.compile(self.replica) if compiled else self.replica
         self.parameters = trainable_parameters(model, head)
@@ -96,6 +98,7 @@ class Engine:
         """
         # Batches of validation vary in size, and each size would be compiled anew.
         forward = self.forward if self.model.training else self.model
+        images = images.contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             embedding = forward(images)  # (n, emb_size)
         return self.head.loss(embedding, labels, self.criterion, slice_size)
@@ -141,7 +144,7 @@ class Engine:
         """
         self.forward, self.slice_size, self.accumulate = self.model, count, 1
         shape = (count, 3, FACE_SIZE, FACE_SIZE)
-        images = torch.zeros(shape, device=self.device).to(memory_format=torch.channels_last)
+        images = torch.zeros(shape, device=self.device)
         labels = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.train_step(images, labels, lr=0.0, step=0)
 

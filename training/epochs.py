@@ -1,6 +1,6 @@
 """The end of an epoch: evaluation of the raw and of the EMA weights, logging, best.pt, last.pt.
 
-    lfw = open_lfw("", "data")
+    lfw = open_lfw("", "data", batch=256, device=device)
     finish_epoch(run, log, lfw, train_loss, train_accuracy)
 
 TensorBoard's tags begin with "valid/" and "lfw/", by which event_log.truncate_events knows them.
@@ -8,13 +8,12 @@ TensorBoard's tags begin with "valid/" and "lfw/", by which event_log.truncate_e
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from distributed.collectives import run_on_main
+from distributed.data_parallel import broadcast_buffers
 from evaluation.embedders import torch_embedder
-from evaluation.evaluate import evaluate_lfw
-from evaluation.pair_sets import PairSet, find_pairs, find_set, load_set
+from evaluation.shared_set import SharedSet, evaluate_shared
 from evaluation.tensorboard_log import log_evaluation, log_projector
 from fileio.checkpoint_file import save_checkpoint
 from training.data_checks import warn_if_lfw_at_chance
@@ -34,25 +33,10 @@ class EpochResult(NamedTuple):
     valid: tuple[float, float] | None  # loss and accuracy on the held-out images
 
 
-def open_lfw(lfw: str, data_dir: str, train_set: str = "", workers: int = 0) -> PairSet | None:
-    """The test set that is evaluated after each epoch, None if it is not prepared.
-
-    `lfw` is --lfw, a folder or a .bin set; empty: LFW in data_dir or beside the training set.
-    """
-    path = Path(lfw) if lfw else find_set("lfw", data_dir, train_set)
-    if path is None:
-        print("LFW is not prepared, so there will be no LFW accuracy after each epoch.")
-        return None
-    return load_set(path, find_pairs(path, data_dir), workers)
-
-
 def finish_epoch(
-    run: Run, log: EventLog, lfw: PairSet | None, train_loss: float, train_accuracy: float
+    run: Run, log: EventLog, lfw: SharedSet | None, train_loss: float, train_accuracy: float
 ) -> None:
-    """Evaluate, log, print and save an epoch whose last step is done.
-
-    Every process must call it; rank 0 alone has `lfw` and evaluates it.
-    """
+    """Evaluate, log, print and save an epoch whose steps are done; every process must call it."""
     epoch, ema = run.epoch + 1, run.engine.ema
     text = f"epoch {epoch}/{run.epochs}  loss {train_loss:.3f}  accuracy {train_accuracy:.2%}"
     result = evaluate_weights(run, log, lfw)
@@ -74,7 +58,7 @@ def finish_epoch(
 
 
 def evaluate_weights(
-    run: Run, log: EventLog, lfw: PairSet | None, ema: bool = False
+    run: Run, log: EventLog, lfw: SharedSet | None, ema: bool = False
 ) -> EpochResult:
     """Evaluate the weights that the network has now, and log the result.
 
@@ -82,7 +66,7 @@ def evaluate_weights(
     """
     epoch, step = run.epoch + 1, run.global_step
     name, tag = ("ema ", "ema_") if ema else ("", "")
-    text, valid, points = "", None, {}
+    text, valid, points, result = "", None, {}, None
     if len(run.valid_positions):
         loss, accuracy = valid = run.validate()
         points["ema" if ema else "valid"] = [(epoch, loss, accuracy)]
@@ -90,8 +74,10 @@ def evaluate_weights(
         log.add_scalar(f"valid/{tag}accuracy", accuracy, step)
         text += f"  {name}valid loss {loss:.3f}  {name}valid accuracy {accuracy:.2%}"
     if lfw is not None:
+        broadcast_buffers(run.engine.model)  # all embed with rank 0's running statistics
         embed = torch_embedder(run.engine.model, run.device, batch=run.eval_batch)
-        result = evaluate_lfw(embed, lfw)
+        result = evaluate_shared(embed, lfw)
+    if result is not None:  # in rank 0
         accuracy, threshold = result.metrics["accuracy"], result.metrics["threshold"]
         points["ema_lfw" if ema else "lfw"] = [(epoch, accuracy, threshold)]
         if ema:

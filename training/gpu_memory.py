@@ -1,20 +1,25 @@
-"""How many images a training step has GPU memory for: measured, once a step has run out of it.
+"""How much GPU memory a training step takes: measured on small steps.
 
-    needs = measure_step_memory(engine)
-    needs.images                       # how many at a time should fit
+    cache = choose_training_cache("auto", store, build_engine, images=512)    # before training
+    needs = measure_step_memory(engine)               # once a step has run out of memory
+    needs.images                                      # how many at a time should fit
     advise_on_memory(needs, batch_size=512, accumulate=1, lr=0.1, checkpointing=False)
 
 Dividing what was in use by the batch would not do: when memory runs out that is about all of the
-GPU's memory, however much the batch needs.
+GPU's memory, however much the batch needs. And a step that has run out of memory cannot be repeated
+with a smaller cache: in a group the other processes are in the middle of it.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from data_gen import FACE_BYTES, ImageStore, choose_cache
+from distributed.collectives import any_rank
 from distributed.process_group import world_size
 from training.engine import Engine
 from utils import is_out_of_memory
@@ -39,6 +44,13 @@ class StepMemory(NamedTuple):
         """
         return max(0, int((USABLE * self.total - self.fixed) / max(self.per_image, 1)))
 
+    def left_by(self, images: int) -> float:
+        """The bytes that a step on so many images leaves to others.
+
+        40 GB, of which r100 at 512 images takes 27.7 GB: 40 - 27.7 / 0.8 = 5.4 GB.
+        """
+        return self.total - (self.fixed + images * self.per_image) / USABLE
+
 
 def free_gpu_memory(device: torch.device) -> int | None:
     """Bytes of a GPU's memory that the driver has free, None for other devices."""
@@ -48,10 +60,10 @@ def free_gpu_memory(device: torch.device) -> int | None:
 def measure_step_memory(engine: Engine) -> StepMemory | None:
     """Run small steps, and extrapolate; the engine's weights are of no use afterwards.
 
-    None if it cannot be measured: without a GPU, in a group of processes, of which only this one
-    has run out of memory, or if not even the small steps fit.
+    Every process of a group must call it. None if it cannot be measured: without a GPU, or if not
+    even the small steps fit.
     """
-    if engine.device.type != "cuda" or world_size() > 1:
+    if engine.device.type != "cuda":
         return None
     engine.optimizer.zero_grad()
     gc.collect()  # what the failed step has left in reference cycles
@@ -60,8 +72,8 @@ def measure_step_memory(engine: Engine) -> StepMemory | None:
         engine.trial_step(TRIALS[0])  # the momentum, which the first step of a run creates
         small, large = (_peak_of_step(engine, count) for count in TRIALS)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        if not is_out_of_memory(error) or world_size() > 1:
+            raise  # in a group the others are in the middle of the step
         return None
     per_image = (large - small) / (TRIALS[1] - TRIALS[0])
     total = torch.cuda.mem_get_info(engine.device)[0] + torch.cuda.memory_reserved(engine.device)
@@ -73,6 +85,32 @@ def _peak_of_step(engine: Engine, count: int) -> int:
     torch.cuda.reset_peak_memory_stats(engine.device)
     engine.trial_step(count)
     return torch.cuda.max_memory_allocated(engine.device)
+
+
+def choose_training_cache(
+    asked: str, store: ImageStore, build_engine: Callable[[], Engine], images: int
+) -> str:
+    """Where a run caches its images: where --cache says, or for "auto" where a step has room too.
+
+    `images` is how many a process computes at a time. If the GPU could hold the set, small steps
+    of an engine, built for them, tell what else it has to hold. Every process must call it.
+    """
+    if asked != "auto" or not store.can_cache:
+        return asked
+    size, room, device = len(store.indices) * FACE_BYTES, 0.0, store.device
+    fits_alone = device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0]
+    if not any_rank(not fits_alone)[0]:
+        needs = measure_step_memory(build_engine())
+        gc.collect()  # an engine is part of reference cycles
+        torch.cuda.empty_cache()
+        room = needs.left_by(images) if needs is not None else 0.0
+    cache = choose_cache(len(store.indices), device, room)
+    if room and cache != "gpu":
+        print(
+            f"Beside a training step the GPU has {max(room, 0) / 2**30:.2f} GiB left, the images "
+            f"take {size / 2**30:.2f} GiB; cache: {cache}."
+        )
+    return cache
 
 
 def advise_on_memory(

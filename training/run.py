@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_gen import Batch, train_batches, valid_batches
 from distributed.collectives import any_rank, run_on_main
 from distributed.process_group import is_main, world_size
+from evaluation.embedders import in_batches_that_fit
 from training.augment import build_augmentation
 from training.checkpoints import save_last, torch_random_states
 from training.engine import StepResult
@@ -142,9 +143,15 @@ class Run(RunState):
 
     def validate(self) -> tuple[float, float]:
         """Mean loss (with the margin) and accuracy (without) on the held-out images."""
-        batches = valid_batches(self.store, self.valid_positions, batch_size=self.eval_batch)
-        with contextlib.closing(batches):
-            return self.engine.evaluate(batches, -(-self.eval_batch // world_size()))
+
+        def evaluate(size: int) -> tuple[float, float]:
+            batches = valid_batches(self.store, self.valid_positions, batch_size=size)
+            with contextlib.closing(batches):
+                return self.engine.evaluate(batches, -(-size // world_size()))
+
+        if world_size() > 1:  # a smaller batch would have to be one for all
+            return evaluate(self.eval_batch)
+        return in_batches_that_fit(evaluate, self.eval_batch)
 
     # -------------------------------------------------------------------------- errors
 
@@ -179,7 +186,7 @@ class Run(RunState):
     def _memory_error(self, reason: str) -> TrainingError:
         """What to say of a step for which memory did not suffice."""
         advice = advise_on_memory(
-            measure_step_memory(self.engine),
+            measure_step_memory(self.engine) if world_size() == 1 else None,
             batch_size=self.batch_size,
             accumulate=self.engine.accumulate,
             lr=self.settings["lr"],

@@ -150,6 +150,8 @@ class ShardStore(ImageStore):
     Nothing is cached, and labels are read with the images.
     """
 
+    can_cache = False
+
     def __init__(
         self, reader: ShardReader, order: ShardOrder, device: torch.device, workers: int = 0
     ) -> None:

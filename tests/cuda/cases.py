@@ -233,13 +233,13 @@ def title(case: tuple) -> str:
     return " ".join([case[0].__name__, *case[1:]])
 
 
-def main(folder: Path, wanted: list[str]) -> None:
+def main(folder: Path, wanted: list[str], cases: list[tuple] = CASES) -> None:
     """Run the cases one after the other."""
     from training import run_report
 
     run_report.plot_curves = lambda *_: None  # seconds that say nothing here
     with fake_cuda() as report:
-        for case in CASES:
+        for case in cases:
             if wanted and title(case) not in wanted:
                 continue
             start = time.perf_counter()

@@ -107,6 +107,32 @@ def test_the_fast_way_scores_as_the_plain_one(name, options, faces):
     torch.testing.assert_close(fast @ fast.T, plain @ plain.T, rtol=0, atol=1e-5)  # cosines
 
 
+def test_batches_shrink_while_memory_is_full(faces, monkeypatch, capsys):
+    """Then the embeddings are those of the smaller batches; without memory there is a sentence."""
+    model, sizes = build_model("tiny", 8).eval(), []
+    normalise, most = emb.normalise, [3]
+
+    def full(images):
+        sizes.append(len(images))
+        if len(images) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return normalise(images)
+
+    want = emb.torch_embedder(model, CPU, batch=2)(faces[:5])
+    monkeypatch.setattr(emb, "normalise", full)
+    embed = emb.torch_embedder(model, CPU, batch=5)
+    assert torch.equal(embed(faces[:5]), want)
+    assert sizes == [5, 2, 2, 1]
+    assert capsys.readouterr().out == "Memory is full: evaluating 2 images at a time.\n"
+    most[0] = 0
+    with pytest.raises(UserError, match=r"one image at a time \(OutOfMemoryError: CUDA out of"):
+        embed(faces[:5])
+    most[0] = 5
+    monkeypatch.setattr(emb, "normalise", lambda images: torch.zeros(len(images), 2, 112, 112))
+    with pytest.raises(RuntimeError, match="channels"):
+        embed(faces[:5])
+
+
 def test_embeddings_are_computed_without_tf32(faces, monkeypatch):
     """Training switches it on for its own float32; scores are quoted to three digits."""
     normalise, seen = emb.normalise, []

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +26,11 @@ from distributed.collectives import (
     run_on_main,
 )
 from distributed.process_group import is_main, process_group, rank, world_size
+from evaluation import embedders
+from evaluation.embedders import torch_embedder
+from evaluation.shared_set import evaluate_shared, open_lfw
 from fileio.checkpoint_file import save_checkpoint
+from fileio.recordio import RecordReader
 from focal_loss import FocalLoss
 from heads.partial_fc import PartialFC
 from preprocessing import lfw_download, prepare
@@ -107,6 +112,57 @@ def collectives():
         if is_main():
             results["gathered"] = results["gathered"].tolist()
             save_checkpoint("collectives.pt", results)
+
+
+@exit_on_user_error
+def evaluate_together(lfw, batch):
+    """Each process embeds its part of a set, or there is none; rank 0 writes all embeddings."""
+    torch.manual_seed(0)
+    model = models.build_model("tiny", emb_size=16)
+    with process_group("cpu"):
+        # The other processes need no file, and do not know that there is one.
+        name = lfw if is_main() else "nowhere"
+        shared = open_lfw(name, "nowhere", batch=batch, device=torch.device("cpu"))
+        print(f"{0 if shared is None else len(shared.faces)} faces", file=sys.stderr)
+        if shared is not None:
+            result = evaluate_shared(
+                torch_embedder(model, torch.device("cpu"), batch=batch), shared
+            )
+            if is_main():
+                rows = torch.from_numpy(result.embeddings)
+                save_checkpoint("lfw.pt", {"embeddings": rows, "metrics": result.metrics})
+
+
+def cache_together(folder, short_of):
+    """Rank 1 has no RAM for a cache ("room"), or finds out while it decodes ("memory")."""
+    load_images = data_gen.load_images
+
+    def load(*args, **kwargs):
+        if rank() == 1 and short_of == "memory":
+            raise MemoryError
+        return load_images(*args, **kwargs)
+
+    data_gen.load_images = load
+    with process_group("cpu"):
+        is_short = rank() == 1 and short_of == "room"
+        data_gen.available_memory = lambda: 0 if is_short else 1 << 40
+        reader = RecordReader(folder)
+        split = data_gen.make_split(reader.labels, valid_fraction=0)
+        store = data_gen.ImageStore(reader, split, torch.device("cpu"), workers=1)
+        print(f"cache {store.cache}, {store.images is not None}", file=sys.stderr)
+
+
+def train_with_full_memory(argv, failing_rank):
+    """train.py, in which the memory of one process suffices for embedding no image."""
+    embed_in_batches = embedders.embed_in_batches
+
+    def embed(*args, **kwargs):
+        if rank() == failing_rank:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return embed_in_batches(*args, **kwargs)
+
+    embedders.embed_in_batches = embed
+    run_train(argv)
 
 
 @exit_on_user_error

@@ -1,13 +1,22 @@
 """The settings that a step which has run out of memory is told to take: they have to fit."""
 
+import types
+
 import pytest
 import torch
 
+import data_gen
 from tests.training.test_engine import make_batch, make_engine
 from training import gpu_memory
-from training.gpu_memory import StepMemory, advise_on_memory, measure_step_memory
+from training.gpu_memory import (
+    StepMemory,
+    advise_on_memory,
+    choose_training_cache,
+    measure_step_memory,
+)
 
 GIB = 2**30
+GPU = torch.device("cuda", 0)
 
 
 def advise(needs, batch_size=512, accumulate=1, checkpointing=False):
@@ -21,7 +30,7 @@ def test_what_fits_is_extrapolated_from_two_small_steps(monkeypatch):
     peaks = {8: 0.6 * GIB + 8 * 34e6, 16: 0.6 * GIB + 16 * 34e6}
     monkeypatch.setattr(gpu_memory, "_peak_of_step", lambda engine, count: peaks[count])
     assert measure_step_memory(engine) is None  # on a CPU there is nothing to measure
-    engine.device = torch.device("cuda", 0)
+    engine.device = GPU
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GIB, 8 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
     first = []  # a step that creates the momentum, which the two that count would differ by
@@ -80,3 +89,30 @@ def test_a_trial_step_is_a_step_on_so_many_images(settings, monkeypatch):
         engine.trial_step(count)
     hook.remove()
     assert shapes == [(count, 3, 112, 112) for count in gpu_memory.TRIALS]
+
+
+def test_the_cache_is_where_a_step_has_room_too(monkeypatch, capsys):
+    """A 40 GB GPU, whose driver leaves 39.4, and CASIA-WebFace: r50 and r100 at 512, r50 at 128."""
+    store = types.SimpleNamespace(can_cache=True, indices=range(490_623), device=GPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (39.4e9, 40e9))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(data_gen, "available_memory", lambda: 100e9)
+    engines = {"r50": (0.6e9, 33.2e6), "r100": (1e9, 52.1e6)}  # bytes, and bytes per image
+    monkeypatch.setattr(
+        gpu_memory, "measure_step_memory", lambda name: StepMemory(*engines[name], 39.4e9)
+    )
+
+    def choose(name, images, asked="auto"):
+        return choose_training_cache(asked, store, lambda: name, images)
+
+    assert choose("r100", 512) == "ram"  # 27.7 GB and 18.5 GB are more than 39.4 GB
+    printed = capsys.readouterr().out
+    assert "Beside a training step the GPU has 4.48 GiB left, the images take 17.20 GiB" in printed
+    assert choose("r50", 512) == "ram"  # 17.6 GB would fit, but not with what the allocator holds
+    assert choose("r50", 128) == "gpu"
+    assert choose("r100", 512, "gpu") == "gpu"
+    assert choose("none", 512, "none") == "none"  # and nothing is measured
+    monkeypatch.setattr(data_gen, "available_memory", lambda: 10e9)
+    assert choose("r100", 512) == "none"
+    store.can_cache = False
+    assert choose("none", 512) == "auto"
