@@ -121,11 +121,12 @@ def test_finished_outputs_are_left_alone(run, tmp_path):
     assert "is finished: 4 images of 2 identities" in stdout
     status, _, stderr = run(min_face=40)
     assert status == 2
-    assert "another --missed or --min-face" in stderr
+    assert "another --missed, --min-face or --aligned" in stderr
+    assert run(aligned=True)[0] == 2
     write_zip(source, casia_files(2, 3))
     status, _, stderr = run()
     assert status == 2
-    assert "prepared from another CASIA-WebFace.zip" in stderr
+    assert f"prepared from CASIA-WebFace.zip, and {source} differs: 2 images added. " in stderr
     source.unlink()
     status, stdout, _ = run()
     assert status == 0
@@ -241,9 +242,9 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
     assert {name: status for name, (status, _) in statuses.items()} == {
         name: status for name, (_, status) in expected.items()
     }
-    # a, deep, 张三: sorted by code point
-    assert [statuses[n][1] for n in ("s/a/00good.jpg", "s/a/deep/13folder.jpg")] == [0, 1]
-    assert statuses["s/张三/14照片.jpg"] == ("ok", 2)
+    # a (with deep, which lies in it), 张三: sorted by code point
+    assert [statuses[n][1] for n in ("s/a/00good.jpg", "s/a/deep/13folder.jpg")] == [0, 0]
+    assert statuses["s/张三/14照片.jpg"] == ("ok", 1)
     cut = ["s/a/06truncated.jpg", "s/a/12corrupt.png"]
     assert report["missed"]["truncated"]["names"] == cut
     assert "skipped 7" in stdout
@@ -320,7 +321,7 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "missing.zip"}, "missing.zip cannot be opened"),
+        ({"source": "missing.zip"}, "There is no missing.zip; --source names"),
         ({"source": "empty"}, "holds no images"),
         ({"source": "nobody.zip"}, "no face was found in any of the 2 images in"),
         ({"source": "good.zip", "output": "taken"}, "not a finished output"),

@@ -10,6 +10,7 @@ from fileio.images import decode_image
 from preprocessing import pipeline
 from preprocessing.detector import CENTRAL_CROP, Detection, FaceDetector, find_face
 from preprocessing.pipeline import (
+    AlignResult,
     DecodedImage,
     align_and_encode,
     align_blocks,
@@ -112,7 +113,7 @@ def test_halving_first_is_the_same_crop_without_aliasing():
 def test_missed_faces_are_skipped_or_cropped(detector):
     image = decode_entry(ENTRY, image_without_face())
     missed = Detection("no_face")
-    assert align_and_encode(image, missed, False) == (ENTRY, "no_face", None, None, None, None)
+    assert align_and_encode(image, missed, False) == AlignResult(ENTRY, "no_face")
     cropped = align_and_encode(image, missed, True)
     assert cropped.status == "central_crop"
     assert cropped.points is None
