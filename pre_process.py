@@ -102,6 +102,8 @@ def prepare_all(cfg: Config) -> None:
             continue
         if summary:
             print_summary(summary, job.output)
+            if not job.crop_missed and job.output != Path(cfg.data_dir, "faces_webface_112x112"):
+                print(f"  train on it: python train.py --train-set {job.output}")
     if errors:
         raise UserError("\n".join(errors))
 

@@ -188,7 +188,9 @@ class Source:
     once `entries` has returned.
     """
 
-    STAMP = "mtime"  # what an entry's `stamp` is: it may tell images of one name and size apart
+    # What an entry's `stamp` is; it may tell images of one name and size apart. Times in whole
+    # seconds, as many file systems keep no more.
+    STAMP = "mtime"
 
     def __init__(
         self,

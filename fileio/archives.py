@@ -89,7 +89,7 @@ class FolderSource(Source):
             is_loop = any(_is_inside(around, real) for around in way)
             return Member(name, "link_loop" if is_loop else "folder")
         if stat.S_ISREG(status.st_mode):
-            return Member(name, "file", status.st_size, item.path, status.st_mtime_ns)
+            return Member(name, "file", status.st_size, item.path, int(status.st_mtime))
         return Member(name, "not_a_regular_file")
 
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:

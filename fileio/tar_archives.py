@@ -91,7 +91,7 @@ class TarSource(Source):
             target = decode_name(info.linkname.encode("utf-8", "surrogateescape"))
             return Member(name, "link", 0, link_target(name if info.issym() else "", target))
         if info.isreg() and not info.issparse():
-            return Member(name, "file", info.size, info.offset_data, int(info.mtime * 1e9))
+            return Member(name, "file", info.size, info.offset_data, int(info.mtime))
         return Member(name, "not_a_regular_file")
 
     def _check_end(self, file: _Stream, offset: int) -> None:

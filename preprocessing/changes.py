@@ -124,7 +124,8 @@ def exchanged_images(summary: dict[str, Any], source: Source) -> str:
     if len(newer) == len(entries):  # the whole folder was copied
         return ""
     if newer:
-        return f"{len(newer):,} images of the same size were written since ({newer[0].name})"
+        noun = "image of the same size was" if len(newer) == 1 else "images of the same size were"
+        return f"{len(newer):,} {noun} written since ({newer[0].name})"
     return "images of the same names and sizes have other times"
 
 
