@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fileio.identities import find_identities, own_folders
@@ -163,7 +163,7 @@ def clean_name(name: str) -> tuple[str, str]:
         return name, "unsafe_name"
     if any(part.startswith(".") or part.lower() in JUNK_NAMES for part in parts):
         return clean, "system_file"
-    if PurePosixPath(clean).suffix.lower() in JUNK_SUFFIXES and not name.endswith("/"):
+    if posixpath.splitext(clean)[1].lower() in JUNK_SUFFIXES and not name.endswith("/"):
         return clean, "not_a_picture"
     return clean, ""
 

@@ -184,6 +184,8 @@ def test_a_jpeg_without_its_end_mark_alone_is_complete(pixels, mode, progressive
 
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000"])
 def test_avif_and_jpeg_2000(kind, pixels):
+    if kind not in Image.SAVE:
+        pytest.skip("a Pillow before 11.3 cannot write it")
     data = encode(Image.fromarray(pixels), kind, quality=95 if kind == "AVIF" else None)
     assert image_size(data) == (60, 50)
     try:
@@ -252,8 +254,13 @@ def jpeg_claiming(side, kind=b"\xff\xc0"):
     return data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 :]
 
 
+Image.init()  # fills Image.SAVE
+
+
 def claiming(kind, mark, offset):
     """A file whose width and height stand `offset` bytes after a mark, with 60,000 for both."""
+    if kind not in Image.SAVE:  # Pillow before 11.3
+        return b"\0\0\0\x20ftypavif" + bytes(40) + mark + bytes(offset - 4) + b"\0\0\xea\x60" * 2
     data = encode(Image.new("RGB", (16, 16)), kind)
     at = data.find(mark) + offset
     return data[:at] + struct.pack(">II", 60_000, 60_000) + data[at + 8 :]
