@@ -282,7 +282,7 @@ def _jpeg2000_size(data: bytes) -> tuple[int, int]:
 
 
 def _avif_size(data: bytes) -> tuple[int, int]:
-    # Each picture of the file has a box "ispe" (4) | version (4) | width (4) | height (4).
+    # Each image of the file has a box "ispe" (4) | version (4) | width (4) | height (4).
     sizes = [struct.unpack(">II", size) for size in re.findall(rb"(?s)ispe\0{4}(.{8})", data)]
     return max(height for _, height in sizes), max(width for width, _ in sizes)
 

@@ -115,7 +115,7 @@ def align_blocks(
     searcher = ThreadPoolExecutor(1 + workers // 2, ALIGN_THREADS)
 
     def decode(block: tuple[int, int]) -> list[Future]:
-        first_task = decode_entry if detector else take_aligned
+        first_task = take_aligned if detector is None else decode_entry
         return [pool.submit(first_task, *next(contents)) for _ in range(*block)]
 
     def search(images: list[DecodedImage]) -> tuple[list[DecodedImage], _Batches]:
