@@ -1,7 +1,7 @@
 # make demo         everything from archive to accuracy on synthetic faces: about two minutes
 # make test         the tests, on the CPU
 # make test-slow    the long tests: kills, full disks, memory over 100,000 images
-# make fuzz         19,000 corrupt and hostile files of every format, new ones each time: 85 seconds
+# make fuzz         20,000 corrupt and hostile files of every format, new ones each time: 85 seconds
 # make gpu          on a machine with a GPU: checks it against the CPU and times it, ten minutes
 # make lint         ruff, style and formatting
 # make demo-images  refresh images/demo, which the README shows, from the last make demo

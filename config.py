@@ -122,7 +122,11 @@ class PreProcessing:
 
     SCRIPTS: ClassVar[str] = "pre_process"
     source: str = setting("", "archive, folder or .rec; default: everything known in data_dir")
-    output: str = setting("", "where to write; default: a folder in data_dir")
+    output: str = setting("", "where to write; default: data_dir/faces_<source>_112x112")
+    aligned: bool = setting(False, "the images are aligned faces of 112x112: pack them as they are")
+    identity_level: Literal["auto", "path", "1", "2", "3"] = setting(
+        "auto", "identity: 1, the folder of an image; 2, the one around it; path: the whole path"
+    )
     missed: Literal["auto", "skip", "crop"] = setting(
         "auto", "an image without a detected face: skip it, or crop centrally; auto: crop for LFW"
     )

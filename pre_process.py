@@ -2,7 +2,8 @@
 
     python pre_process.py                      # the training set and LFW, if they are in data/
     python pre_process.py --download-lfw       # download LFW first
-    python pre_process.py --source my.zip --output data/my_faces
+    python pre_process.py --source photos      # a folder or archive: data/faces_photos_112x112
+    python pre_process.py --source faces --aligned     # of faces that are 112x112 already
     torchrun --nproc-per-node=4 pre_process.py         # four processes, each on a GPU if there are
     python pre_process.py --shard 1/4                  # part 1 of 4; the others on any machine
     python pre_process.py --merge                      # merge the four parts
@@ -10,7 +11,8 @@
 reads data/CASIA-WebFace.zip (.tar, .tar.gz, .tgz, or a folder) and writes
 data/faces_webface_112x112/; reads data/lfw-funneled.tgz (or lfw-deepfunneled, or lfw; the same
 formats) and writes data/faces_lfw_112x112/: train.rec, train.idx, property, index.tsv and
-report.json in each. A ready train.rec is checked and indexed, not aligned again. Ten images before
+report.json in each. A ready train.rec is checked and indexed, not aligned again. The folder of an
+image is its identity (--identity-level where folders are nested). Ten images before
 and after alignment go to images/0_raw.jpg, images/0_img.jpg and so on. A bar shows images/s; at the
 end it prints, for each data set,
 
@@ -82,6 +84,8 @@ def prepare_all(cfg: Config) -> None:
         workers=threads,
         limits=Limits(cfg.max_file_mb << 20, cfg.max_ratio),
         images_dir=Path(cfg.images_dir),
+        aligned=cfg.aligned,
+        identity_level=cfg.identity_level,
     )
     # Built for the first image that is aligned: a finished data set needs no detector.
     get_detector = functools.cache(
@@ -98,6 +102,8 @@ def prepare_all(cfg: Config) -> None:
             continue
         if summary:
             print_summary(summary, job.output)
+            if not job.crop_missed and job.output != Path(cfg.data_dir, "faces_webface_112x112"):
+                print(f"  train on it: python train.py --train-set {job.output}")
     if errors:
         raise UserError("\n".join(errors))
 

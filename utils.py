@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import os
 import platform
 import random
@@ -49,6 +50,10 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         script = Path(sys.argv[0]).name
+        for stream in (sys.stdout, sys.stderr):
+            # A name that the terminal cannot show must not end a run.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:

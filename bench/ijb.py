@@ -68,7 +68,7 @@ def write_ijb(folder: Path, size: dict[str, int], seed: int = 0) -> None:
     features = rng.standard_normal((images, 512), np.float32)
     features *= 3
     features += centres[identity_of[template_of]]
-    save_features(folder / "features.npy", "generated", features)
+    save_features(folder / "features.npy", "generated", images, lambda _: iter([features]))
 
 
 def write_image_lists(meta: Path, template_of: np.ndarray, media_of: np.ndarray) -> None:

@@ -13,14 +13,22 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from evaluation.embedders import Embed
+from fileio.locks import LOCK_FILE, lock_folder
 from fileio.onnx_file import check_onnx
-from fileio.safe_files import atomic_write, make_folder
+from fileio.safe_files import (
+    atomic_write,
+    describe_write_errors,
+    fsync_file,
+    make_folder,
+    open_for_writing,
+)
 
 # What np.load and the archive that it opens lazily raise for files with wrong bytes in them.
 CORRUPT_NPZ = (
@@ -116,16 +124,53 @@ def load_embeddings(path: Path, key: str, count: int) -> np.ndarray | None:
 # ------------------------------------------------------------------------------ memory-mapped
 
 
-def save_features(path: Path, key: str, features: np.ndarray) -> None:
-    """Write features (n, d) float32 to a file that can be memory-mapped, the key to <name>.key."""
+def save_features(
+    path: Path, key: str, count: int, embed_from: Callable[[int], Iterator[np.ndarray]]
+) -> None:
+    """Write features (count, d) float32 to a file that can be memory-mapped, the key to <name>.key.
+
+    `embed_from(start)` yields them in blocks (n, d) from row `start` on. They are appended to
+    <name>.part as they come, so that a process that was killed is resumed: <name>.part.key holds
+    the key, and after a block its end. Only one process writes to the folder.
+    """
     make_folder(path.parent)
-    key_path = path.with_suffix(".key")
-    # Killed between the two writes, the new features would stand beside the old key.
-    key_path.unlink(missing_ok=True)
-    with atomic_write(path) as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(features, np.float32))
-    with atomic_write(key_path, "w") as file:
-        file.write(f"{key} {file_checksum(path)}\n")
+    part, part_key = path.with_suffix(".part"), path.with_suffix(".part.key")
+    with lock_folder(path.parent, "ijb_eval.py"):
+        done, offset = _saved_part(part, part_key, key)
+        if done:
+            print(f"{part}: resuming after {done:,} of {count:,} images.")
+        with open_for_writing(part, "r+b" if done else "wb") as file:
+            with describe_write_errors(part):
+                file.truncate(offset)
+            file.seek(offset)
+            for block in embed_from(done):
+                if not done:  # only now the embedding dimension is known
+                    header = {"descr": "<f4", "fortran_order": False}
+                    header["shape"] = (count, block.shape[1])
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(block, np.float32).data)
+                fsync_file(file, part)
+                done += len(block)
+                with atomic_write(part_key, "w") as key_file:
+                    key_file.write(f"{key} {done} {file.tell()}\n")
+        # The part stays a complete one until both files have their names.
+        with atomic_write(path.with_suffix(".key"), "w") as key_file:
+            key_file.write(f"{key} {file_checksum(part)}\n")
+        with describe_write_errors(path):
+            part.replace(path)
+            part_key.unlink()
+            (path.parent / LOCK_FILE).unlink()
+
+
+def _saved_part(part: Path, part_key: Path, key: str) -> tuple[int, int]:
+    """The rows in an unfinished file of this key, and the byte where they end."""
+    try:
+        *stored_key, done, offset = part_key.read_text("utf-8", errors="replace").split()
+        if " ".join(stored_key) == key and 0 < int(offset) <= part.stat().st_size:
+            return int(done), int(offset)
+    except (OSError, ValueError):  # none, or not by this code
+        pass
+    return 0, 0
 
 
 def open_features(path: Path, key: str, count: int) -> np.ndarray | None:

@@ -11,7 +11,7 @@ Files are read by ijb_files.py, embeddings of templates are aggregated by templa
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -47,46 +47,58 @@ def load_or_embed(ijb: Ijb, model: EvaluatedModel, flip: bool, workers: int = 0)
     """
     key = f"{model_checksum(model.checkpoint, model.spec, flip)} {images_checksum(ijb)}"
     path = model.folder / "embeddings" / f"{ijb.name}-{model.checkpoint.stem}.npy"
-    features = open_features(path, key, len(ijb.files))
+    count = len(ijb.files)
+    features = open_features(path, key, count)
     if features is None:
-        save_features(path, key, embed_ijb(ijb, model.embed, workers))
+        save_features(path, key, count, lambda start: embed_ijb(ijb, model.embed, workers, start))
         # Opened from the file, so that 1 GB of IJB-C's features need not stay in memory.
-        features = open_features(path, key, len(ijb.files))
+        features = open_features(path, key, count)
     return features
 
 
 def images_checksum(ijb: Ijb) -> str:
-    """SHA-256 of the names, points and file sizes of all images; reading them would take hours."""
-    digest = hashlib.sha256("\n".join(ijb.files).encode())
-    digest.update(np.ascontiguousarray(ijb.points))
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(ijb.images)}
-    digest.update(repr([sizes.get(name) for name in ijb.files]).encode())
+    """SHA-256 of the images' names, points, sizes and times; reading them would take hours.
+
+    Raises UserError if images are missing.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(ijb.points))
+    missing = []
+    for name in ijb.files:
+        try:
+            status = (ijb.images / name).stat()
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(name)
+    if missing:
+        raise UserError(
+            f"There is no {ijb.images / missing[0]}, which the metadata in {ijb.meta} names; "
+            f"{len(missing):,} of {len(ijb.files):,} images are missing: unpack loose_crop/ again."
+        )
     return digest.hexdigest()
 
 
-def embed_ijb(ijb: Ijb, embed: Embed, workers: int) -> np.ndarray:
-    """Features of all images, (n, d) float32, as embed gives them."""
-    count, features = len(ijb.files), np.empty((0, 0), np.float32)
+def embed_ijb(ijb: Ijb, embed: Embed, workers: int, begin: int = 0) -> Iterator[np.ndarray]:
+    """Yield the features of the images from `begin` on, (n, d) float32, in blocks, as embed does.
+
+    The blocks of ALIGNED_AHEAD images are the same wherever it begins.
+    """
+    count = len(ijb.files)
     with (
         ThreadPoolExecutor(workers or core_count()) as pool,
-        tqdm(total=count, desc=f"embedding {ijb.name}", unit="img") as bar,
+        tqdm(total=count, initial=begin, desc=f"embedding {ijb.name}", unit="img") as bar,
     ):
 
         def submit(start: int) -> list[Future]:
             stop = min(start + ALIGNED_AHEAD, count)
             return [pool.submit(align_by_points, ijb, i) for i in range(start, stop)]
 
-        pending = submit(0)
-        for start in range(0, count, ALIGNED_AHEAD):
+        pending = submit(begin)
+        for start in range(begin, count, ALIGNED_AHEAD):
             faces = np.stack([future.result() for future in pending])
             # The threads align the next block while this one is embedded.
             pending = submit(start + ALIGNED_AHEAD)
-            embeddings = embed(torch.from_numpy(faces)).float().cpu().numpy()
-            if start == 0:  # only now the embedding dimension is known
-                features = np.empty((count, embeddings.shape[1]), np.float32)
-            features[start : start + len(embeddings)] = embeddings
+            yield embed(torch.from_numpy(faces)).float().cpu().numpy()
             bar.update(len(faces))
-    return features
 
 
 def align_by_points(ijb: Ijb, index: int) -> np.ndarray:
@@ -94,8 +106,6 @@ def align_by_points(ijb: Ijb, index: int) -> np.ndarray:
     path = ijb.images / ijb.files[index]
     try:
         image = decode_image(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}, which the metadata in {ijb.meta} names.") from None
     except ImageError as error:
         raise UserError(f"{path}: {error}") from None
     return warp_face(image, similarity_transform(ijb.points[index]))

@@ -10,9 +10,11 @@ names, header or image file may take more memory than the limits here.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
 import lzma
+import posixpath
 import re
 import struct
 import tarfile
@@ -20,9 +22,10 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from fileio.identities import find_identities, own_folders
 from utils import UserError
 
 MAX_NAMES_LISTED = 50  # names kept for each reason; the rest are only counted
@@ -90,15 +93,17 @@ class Entry:
     size: int
     # How its source finds it: a path, a ZipInfo or an offset.
     handle: Any = field(compare=False, repr=False)
+    stamp: int = field(default=0, compare=False, repr=False)  # see Source.STAMP
 
 
 class Member(NamedTuple):
-    """Anything that a source lists; `kind` is "file", "folder" or the reason to skip it."""
+    """Anything that a source lists; `kind` is "file", "folder", "link" or the reason to skip it."""
 
     name: str
     kind: str
     size: int = 0
-    handle: Any = None
+    handle: Any = None  # of a link: what it points to, from the source's root
+    stamp: int = 0
 
 
 class Tally:
@@ -159,9 +164,17 @@ def clean_name(name: str) -> tuple[str, str]:
         return name, "unsafe_name"
     if any(part.startswith(".") or part.lower() in JUNK_NAMES for part in parts):
         return clean, "system_file"
-    if PurePosixPath(clean).suffix.lower() in JUNK_SUFFIXES and not name.endswith("/"):
+    if posixpath.splitext(clean)[1].lower() in JUNK_SUFFIXES and not name.endswith("/"):
         return clean, "not_a_picture"
     return clean, ""
+
+
+def link_target(name: str, target: str) -> str:
+    """What a symbolic link of this name points to, from the root of the archive.
+
+    link_target("a/b/link", "../c") == "a/c"; what begins with ".." or "/" is outside.
+    """
+    return posixpath.normpath(posixpath.join(posixpath.dirname(clean_name(name)[0]), target))
 
 
 # ------------------------------------------------------------------------------ sources
@@ -171,16 +184,30 @@ class Source:
     """The images of one archive or folder; subclasses implement `_members` and `_read`.
 
     `skipped` counts what is no image, by reason. `corruption` is a sentence if the archive is
-    corrupt or cut short (else empty); what can be read of it is listed all the same. Both are
-    complete once `entries` has returned.
+    corrupt or cut short (else empty); what can be read of it is listed all the same.
+    `identity_notice` is a sentence if the identities may be others than meant. All are complete
+    once `entries` has returned.
     """
 
-    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = DEFAULT_LIMITS):
+    # What an entry's `stamp` is; it may tell images of one name and size apart. Times in whole
+    # seconds, as many file systems keep no more.
+    STAMP = "mtime"
+
+    def __init__(
+        self,
+        path: Path,
+        spool_dir: Path | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        identity_level: str = "auto",
+    ):
         self.path = path
         self.spool_dir = spool_dir
         self.limits = limits
+        self.identity_level = identity_level
         self.skipped = Tally()
         self.corruption = ""
+        self.identity_notice = ""
+        self._own_folders = True  # whether the identities are what `own_folders` says
         self.needs_identities = True  # else images outside of any folder are entries, too
         self._entries: list[Entry] | None = None
 
@@ -215,11 +242,22 @@ class Source:
         return part
 
     def fingerprint(self) -> str:
-        """A hash of all names and sizes: equal for the same images in any kind of archive."""
+        """A hash of all names and sizes: equal for the same images in any kind of archive.
+
+        Identities are hashed only where they do not follow from each image's own folder.
+        """
         digest = hashlib.sha256()
         for entry in self.entries():
-            digest.update(f"{entry.name}\0{entry.size}\n".encode())
+            identity = "" if self._own_folders else f"\0{entry.identity}"
+            digest.update(f"{entry.name}\0{entry.size}{identity}\n".encode())
         return digest.hexdigest()
+
+    def stamps(self) -> str:
+        """The kind of the entries' stamps, and a hash of all of them."""
+        digest = hashlib.sha256()
+        for entry in self.entries():
+            digest.update(f"{entry.name}\0{entry.stamp}\n".encode())
+        return f"{self.STAMP} {digest.hexdigest()}"
 
     def close(self) -> None:
         """Close the archive's file, if one is open."""
@@ -239,47 +277,68 @@ class Source:
         raise NotImplementedError
 
     def _list(self) -> list[Entry]:
-        files: dict[str, tuple[int, Any]] = {}  # {name: (size, handle)}
+        files: dict[str, Member] = {}  # by clean name
         folders: set[str] = set()
-        list_bytes = 0
+        links: dict[str, str] = {}
+        self._list_bytes = 0
         for member in self._members():
             name, reason = clean_name(member.name)
-            list_bytes += ENTRY_BYTES + len(name)
-            if list_bytes > MAX_LIST_BYTES:
-                raise ArchiveError(
-                    f"{self.path} names so many files that their list alone would take more than "
-                    f"{MAX_LIST_BYTES >> 30} GB of memory; split it."
-                )
+            self._count_memory(name)
             if member.kind == "folder":
                 if not reason:
                     folders.add(name)
-            elif reason or member.kind != "file":
+            elif reason or member.kind not in ("file", "link"):
                 self.skipped.add(reason or member.kind, name)
+            elif member.kind == "link":
+                links[name] = member.handle
             elif self.needs_identities and "/" not in name:
                 self.skipped.add("no_identity_folder", name)
             else:
                 if name in files:  # the later one counts, as when extracting
                     self.skipped.add("duplicate_name", name)
-                files[name] = (member.size, member.handle)
+                files[name] = member
+        self._follow(links, files)
         self._count_empty(folders, files)
         return self._with_identities(files)
 
-    def _with_identities(self, files: dict[str, tuple[int, Any]]) -> list[Entry]:
-        """The sorted entries; the identity is the name of the folder that an image lies in.
+    def _count_memory(self, name: str) -> None:
+        self._list_bytes += ENTRY_BYTES + len(name)
+        if self._list_bytes > MAX_LIST_BYTES:
+            raise ArchiveError(
+                f"{self.path} names so many files that their list alone would take more than "
+                f"{MAX_LIST_BYTES >> 30} GB of memory; split it."
+            )
 
-        Folders of one name in different places are different identities and go by their whole
-        path: of x/001/a.jpg, y/001/a.jpg and y/002/a.jpg, these are x/001, y/001 and 002.
-        """
-        folders_named: dict[str, set[str]] = {}  # {last part of the path: paths}
-        for name in files:
-            folder = name.rpartition("/")[0]
-            folders_named.setdefault(folder.rpartition("/")[2], set()).add(folder)
-        entries = []
-        for name, (size, handle) in files.items():
-            folder = name.rpartition("/")[0]
-            last_part = folder.rpartition("/")[2]
-            identity = last_part if len(folders_named[last_part]) == 1 else folder
-            entries.append(Entry(name, identity, size, handle))
+    def _follow(self, links: dict[str, str], files: dict[str, Member]) -> None:
+        """Add what the links of an archive point to, files and whole folders, under their names."""
+        names = sorted(files)
+        for name, target in links.items():
+            for _ in range(MAX_FOLDER_DEPTH):  # a link to a link
+                target = links.get(target, target)
+            # What is in a folder sorts between "folder/" and "folder0", as 0 follows / in ASCII.
+            begin, end = (bisect.bisect_left(names, target + after) for after in "/0")
+            if target.startswith(("..", "/")):
+                self.skipped.add("link_outside", name)
+            elif target in files:
+                files.setdefault(name, files[target])
+            elif begin == end or name.startswith(f"{target}/"):
+                self.skipped.add("broken_link", name)
+            else:
+                for file in names[begin:end]:
+                    self._count_memory(file)
+                    files.setdefault(name + file[len(target) :], files[file])
+
+    def _with_identities(self, files: dict[str, Member]) -> list[Entry]:
+        """The sorted entries."""
+        folders = {name.rpartition("/")[0] for name in files}
+        identities, self.identity_notice = {}, ""
+        if folders:
+            identities, self.identity_notice = find_identities(folders, self.identity_level)
+            self._own_folders = identities == own_folders(folders)
+        entries = [
+            Entry(name, identities[name.rpartition("/")[0]], file.size, file.handle, file.stamp)
+            for name, file in files.items()
+        ]
         return sorted(entries, key=lambda entry: (entry.identity, entry.name))
 
     def _count_empty(self, folders: set[str], files: Iterable[str]) -> None:

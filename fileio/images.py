@@ -2,9 +2,9 @@
 
     decode_image(Path("face.jpg").read_bytes())  # (height, width, 3) uint8, RGB
 
-JPEG, PNG, BMP, GIF, WebP, TIFF and PNM are known. Image files are untrusted input: the size is read
-from the header before anything is decoded, so a file of a few bytes that claims a billion pixels
-costs nothing.
+JPEG, PNG, BMP, GIF, WebP, TIFF, PNM, JPEG 2000 and AVIF are known. Image files are untrusted input:
+the size is read from the header before anything is decoded, so a file of a few bytes that claims a
+billion pixels costs nothing.
 
 Unusual images: EXIF rotation is applied, so a face comes out upright as viewers show it; of an
 animation (GIF, WebP, APNG) or of several pages (TIFF) the first image is taken; grey, CMYK, 16-bit
@@ -13,6 +13,7 @@ and palette images become 8-bit RGB, and transparency is dropped.
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import threading
@@ -20,6 +21,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from utils import UserError
 
@@ -28,6 +30,9 @@ MAX_IMAGE_SIDE = 65_500  # libjpeg's own limit (JPEG_MAX_DIMENSION), for all for
 # Images from here on are decoded one at a time: eight threads with 300 MB each would fill the
 # memory of a small machine.
 LARGE_IMAGE_PIXELS = 4_000_000
+
+# Bits that mean nothing, with the markers RST0 to RST7 that decoders may wait for.
+OTHER_BITS = b"".join(bytes(range(254, 0, -1)) + b"\xff" + bytes([0xD0 + n % 8]) for n in range(16))
 
 _large_image_lock = threading.Lock()
 
@@ -53,12 +58,17 @@ def decode_image(data: bytes) -> np.ndarray:
     if height * width > MAX_PIXELS or max(height, width) > MAX_IMAGE_SIDE:
         limits = f"{MAX_PIXELS:,} pixels or {MAX_IMAGE_SIDE:,} on a side"
         raise ImageError(data, "too_large", f"{width}x{height} is more than {limits}")
-    if not _is_complete(data):
-        raise ImageError(data, "truncated", "its end is missing")
     if height * width < LARGE_IMAGE_PIXELS:
-        return _decode(data)
+        return _decode_complete(data)
     with _large_image_lock:
-        return _decode(data)
+        return _decode_complete(data)
+
+
+def _decode_complete(data: bytes) -> np.ndarray:
+    complete = _with_end(data)
+    if complete is None:
+        raise ImageError(data, "truncated", "its end is missing")
+    return _decode(complete)
 
 
 def _decode(data: bytes) -> np.ndarray:
@@ -99,24 +109,57 @@ def image_size(data: bytes) -> tuple[int, int]:
 # ------------------------------------------------------------------------------ complete or not
 
 
-def _is_complete(data: bytes) -> bool:
-    """Whether a JPEG or PNG has its end marker; True for other formats, whose decoders check.
+def _with_end(data: bytes) -> bytes | None:
+    """The file, with its end marker if it is a JPEG that lacks only that; None if more is missing.
 
-    libjpeg fills the missing lower part of an image with grey and only warns, so a truncated
-    download would become a face with a grey chin.
+    A PNG has to have its own; the decoders of other formats check.
     """
     if data.startswith(b"\x89PNG"):
-        return _is_complete_png(data)
+        return data if _is_complete_png(data) else None
     # Most JPEGs end in EOI (FF D9): no need to search those.
     if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
-        return True
+        return data
     # Some have bytes after EOI. Search from the start of scan on, since a thumbnail in the EXIF
     # segment before it has an EOI of its own; within the scan, FF is always followed by 00 or RSTn.
     try:
         scan = _find_jpeg_segment(data, lambda marker: marker == 0xDA)
+        if data.find(b"\xff\xd9", scan) >= 0:
+            return data
+        if not _has_all_scans(data, scan):
+            return None
     except (struct.error, IndexError, ValueError):
-        return False
-    return data.find(b"\xff\xd9", scan) >= 0
+        return None
+    # libjpeg fills what is missing with grey and only warns, so a truncated download would become a
+    # face with a grey chin. Here other bits follow where the file is cut, enough of them for whole
+    # blocks of pixels: if they change no pixel, every pixel came from the file.
+    begun = data.removesuffix(b"\xff")
+    try:
+        pixels = [_pillow_pixels(begun + bits + b"\xff\xd9") for bits in (b"", OTHER_BITS)]
+    except Exception:  # its decoder raises several types
+        return None
+    return begun + b"\xff\xd9" if np.array_equal(*pixels) else None
+
+
+def _has_all_scans(data: bytes, scan: int) -> bool:
+    """Whether the scans from byte `scan` on begin every coefficient's last bit (T.81, annex G).
+
+    A scan is FF DA, length (2), number of components (1), an id and a table (2) of each, then first
+    and last coefficient (2) and the bits before (4 bits) and after it (4 bits).
+    """
+    final = set()
+    while scan >= 0:
+        count = data[scan + 4]
+        first, last, bits = data[scan + 5 + 2 * count : scan + 8 + 2 * count]
+        if bits & 15 == 0:
+            components = data[scan + 5 : scan + 5 + 2 * count : 2]
+            final |= {(c, k) for c in components for k in range(first, last + 1)}
+        scan = data.find(b"\xff\xda", scan + 2)
+    return len(final) == 64 * data[_find_jpeg_frame(data) + 9]
+
+
+def _pillow_pixels(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return np.asarray(image)
 
 
 def _is_complete_png(data: bytes) -> bool:
@@ -160,11 +203,14 @@ def _find_jpeg_segment(data: bytes, is_wanted: Callable[[int], bool]) -> int:
             position += 2 + struct.unpack_from(">H", data, position + 2)[0]
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _find_jpeg_frame(data: bytes) -> int:
     # Frame headers are SOF0 to SOF15 (C0 to CF), except for the tables DHT, JPG and DAC:
-    # FF marker | 2 length (2) | 4 precision (1) | 5 height (2) | 7 width (2), big-endian
-    frame = _find_jpeg_segment(data, lambda m: 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC))
-    return struct.unpack_from(">HH", data, frame + 5)
+    # FF marker | 2 length (2) | 4 precision (1) | 5 height (2) | 7 width (2) | 9 components (1)
+    return _find_jpeg_segment(data, lambda m: 0xC0 <= m <= 0xCF and m not in (0xC4, 0xC8, 0xCC))
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    return struct.unpack_from(">HH", data, _find_jpeg_frame(data) + 5)
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
@@ -227,6 +273,20 @@ def _pnm_size(data: bytes) -> tuple[int, int]:
     return int(header[2]), int(header[1])
 
 
+def _jpeg2000_size(data: bytes) -> tuple[int, int]:
+    # in the codestream, which may stand in boxes: SOC (2), SIZ (2) | 4 length, capabilities (4) |
+    # 8 width, height of the grid (4 each) | 16 left, top of the image in it (4 each)
+    siz = data.index(b"\xff\x4f\xff\x51")
+    width, height, left, top = struct.unpack_from(">IIII", data, siz + 8)
+    return height - top, width - left
+
+
+def _avif_size(data: bytes) -> tuple[int, int]:
+    # Each image of the file has a box "ispe" (4) | version (4) | width (4) | height (4).
+    sizes = [struct.unpack(">II", size) for size in re.findall(rb"(?s)ispe\0{4}(.{8})", data)]
+    return max(height for _, height in sizes), max(width for width, _ in sizes)
+
+
 # The first bytes of each format, and how its size is read.
 _FORMATS = [
     (rb"\xff\xd8\xff", _jpeg_size),
@@ -236,4 +296,6 @@ _FORMATS = [
     (rb"BM", _bmp_size),
     (rb"II\*\0|MM\0\*", _tiff_size),
     (rb"P[1-6]\s", _pnm_size),
+    (rb"....ftypavi[fs]", _avif_size),
+    (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", _jpeg2000_size),
 ]

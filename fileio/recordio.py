@@ -21,13 +21,17 @@ The payload is an image record of mxnet (python/mxnet/recordio.py):
     8  record id (8), then a second id that is always 0 (8)
    24  `flag` labels, float32, then the encoded image
 
-Record 0 and the identity records have two labels and no image: a range of records. Record 0 says
-which records are the identities', each of those which images are the identity's. With 5 images of
-3 identities, the records are
+Record 0 and the identity records have labels and no image: a range of records. Record 0 says which
+records are the identities', each of those which images are the identity's. With 5 images of 3
+identities, the records are
 
     0           [6, 9): records 6 to 8 are identities, so records 1 to 5 are images
     1 2 3 4 5   images, with labels 0 0 1 2 2
     6 7 8       [1, 3) [3, 4) [4, 6)
+
+As InsightFace's loader does, the reader takes from record 0 only where the images end: its other
+numbers and the identity records differ from writer to writer (one number or three, no identity
+records, a dummy image in record 0), and beyond 2^24 records float32 rounds them.
 
 train.idx has a line "record id, tab, byte offset" for each record; property is the line
 "classes,height,width".
@@ -48,7 +52,8 @@ import numpy as np
 from fileio.images import ImageError, decode_image
 from utils import UserError
 
-MAGIC = struct.pack("<I", 0xCED7230A)
+MAGIC_WORD = 0xCED7230A
+MAGIC = struct.pack("<I", MAGIC_WORD)
 LENGTH_MASK = (1 << 29) - 1
 HEADER = struct.Struct("<IfQQ")
 LABEL_LIMIT = 1 << 24  # labels are float32, which has all integers only up to here
@@ -86,6 +91,14 @@ def payload_at(data: Any, offset: int) -> bytes:
     """The payload of the record at `offset`; empty if no complete record is there."""
     spans = _piece_spans(data, offset) or []
     return MAGIC.join([data[start:stop] for start, stop in spans])
+
+
+def split_payload(payload: bytes) -> tuple[float, bytes]:
+    """The (first) label of an image record's payload and its encoded image; nan if it is none."""
+    flag, label = struct.unpack_from("<If", payload.ljust(HEADER.size, b"\xff"))
+    if flag:
+        (label,) = struct.unpack_from("<f", payload.ljust(HEADER.size + 4, b"\xff"), HEADER.size)
+    return label, payload[HEADER.size + 4 * flag :]
 
 
 def record_end(data: Any, offset: int) -> int:
@@ -134,6 +147,23 @@ def map_file(path: Path) -> Any:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def read_property(folder: Path) -> tuple[int | None, tuple[int, int] | None]:
+    """The number of classes and the images' (height, width); None each without a property file."""
+    path = folder / "property"
+    if not path.is_file():
+        return None, None
+    # Some tools add a second line: the number of images.
+    with path.open("rb") as file:
+        line = file.readline(100).decode("latin-1").strip()
+    if not re.fullmatch(r"\d{1,9}\s*,\s*\d{1,9}\s*,\s*\d{1,9}", line):
+        raise RecordError(
+            f"{path} begins with {line[:40]!r} instead of 'classes,height,width', for example "
+            "'10572,112,112'; correct it, or delete it to have the classes counted."
+        )
+    classes, height, width = map(int, line.split(","))
+    return classes, (height, width)
+
+
 def record_offsets(rec_path: str | Path) -> np.ndarray:
     """Walk a record file as far as it is complete: to resume, or if train.idx is missing.
 
@@ -153,20 +183,19 @@ def record_offsets(rec_path: str | Path) -> np.ndarray:
 class _Headers(NamedTuple):
     """The headers of n records."""
 
-    is_range: np.ndarray  # (n,) bool: two labels and no image
-    labels: np.ndarray  # (n,) float32
+    flags: np.ndarray  # (n,) int64, labels in the vector
+    is_range: np.ndarray  # (n,) bool: a vector of labels and no image
+    labels: np.ndarray  # (n, 2) float32, the label, or the first two of the vector
     ids: np.ndarray  # (n,) int64
-    ranges: np.ndarray  # (n, 2) float32, the first two labels of the vector
 
 
 class RecordReader:
     """Images and labels of a folder with `train.rec`, or of any `.rec`, memory-mapped.
 
     `keys` (n,) int64: the images' record ids, ascending; `offsets` (n,) int64: where their records
-    begin; `labels` (n,) int64; `num_classes`; `identities` (k, 2) int64: each identity's range of
-    records, None without a record 0; `size`: (height, width), None without a property file.
-    Threads may share a reader. Raises RecordError if a file is missing, cut short or inconsistent
-    with another.
+    begin; `labels` (n,) int64; `num_classes`; `size`: (height, width), None without a property
+    file. Threads may share a reader. Raises RecordError if a file is missing, cut short or
+    inconsistent with another.
     """
 
     def __init__(self, folder_or_rec: str | Path):
@@ -192,20 +221,17 @@ class RecordReader:
             keys = headers.ids if ids_are_unique else np.arange(len(headers.ids))
         order = np.argsort(keys)
         keys, offsets = keys[order], offsets[order]
-        is_range, ranges = headers.is_range[order], headers.ranges[order]
-        self.identities, images = self._split_images(keys, is_range, ranges)
+        images = self._find_images(keys, _Headers(*(column[order] for column in headers)))
         self.keys, self.offsets = keys[images], offsets[images]
-        self.num_classes, self.size = self._read_property()
-        self.labels = self._check_labels(headers.labels[order][images])
+        self.num_classes, self.size = read_property(self.path.parent)
+        self.labels = self._check_labels(headers.labels[order][images, 0])
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def encoded(self, i: int) -> bytes:
         """The encoded bytes (JPEG, or any format of `decode_image`) of image i, 0 <= i < len."""
-        payload = payload_at(self._data, int(self.offsets[i]))
-        num_labels = int.from_bytes(payload[:4], "little")
-        return payload[HEADER.size + 4 * num_labels :]
+        return split_payload(payload_at(self._data, int(self.offsets[i])))[1]
 
     def image(self, i: int) -> np.ndarray:
         """Image i as (height, width, 3) uint8 RGB; RecordError names the record if it cannot."""
@@ -235,16 +261,17 @@ class RecordReader:
 
     def _read_idx(self) -> tuple[np.ndarray, np.ndarray]:
         """Keys and offsets (n,) of train.idx; a record begins at each that is inside the file."""
-        text = io.StringIO(self._idx.read_text("latin-1").strip() or "-")
+        # Ids may be written "8.0", by way of a table of floats.
+        text = re.sub(r"(?m)^(\d+)\.0*(?=\s)", r"\1", self._idx.read_text("latin-1").strip())
         try:
-            keys, offsets = np.loadtxt(text, np.int64, comments=None, delimiter="\t", ndmin=2).T
+            keys, offsets = np.loadtxt(io.StringIO(text or "-"), np.int64, comments=None, ndmin=2).T
         except ValueError:
             raise self._idx_mismatch("its lines are not 'record id, tab, byte offset'") from None
         # The first two words at each offset, at once; offsets outside the file are clipped here
         # and told apart below.
         first_words = np.clip(offsets // 4, 0, len(self._words) - 2)
         magic, lrec = self._words[first_words], self._words[first_words + 1]
-        begins = (magic == int.from_bytes(MAGIC, "little")) & (lrec >> 29 <= 1)
+        begins = (magic == MAGIC_WORD) & (lrec >> 29 <= 1)
         begins &= (offsets >= 0) & (offsets % 4 == 0)
         # Beyond the end: a file cut short, which _read_headers reports by the record.
         is_beyond = offsets > len(self._data) - 8
@@ -277,59 +304,51 @@ class RecordReader:
             raise self._incomplete(keys[np.argmax(is_incomplete)])
         # Sorted, each record must begin where the one before ends: 0, ends == begins, file's end.
         begins = np.append(np.sort(offsets), len(self._data))
-        is_gap = begins != np.insert(np.sort(ends), 0, 0)
-        if np.any(is_gap):
+        expected = np.insert(np.sort(ends), 0, 0)
+        is_gap = begins != expected
+        # Where an idx leaves images out, as people do to clean a set, their records are there.
+        first_words = self._words[expected.clip(max=len(self._data) - 4) // 4]
+        is_left_out = (begins > expected) & (first_words == MAGIC_WORD)
+        self._is_subset = bool(np.any(is_gap))
+        if is_gap[0] or is_gap[-1] or np.any(is_gap & ~is_left_out):
             before = begins[np.argmax(is_gap)]
             raise self._idx_mismatch(f"the record before byte {before} is missing")
+        if self._is_subset:
+            print(f"{self._idx} lists {len(keys):,} records of {self.path.name}, not all of them.")
         return _Headers(
-            is_range=(flags == 2) & (lengths == HEADER.size + 4 * flags),
-            labels=np.where(flags > 0, floats[:, 6], floats[:, 1]),
+            flags=flags,
+            is_range=(flags > 0) & (lengths == HEADER.size + 4 * flags),
+            labels=np.where(flags[:, None] > 0, floats[:, 6:], floats[:, 1:2]),
             ids=words[:, 2:4].copy().view("<i8")[:, 0],
-            ranges=floats[:, 6:],
         )
 
-    def _split_images(
-        self, keys: np.ndarray, is_range: np.ndarray, ranges: np.ndarray
-    ) -> tuple[np.ndarray | None, slice]:
-        """The identities' ranges (k, 2) and the slice of the images, by record 0 if there is one.
+    def _find_images(self, keys: np.ndarray, headers: _Headers) -> slice:
+        """The slice of the images, by record 0 if there is one; in the example above slice(1, 6).
 
-        In the example above: [[1, 3], [3, 4], [4, 6]] and slice(1, 6).
+        Record 0 is told from an image with a vector of labels by what it lacks (an image), or, if
+        it has a dummy one, by other labels than record 1's or by numbers that fit the file.
         """
-        if keys[0] != 0 or not is_range[0]:
-            return None, slice(None)
-        first, end = (int(number) if np.isfinite(number) else -1 for number in ranges[0])
+        first, end = headers.labels[0]
+        if keys[0] != 0 or not headers.flags[0]:
+            return slice(None)
+        fits = headers.flags[0] != headers.flags[:2][-1] or keys[-1] + 1 in (first, end)
+        if not headers.is_range[0] and not (first >= 2 and fits):
+            return slice(None)
         if first == 0:  # see RecordWriter
             raise RecordError(f"{self.path} was never finished; run what wrote it again.")
-        if not 1 <= first <= end <= len(keys) or keys[end - 1] != end - 1:
+        # What float32 may have made of the number: beyond 2^24 not all integers exist.
+        tolerance = max(1, np.spacing(np.float32(first)) / 2) if np.isfinite(first) else 0
+        last = int(np.flatnonzero(np.append(True, ~headers.is_range[1:]))[-1])
+        if self._is_subset or first < keys[last] + 1 - tolerance:
+            stop = int(np.searchsorted(keys, first))
+        else:
+            stop = last + 1
+        if not 1 <= first <= keys[last] + 1 + tolerance and not (self._is_subset and first >= 1):
             raise RecordError(
-                f"Record 0 of {self.path} announces images 1 to {first - 1} and identities up to "
-                f"record {end - 1}, which are not all there ({len(keys) - 1} records are); "
-                "copy or prepare the set again."
+                f"Record 0 of {self.path} announces images 1 to {first - 1:.0f}, which are not "
+                f"all there (images up to {keys[last]} are); copy or prepare the set again."
             )
-        begin, stop = ranges[first:end].T
-        is_wrong = ~(is_range[first:end] & (begin >= 1) & (begin <= stop) & (stop <= first))
-        if np.any(is_wrong):
-            raise RecordError(
-                f"Record {first + np.argmax(is_wrong)} of {self.path} should say which images are "
-                "an identity's and does not; copy or prepare the set again."
-            )
-        return ranges[first:end].astype(np.int64), slice(1, first)
-
-    def _read_property(self) -> tuple[int | None, tuple[int, int] | None]:
-        """The number of classes and the images' (height, width); None each without a property."""
-        path = self.path.parent / "property"
-        if not path.is_file():
-            return None, None
-        # Some tools add a second line: the number of images.
-        with path.open("rb") as file:
-            line = file.readline(100).decode("latin-1").strip()
-        if not re.fullmatch(r"\d{1,9}\s*,\s*\d{1,9}\s*,\s*\d{1,9}", line):
-            raise RecordError(
-                f"{path} begins with {line[:40]!r} instead of 'classes,height,width', for example "
-                "'10572,112,112'; correct it, or delete it to have the classes counted."
-            )
-        classes, height, width = map(int, line.split(","))
-        return classes, (height, width)
+        return slice(1, stop)
 
     def _check_labels(self, labels: np.ndarray) -> np.ndarray:
         """Labels as int64, all in [0, num_classes); counts the classes without a property."""

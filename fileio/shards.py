@@ -9,17 +9,17 @@ time is as good as a shuffle. `python train.py --train-set data/faces_webface_sh
 folder file by file, each process its own part of it.
 
 Each .rec is a record file (fileio/recordio.py) of images alone, with ids from 0 and its .idx
-beside it, so any tool reads it by itself. A .npy beside it has, for each image, its record's byte
-offset and its label: 12 bytes (`INDEX_DTYPE`). It is memory-mapped: what a process does not use
-takes no memory, and the processes of a machine share what they use. A missing .npy is written anew.
-One property file is for all shards.
+beside it, so any tool reads it by itself; files that other tools wrote may have a record 0 and
+vectors of labels. A .npy beside it has, for each image, its record's byte offset and its label: 12
+bytes (`INDEX_DTYPE`). It is memory-mapped: what a process does not use takes no memory, and the
+processes of a machine share what they use. A missing .npy is written anew. One property file is for
+all shards.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,9 @@ from fileio.recordio import (
     map_file,
     pack_record,
     payload_at,
+    read_property,
     record_end,
+    split_payload,
 )
 from fileio.safe_files import (
     atomic_write,
@@ -90,21 +92,18 @@ class ShardReader:
         return int(self.starts[-1])
 
     def _read_property(self) -> tuple[int, tuple[int, int]]:
-        path = self.path / "property"
-        numbers = path.read_text("latin-1").split(",") if path.is_file() else []
-        numbers = [number.strip() for number in numbers]
-        if len(numbers) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", n) for n in numbers):
+        num_classes, size = read_property(self.path)
+        if num_classes is None or size is None:
             raise RecordError(
-                f"{path} should be 'classes,height,width'; write the shards again "
-                "(python -m tools.make_shards)."
+                f"There is no {self.path / 'property'}, the line 'classes,height,width': write "
+                "the shards again (python -m tools.make_shards), or the line if others wrote them."
             )
-        num_classes, height, width = map(int, numbers)
-        if (height, width) != (FACE_SIZE, FACE_SIZE):
+        if size != (FACE_SIZE, FACE_SIZE):
             raise RecordError(
-                f"{self.path} holds faces of {width}x{height} pixels, not {FACE_SIZE}x{FACE_SIZE}; "
-                "align them with pre_process.py."
+                f"{self.path} holds faces of {size[1]}x{size[0]} pixels, not "
+                f"{FACE_SIZE}x{FACE_SIZE}; align them with pre_process.py."
             )
-        return num_classes, (height, width)
+        return num_classes, size
 
     def _map(self, number: int) -> _Shard:
         path = self.files[number]
@@ -137,13 +136,13 @@ class ShardReader:
         shard, record = self._locate(i)
         payload = payload_at(shard.data, int(shard.index["offset"][record]))
         # An index of another file is noticed here: offsets or labels do not fit.
-        label = np.frombuffer(payload[4:8], "<f4")
-        if len(payload) < HEADER.size or label[0] != shard.index["label"][record]:
+        label, encoded = split_payload(payload)
+        if label != shard.index["label"][record]:
             raise RecordError(
                 f"{shard.path} and its .npy do not belong together; delete the .npy and it will be "
                 "written anew."
             )
-        return payload[HEADER.size :]
+        return encoded
 
     def image(self, i: int) -> np.ndarray:
         """Image i as (height, width, 3) uint8 RGB; RecordError names the record if it cannot."""
@@ -193,8 +192,13 @@ def _checked_index(rec_path: Path) -> np.ndarray:
             f"{path} is no index of a record file; delete it and it will be written anew."
         )
     # Checking every record would read the whole set; the last one is enough to notice a file that
-    # is cut short, and an index of another number of records.
-    if record_end(map_file(rec_path), int(index["offset"][-1])) != rec_path.stat().st_size:
+    # is cut short, and an index of another number of records. Only records without an image may
+    # follow it.
+    data = map_file(rec_path)
+    end = record_end(data, int(index["offset"][-1]))
+    while 0 <= end < len(data) and not split_payload(payload_at(data, end))[1]:
+        end = record_end(data, end)
+    if end != len(data):
         raise RecordError(
             f"{path} does not belong to {rec_path.name}, or that is cut short: its last record is "
             "not where the file ends. Copy the set again, or delete the index and it will be "

@@ -9,6 +9,7 @@ no list of contents, so `entries` walks through the whole file.
 from __future__ import annotations
 
 import gzip
+import itertools
 import re
 import shutil
 import sys
@@ -20,13 +21,12 @@ from typing import Any
 
 from fileio.archive_source import (
     ARCHIVE_ERRORS,
-    DEFAULT_LIMITS,
     ArchiveError,
     Entry,
-    Limits,
     Member,
     Source,
     decode_name,
+    link_target,
 )
 
 MAX_HEADER_BYTES = 1 << 20  # what the headers of one member may take, long names and maps included
@@ -43,8 +43,8 @@ class TarSource(Source):
     only images and vanishes with the process, even if that is killed.
     """
 
-    def __init__(self, path: Path, spool_dir: Path | None = None, limits: Limits = DEFAULT_LIMITS):
-        super().__init__(path, spool_dir, limits)
+    def __init__(self, path: Path, *options: Any, **keywords: Any):
+        super().__init__(path, *options, **keywords)
         with path.open("rb") as file:
             self.compressed = file.read(2) == b"\x1f\x8b"
 
@@ -87,9 +87,11 @@ class TarSource(Source):
         if info.isdir():
             return Member(name, "folder")
         if info.issym() or info.islnk():
-            return Member(name, "link")
+            # A hard link names its target from the root, a symbolic one from its own folder.
+            target = decode_name(info.linkname.encode("utf-8", "surrogateescape"))
+            return Member(name, "link", 0, link_target(name if info.issym() else "", target))
         if info.isreg() and not info.issparse():
-            return Member(name, "file", info.size, info.offset_data)
+            return Member(name, "file", info.size, info.offset_data, int(info.mtime))
         return Member(name, "not_a_regular_file")
 
     def _check_end(self, file: _Stream, offset: int) -> None:
@@ -108,7 +110,8 @@ class TarSource(Source):
 
     def _read(self, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:
         offsets = [entry.handle for entry in entries]
-        if not self.compressed or offsets == sorted(offsets):
+        # Strictly: of two links to one file, the second would lead back.
+        if not self.compressed or all(a < b for a, b in itertools.pairwise(offsets)):
             with self._open() as file:
                 yield from self._read_from(file, entries)
         else:
@@ -124,21 +127,22 @@ class TarSource(Source):
                 f"{folder}."
             )
         with tempfile.SpooledTemporaryFile(max_size=MAX_SPOOL_MEMORY, dir=folder) as spool:
-            positions: dict[str, int] = {}  # in the spool, by name
-            errors: dict[str, ArchiveError] = {}
-            by_offset = sorted(entries, key=lambda entry: entry.handle)
+            positions: dict[int, int] = {}  # in the spool, by offset in the archive
+            errors: dict[int, ArchiveError] = {}
+            once = {entry.handle: entry for entry in entries}  # links share their file's offset
+            by_offset = [once[offset] for offset in sorted(once)]
             with self._open() as file:
                 for entry, data in zip(by_offset, self._read_from(file, by_offset), strict=True):
                     if isinstance(data, ArchiveError):
-                        errors[entry.name] = data
+                        errors[entry.handle] = data
                     else:
-                        positions[entry.name] = spool.tell()
+                        positions[entry.handle] = spool.tell()
                         spool.write(data)
             for entry in entries:
-                if entry.name in errors:
-                    yield errors[entry.name]
+                if entry.handle in errors:
+                    yield errors[entry.handle]
                 else:
-                    spool.seek(positions[entry.name])
+                    spool.seek(positions[entry.handle])
                     yield spool.read(entry.size)
 
     def _read_from(self, file: _Stream, entries: list[Entry]) -> Iterator[bytes | ArchiveError]:

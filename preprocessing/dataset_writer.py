@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from fileio.archive_source import Entry, Tally
+from fileio.archive_source import Entry, Source, Tally
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
 from fileio.locks import LOCK_FILE
 from fileio.record_writer import RecordWriter
 from fileio.recordio import record_offsets
 from fileio.safe_files import describe_write_errors, fsync_file, fsync_folder, open_for_writing
+from preprocessing.changes import exchanged_images, source_state
 from preprocessing.pipeline import AlignResult
 from preprocessing.summary import read_summary, write_summary
 
@@ -42,15 +43,23 @@ ASIDE = ".aside"  # inside a folder whose files are being moved aside
 # ------------------------------------------------------------------------------ the folder
 
 
-def begin_output(folder: Path, inputs: dict[str, Any]) -> None:
+def begin_output(
+    folder: Path, inputs: dict[str, Any], source: Source | None = None
+) -> dict[str, Any]:
     """Note in report.json what is being made, in a new folder or in one to be resumed.
 
-    `inputs` is everything that the bytes depend on. Files that were made from other inputs are
-    moved aside with a notice, never overwritten.
+    `inputs` is everything that the bytes depend on; of `source`, its state is noted as well, as it
+    was when the output was begun. Files that were made from other inputs are moved aside with a
+    notice, never overwritten. Returns what was noted.
     """
     before = read_summary(folder, finished=False)
     # The source's path may differ: the archive may have been moved, its fingerprint stays.
     differing = [k for k in inputs if k != "source" and before and before.get(k) != inputs[k]]
+    if before and source and not differing and (change := exchanged_images(before, source)):
+        differing = [f"its images: {change}"]
+    state = source_state(source) if source else {}
+    if before and not differing:
+        state = {key: before.get(key, value) for key, value in state.items()}
     interrupted = (folder / ASIDE).is_dir()  # a kill during set_aside
     unexplained = before is None and (folder / "index.tsv").exists()
     if differing or interrupted or unexplained:
@@ -60,7 +69,8 @@ def begin_output(folder: Path, inputs: dict[str, Any]) -> None:
             f"{' and '.join(differing) or 'its code'}; it is now in {aside} (you may delete it), "
             "and preparing starts from the first image."
         )
-    write_summary(folder, inputs)
+    write_summary(folder, inputs | state)
+    return inputs | state
 
 
 def set_aside(folder: Path) -> Path:

@@ -24,7 +24,14 @@ import numpy as np
 from fileio.archive_source import ArchiveError, Entry, Source
 from fileio.images import ImageError, decode_image, encode_jpeg
 from preprocessing.detector import Detection, FaceDetector, central_crop_points, find_face
-from utils import UserError, core_count, is_out_of_memory, similarity_transform, warp_face
+from utils import (
+    FACE_SIZE,
+    UserError,
+    core_count,
+    is_out_of_memory,
+    similarity_transform,
+    warp_face,
+)
 
 BLOCK_IMAGES = 256
 BLOCK_BYTES = 16 << 20
@@ -57,6 +64,7 @@ class AlignResult(NamedTuple):
     box: np.ndarray | None = None  # (4,) in pixels of the original image
     points: np.ndarray | None = None  # (5, 2) likewise
     others: np.ndarray | None = None  # (k, 4), the boxes of the image's other faces
+    was_face_size: bool = False  # whether the image was 112x112, as aligned faces are
 
 
 # ------------------------------------------------------------------------------ many images
@@ -82,12 +90,12 @@ def plan_blocks(entries: Sequence[Entry], most: int = BLOCK_IMAGES) -> list[tupl
 def align_blocks(
     source: Source,
     blocks: Sequence[tuple[int, int]],
-    detector: FaceDetector,
+    detector: FaceDetector | None,
     crop_missed: bool,
     detect_batch: int = 64,
     workers: int = 0,
 ) -> Iterator[list[AlignResult]]:
-    """Yield the results of each block, in order.
+    """Yield the results of each block, in order; without a detector, the images are aligned faces.
 
     Reading, decoding, detecting and encoding overlap, each some blocks ahead of the next. Raises
     UserError if one of the threads fails.
@@ -108,7 +116,8 @@ def align_blocks(
     searcher = ThreadPoolExecutor(1 + workers // 2, ALIGN_THREADS)
 
     def decode(block: tuple[int, int]) -> list[Future]:
-        return [pool.submit(decode_entry, *next(contents)) for _ in range(*block)]
+        first_task = take_aligned if detector is None else decode_entry
+        return [pool.submit(first_task, *next(contents)) for _ in range(*block)]
 
     def search(images: list[DecodedImage]) -> tuple[list[DecodedImage], _Batches]:
         batches = plan_batches(images, detect_batch)
@@ -128,6 +137,9 @@ def align_blocks(
         # that their tasks are queued before they are needed.
         decoding = prefetch((reader.submit(decode, block) for block in blocks), 1 + ahead)
         decoded = ([image.result() for image in block.result()] for block in decoding)
+        if detector is None:
+            yield from decoded
+            return
         searching = prefetch((search(images) for images in decoded), ahead)
         aligning = prefetch((align(*block) for block in searching), 1)
         for block in aligning:
@@ -209,12 +221,13 @@ def align_and_encode(decoded: DecodedImage, detection: Detection, crop_missed: b
     entry, status, image, factor, data = decoded
     if image is None:
         return AlignResult(entry, status)
+    was_face_size = image.shape[:2] == (FACE_SIZE, FACE_SIZE)
     if detection.points is None:
         if not crop_missed:
             too_small = min(image.shape[:2]) < MIN_IMAGE_SIDE
             return AlignResult(entry, "too_small" if too_small else "no_face")
         jpeg = encode_jpeg(align_face(image, central_crop_points(*image.shape[:2])))
-        return AlignResult(entry, "central_crop", jpeg)
+        return AlignResult(entry, "central_crop", jpeg, was_face_size=was_face_size)
     # From the shrunk copy to the original. Whole numbers are the centres of pixels: shrunk by 1/4,
     # pixel 0 covers the original's pixels 0 to 3, and its centre is at 1.5 = (0 + 0.5) * 4 - 0.5.
     box, points, others = (
@@ -224,7 +237,25 @@ def align_and_encode(decoded: DecodedImage, detection: Detection, crop_missed: b
     if data:
         image = decode_image(data)
     jpeg = encode_jpeg(align_face(image, points))
-    return AlignResult(entry, detection.status, jpeg, detection.score, box, points, others)
+    return AlignResult(
+        entry, detection.status, jpeg, detection.score, box, points, others, was_face_size
+    )
+
+
+def take_aligned(entry: Entry, data: bytes | ArchiveError) -> AlignResult:
+    """A face that is aligned already, as the bytes that it comes in; UserError if it is not."""
+    if isinstance(data, ArchiveError):
+        return AlignResult(entry, data.status)
+    try:
+        height, width = decode_image(data).shape[:2]
+    except ImageError as error:
+        return AlignResult(entry, error.status)
+    if (height, width) != (FACE_SIZE, FACE_SIZE):
+        raise UserError(
+            f"{entry.name} has {width}x{height} pixels, not an aligned face's "
+            f"{FACE_SIZE}x{FACE_SIZE}; without --aligned the faces are found and aligned."
+        )
+    return AlignResult(entry, "ok", data)
 
 
 def align_face(image: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-from fileio.archive_source import Source
-from fileio.archives import open_source
-from fileio.locks import LOCK_FILE
+from fileio.archive_source import decode_name
 from preprocessing.summary import read_summary
 from utils import UserError
 
@@ -15,8 +15,6 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 # Data sets by the name of their archive or folder, the preferred one first; case is ignored.
 TRAINING_STEMS = ("casia-webface",)
 LFW_STEMS = ("lfw-funneled", "lfw_funneled", "lfw-deepfunneled", "lfw_deepfunneled", "lfw")
-# The files of a finished data set.
-DATASET_FILES = ("train.rec", "train.idx", "property", "index.tsv", "report.json")
 
 
 class Job(NamedTuple):
@@ -37,25 +35,22 @@ def find_jobs(
 ) -> list[Job]:
     """The data sets to prepare: `source` alone if it is given, else those in `data_dir`.
 
-    `output` replaces the default output folder. `missed` says what becomes of an image without a
-    face: "skip", "crop", or "auto", which crops in LFW (every pair needs both images) and skips in
-    training sets. `lfw` is LFW's archive or folder if it is known. Raises UserError if there is
-    nothing to prepare.
+    `output` replaces the default output folder, which is named after the source. `missed` says what
+    becomes of an image without a face: "skip", "crop", or "auto", which crops in LFW (every pair
+    needs both images) and skips in training sets. `lfw` is LFW's archive or folder if it is known.
+    Raises UserError if there is nothing to prepare.
     """
-    outputs = (data_dir / "faces_webface_112x112", data_dir / "faces_lfw_112x112")
+    outputs = [default_output(Path(name), data_dir) for name in (*TRAINING_STEMS, "lfw")]
 
     def crops(is_lfw: bool) -> bool:
         return is_lfw if missed == "auto" else missed == "crop"
 
     if source:
-        path = Path(source)
-        is_lfw = path.name.lower().startswith("lfw")
-        default = outputs[1] if is_lfw else outputs[0]
-        if (path / "train.rec").is_file():
-            path = path / "train.rec"
-        if path.suffix == ".rec":  # a ready pack is indexed where it is
-            default = path.parent
-        return [Job(path, Path(output or default), crops(is_lfw), save_examples=True)]
+        path = _as_pack(Path(source))
+        if not path.exists():
+            raise UserError(f"There is no {path}; --source names an archive, a folder or a .rec.")
+        default = default_output(path, data_dir)
+        return [Job(path, Path(output or default), crops(default == outputs[1]), True)]
 
     jobs: list[Job] = []
     for is_lfw, default in zip((False, True), outputs, strict=True):
@@ -67,7 +62,9 @@ def find_jobs(
             # The examples show the training set, or LFW if it is the only one to be aligned: a
             # ready pack has no images from before the alignment.
             save_examples = all(job.source.suffix == ".rec" for job in jobs)
-            jobs.append(Job(candidates[0], default, crops(is_lfw), save_examples))
+            chosen = _as_pack(candidates[0])
+            place = chosen.parent if chosen.suffix == ".rec" else default
+            jobs.append(Job(chosen, place, crops(is_lfw), save_examples))
     if not jobs:
         raise UserError(
             f"there is nothing to prepare in {data_dir}/: no training set (CASIA-WebFace.zip, "
@@ -80,6 +77,26 @@ def find_jobs(
     return [job._replace(output=Path(output or job.output)) for job in jobs]
 
 
+def default_output(source: Path, data_dir: Path) -> Path:
+    """Where the faces of a source go if no --output is given: a ready pack stays where it is."""
+    if source.suffix == ".rec":
+        return source.parent
+    stem = decode_name(os.fsencode(source.resolve().name))
+    for suffix in ARCHIVE_SUFFIXES:
+        stem = stem[: -len(suffix)] if stem.lower().endswith(suffix) else stem
+    if stem.lower() in TRAINING_STEMS:
+        stem = "webface"
+    elif stem.lower().startswith("lfw"):
+        stem = "lfw"
+    stem = re.sub(r"[^\w.-]+", "_", stem)
+    return data_dir / f"faces_{stem}_112x112"
+
+
+def _as_pack(path: Path) -> Path:
+    """The train.rec in a folder that has one, else the path itself."""
+    return path / "train.rec" if (path / "train.rec").is_file() else path
+
+
 def _candidates(data_dir: Path, output: Path, is_lfw: bool, lfw: Path | None) -> list[Path]:
     """The possible sources of the training set or of LFW, the one to use first."""
     summary = read_summary(output)
@@ -90,6 +107,10 @@ def _candidates(data_dir: Path, output: Path, is_lfw: bool, lfw: Path | None) ->
         return [lfw, *(path for path in candidates if path != lfw)]
     if not candidates and summary:  # finished, and the archive was deleted afterwards
         return [Path(summary["source"])]
+    if not candidates and not is_lfw:
+        # A pack in a folder of any name, as Kaggle has them; not what this script has prepared.
+        packs = [path.parent for path in sorted(data_dir.glob("*/train.rec"))]
+        return [pack for pack in packs if "ready" in (read_summary(pack) or {"ready": True})]
     return candidates
 
 
@@ -111,41 +132,6 @@ def find_sources(data_dir: Path, is_lfw: bool) -> list[Path]:
     return sources
 
 
-def source_bytes(path: Path, source: Source | None = None) -> int:
-    """Size of an archive, or of all images in a folder: enough to tell whether it has changed."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(entry.size for entry in (source or open_source(path)).entries())
-
-
 def is_taken(output: Path) -> bool:
     """Whether the output folder exists and is not empty."""
     return output.is_dir() and any(output.iterdir())
-
-
-def check_finished(job: Job, min_face: int) -> None:
-    """Print that the output is finished; UserError unless it was made from this very source."""
-    summary = read_summary(job.output)
-    missing = [name for name in DATASET_FILES if not (job.output / name).is_file()]
-    if missing or summary is None:
-        raise UserError(
-            f"{job.output} exists but has no {missing[0]}, so it is not a finished output of this "
-            "script; move it away or give another --output."
-        )
-    # The archive may have been deleted since, to save space.
-    if job.source.exists() and summary["source_bytes"] != source_bytes(job.source):
-        raise UserError(
-            f"{job.output} was prepared from another {Path(summary['source']).name}; move it away "
-            f"or give another --output to prepare {job.source}."
-        )
-    settings = {"crop_missed": job.crop_missed, "min_face": min_face}
-    if not settings.items() <= summary.get("settings", {}).items():
-        raise UserError(
-            f"{job.output} was prepared with another --missed or --min-face; move it away or give "
-            "another --output."
-        )
-    (job.output / LOCK_FILE).unlink(missing_ok=True)  # of a process killed right after the rename
-    print(
-        f"{job.output} is finished: {summary['kept']:,} images of {summary['identities']:,} "
-        "identities."
-    )

@@ -54,9 +54,10 @@ def read_summary(folder: Path, finished: bool = True) -> dict[str, Any] | None:
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write the folder's report.json atomically."""
-    with atomic_write(folder / "report.json", "w") as file:
-        json.dump(summary, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    with atomic_write(folder / "report.json") as file:
+        # In a path that is not UTF-8, "backslashreplace" writes the very escapes of JSON.
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def count_statuses(statuses: Tally) -> dict[str, Any]:

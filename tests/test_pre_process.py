@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import pytest
 from PIL import Image
 
 from config import Config
-from fileio.images import decode_image
+from fileio.archives import open_source
+from fileio.images import decode_image, encode_jpeg
 from fileio.index_tsv import read_index
 from fileio.locks import lock_folder
+from fileio.record_writer import write_dataset
 from fileio.recordio import RecordReader
 from pre_process import main
+from preprocessing.dataset_writer import begin_output
 from preprocessing.prepare import PrepareOptions, prepare_dataset
-from preprocessing.sources import find_jobs, find_sources
+from preprocessing.sources import default_output, find_jobs, find_sources
 from tests.helpers.paths import ROOT
 from tests.helpers.synthetic_faces import (
     casia_files,
@@ -121,11 +125,12 @@ def test_finished_outputs_are_left_alone(run, tmp_path):
     assert "is finished: 4 images of 2 identities" in stdout
     status, _, stderr = run(min_face=40)
     assert status == 2
-    assert "another --missed or --min-face" in stderr
+    assert "another --missed, --min-face or --aligned" in stderr
+    assert run(aligned=True)[0] == 2
     write_zip(source, casia_files(2, 3))
     status, _, stderr = run()
     assert status == 2
-    assert "prepared from another CASIA-WebFace.zip" in stderr
+    assert f"prepared from CASIA-WebFace.zip, and {source} differs: 2 images added. " in stderr
     source.unlink()
     status, stdout, _ = run()
     assert status == 0
@@ -241,9 +246,9 @@ def test_bad_input_is_right_or_counted(kind, run, tmp_path):
     assert {name: status for name, (status, _) in statuses.items()} == {
         name: status for name, (_, status) in expected.items()
     }
-    # a, deep, 张三: sorted by code point
-    assert [statuses[n][1] for n in ("s/a/00good.jpg", "s/a/deep/13folder.jpg")] == [0, 1]
-    assert statuses["s/张三/14照片.jpg"] == ("ok", 2)
+    # a (with deep, which lies in it), 张三: sorted by code point
+    assert [statuses[n][1] for n in ("s/a/00good.jpg", "s/a/deep/13folder.jpg")] == [0, 0]
+    assert statuses["s/张三/14照片.jpg"] == ("ok", 1)
     cut = ["s/a/06truncated.jpg", "s/a/12corrupt.png"]
     assert report["missed"]["truncated"]["names"] == cut
     assert "skipped 7" in stdout
@@ -320,7 +325,7 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "missing.zip"}, "missing.zip cannot be opened"),
+        ({"source": "missing.zip"}, "There is no missing.zip; --source names"),
         ({"source": "empty"}, "holds no images"),
         ({"source": "nobody.zip"}, "no face was found in any of the 2 images in"),
         ({"source": "good.zip", "output": "taken"}, "not a finished output"),
@@ -376,6 +381,248 @@ def test_which_sources_are_used(tmp_path, capsys):
     assert "is ignored" in capsys.readouterr().out
     with pytest.raises(UserError):
         prepare_dataset(jobs[0], PrepareOptions(), lambda: pytest.fail("nothing to detect"))
+
+
+# ------------------------------------------------------------------------------ what changes
+
+
+def folder_of(path, files):
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def prepared(run, tmp_path):
+    """A folder of three identities of three images, prepared; returns the folder."""
+    files = {f"{p}/{p}{i}.jpg": face(p, i) for p in range(3) for i in range(3)}
+    source = folder_of(tmp_path / "photos", files)
+    assert run(source=source)[0] == 0
+    return source
+
+
+def move(source):
+    (source / "0/00.jpg").rename(source / "1/00.jpg")
+
+
+def move_and_more(source):
+    move(source)
+    (source / "2/22.jpg").unlink()
+    (source / "2/new.jpg").write_bytes(face(2, 7))
+    (source / "2/newer.jpg").write_bytes(face(2, 8))
+
+
+def exchange(source):
+    """Another image of the same size, as two files exchange their names."""
+    path = source / "0/00.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + b"\0" + data[-1:])
+    os.utime(path, (2e9, 2e9))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (move, "differs: 1 image moved (0/00.jpg to 1/00.jpg). Move "),
+        (move_and_more, "differs: 1 image moved, 2 added, 1 gone (0/00.jpg to 1/00.jpg). Move "),
+        (lambda source: (source / "0").rename(source / "7"), "3 images moved (0/00.jpg to 7/00."),
+        (exchange, "differs: 1 image of the same size was written since (0/00.jpg). Move "),
+        (
+            lambda source: (source / "0/00.jpg").write_bytes(face(0, 8)),
+            "differs: images of the same names have other sizes. Move ",
+        ),
+    ],
+)
+def test_a_change_of_the_source_is_said(change, said, prepared, run, tmp_path):
+    status, stdout, _ = run(source=prepared)
+    assert (status, "is finished: 9 images of 3 identities" in stdout) == (0, True)
+    change(prepared)
+    status, stdout, stderr = run(source=prepared)
+    assert status == 2, stdout
+    assert said in stderr
+    output = tmp_path / "data" / "faces_photos_112x112"
+    assert f"Move {output} away to prepare it anew, or give another --output." in stderr
+
+
+def test_an_image_exchanged_in_an_archive_is_noticed(run, tmp_path):
+    files = casia_files(2, 2)
+    source = write_zip(tmp_path / "mine.zip", files)
+    assert run(source=source)[0] == 0
+    name = next(iter(files))
+    write_zip(source, files | {name: files[name][:-2] + b"\0" + files[name][-1:]})
+    os.utime(source, (2e9, 2e9))
+    status, _, stderr = run(source=source)
+    assert status == 2
+    assert "differs: images of the same names and sizes have other contents" in stderr
+
+
+def test_what_is_no_change(prepared, run, tmp_path):
+    """A copy, the archive that it becomes, and the same images under a root of its own."""
+    files = {p.relative_to(prepared).as_posix(): p.read_bytes() for p in prepared.rglob("*.jpg")}
+    copied = shutil.copytree(prepared, tmp_path / "copy" / "photos", copy_function=shutil.copyfile)
+    for path in copied.rglob("*.jpg"):
+        os.utime(path, (2e9, 2e9))
+    rooted = {f"photos/{name}": data for name, data in files.items()}
+    for source in (
+        copied,
+        write_zip(tmp_path / "zip" / "photos.zip", files),
+        tgz(tmp_path / "photos.tgz", rooted),
+    ):
+        status, stdout, stderr = run(source=source)
+        assert (status, "is finished: 9 images" in stdout) == (0, True), stderr
+
+
+def test_a_set_of_an_early_version_is_finished_too(prepared, run, tmp_path):
+    path = tmp_path / "data" / "faces_photos_112x112" / "report.json"
+    report = json.loads(path.read_text())
+    for key in ("fingerprint", "stamps", "begun", "image_bytes", "source_mtime"):
+        report.pop(key)
+    path.write_text(json.dumps(report))
+    assert run(source=prepared)[0] == 0
+
+
+def test_an_unfinished_set_of_other_images_is_not_resumed(run, tmp_path, capsys):
+    """An image exchanged between the kill and the next start."""
+    source = folder_of(tmp_path / "s", {"a/1.jpg": face(0), "a/2.jpg": face(1)})
+    folder = tmp_path / "out.part"
+    folder.mkdir()
+    inputs = {"source": "s", "source_bytes": 1}
+    with open_source(source) as opened:
+        begin_output(folder, inputs, opened)
+        (folder / "index.tsv").touch()
+        assert begin_output(folder, inputs, opened)["stamps"] == opened.stamps()
+    assert capsys.readouterr().out == ""
+    os.utime(source / "a/1.jpg", (2e9, 2e9))
+    with open_source(source) as opened:
+        begin_output(folder, inputs, opened)
+    said = "its images: 1 image of the same size was written since (a/1.jpg)"
+    assert said in capsys.readouterr().out
+    assert not (folder / "index.tsv").exists()
+
+
+# ------------------------------------------------------------------------------ own photos
+
+
+def test_outputs_are_named_after_their_source(tmp_path):
+    data = tmp_path / "data"
+    names = {
+        "photos": "photos",
+        "My photos (2).tar.gz": "My_photos_2_",
+        "casia-webface.zip": "webface",
+        "LFW-deepfunneled.tgz": "lfw",
+        "a.b": "a.b",
+        os.fsdecode("照片".encode("gbk")): "照片",
+    }
+    for source, name in names.items():
+        assert default_output(tmp_path / source, data) == data / f"faces_{name}_112x112"
+    assert default_output(tmp_path / "x" / "train.rec", data) == tmp_path / "x"
+
+
+def test_nested_folders_become_their_identities(run, tmp_path):
+    """train/ and val/ of the same people; --identity-level path keeps them apart."""
+    numbers = [(part, p, i) for part in ("train", "val") for p in (0, 1) for i in (0, 1)]
+    files = {f"{part}/{p}/{i}.jpg": face(p, i) for part, p, i in numbers}
+    source = folder_of(tmp_path / "photos", files)
+    status, stdout, _ = run(source=source)
+    assert status == 0
+    assert "photos: 2 identities; that of images in train/0/ is 0. Another choice: " in stdout
+    folder = tmp_path / "data" / "faces_photos_112x112"
+    table = read_index(folder, RecordReader(folder))
+    assert table.label.tolist() == [0] * 4 + [1] * 4
+    assert table.identity == ["0"] * 4 + ["1"] * 4
+    status, _, stderr = run(source=source, identity_level="path")
+    assert status == 2
+    assert "differs: 8 images belong to other identities: 4 in place of 2 (--identity-lev" in stderr
+    assert run(source=source, identity_level="path", output=tmp_path / "paths")[0] == 0
+    assert read_results(tmp_path / "paths")[1]["identities"] == 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tgz"])
+def test_aligned_faces_are_packed_as_they_are(kind, run, tmp_path):
+    rng = np.random.default_rng(0)
+    faces = [cv2.resize(rng.integers(0, 256, (7, 7, 3), np.uint8), (112, 112)) for _ in range(5)]
+    files = {f"s/{i // 2}/{i}.jpg": encode_jpeg(pixels, 80) for i, pixels in enumerate(faces)}
+    files["s/2/4.jpg"] = png(faces[4])
+    bad = files | {"s/2/5.jpg": b"not an image"}
+    writers = {"folder": folder_of, "zip": write_zip, "tgz": tgz}
+    source = writers[kind](tmp_path / (f"mine.{kind}" if kind != "folder" else "mine"), bad)
+    status, stdout, stderr = run(source=source, aligned=True)
+    assert (status, stderr.count("WARNING")) == (0, 0)
+    folder = tmp_path / "data" / "faces_mine_112x112"
+    reader = RecordReader(folder)
+    assert [reader.encoded(i) for i in range(5)] == list(files.values())
+    assert reader.labels.tolist() == [0, 0, 1, 1, 2]
+    statuses, report = read_results(folder)
+    assert statuses["s/2/5.jpg"] == ("not_an_image", None)
+    assert report["settings"]["aligned"] is True
+    assert f"train on it: python train.py --train-set {folder}" in stdout
+    assert run(source=source, aligned=True)[0] == 0
+    status, _, stderr = run(source=source)
+    assert (status, "another --missed, --min-face or --aligned" in stderr) == (2, True)
+
+
+def test_aligned_faces_of_another_size_are_refused(run, tmp_path):
+    source = folder_of(tmp_path / "mine", {"a/1.jpg": face(0)})
+    status, _, stderr = run(source=source, aligned=True)
+    assert status == 2
+    assert "a/1.jpg has 250x250 pixels, not an aligned face's 112x112; without --aligned" in stderr
+    assert not (tmp_path / "data" / "faces_mine_112x112").exists()
+
+
+def test_faces_that_look_aligned_are_warned_about(run, tmp_path):
+    crops = {f"a/{i}.jpg": encode_jpeg(decode_image(face(i))[60:172, 70:182]) for i in range(3)}
+    warning = "holds images of 112x112, as faces have that are aligned already."
+    source = folder_of(tmp_path / "mine", crops)
+    status, _, stderr = run(source=source, missed="crop")
+    assert status == 0
+    assert f"WARNING: {source} {warning} Aligned again they lose" in stderr
+    folder_of(source, {"a/9.jpg": face(9)})
+    assert warning not in run(source=source, missed="crop", output=tmp_path / "other")[2]
+
+
+def test_an_encrypted_archive_says_so(run, tmp_path):
+    source = write_zip(tmp_path / "mine.zip", casia_files(1, 2))
+    entry = b"PK\x01\x02\x14\x03\x14\0"  # in the directory; flags follow
+    source.write_bytes(source.read_bytes().replace(entry + b"\0", entry + b"\1"))
+    status, _, stderr = run(source=source)
+    assert status == 2
+    assert "(skipped: encrypted 2): unpack it with its password." in stderr
+
+
+def test_a_pack_of_any_name_in_data_is_the_training_set(run, tmp_path, capsys):
+    """As Kaggle has them; a data set that this script has prepared there is none."""
+    photos = folder_of(tmp_path / "photos", {"a/1.jpg": face(0)})
+    assert run(source=photos)[0] == 0
+    assert run()[0] == 2
+    pack = tmp_path / "data" / "casia-webface-zip"
+    jpegs = [encode_jpeg(np.full((112, 112, 3), i * 60, np.uint8)) for i in range(4)]
+    pack.mkdir()
+    write_dataset(pack, jpegs, [0, 0, 1, 1])
+    status, stdout, stderr = run()
+    assert status == 0, stderr
+    assert f"kept 4 of 2 identities in {pack} (ok 4)" in stdout
+    assert f"train on it: python train.py --train-set {pack}" in stdout
+    assert (pack / "index.tsv").is_file()
+    assert run()[0] == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_names_that_are_not_utf_8_whatever_the_terminal_shows(encoding, tmp_path):
+    """A folder as unzip leaves a Chinese Windows archive; the real script."""
+    source = tmp_path / os.fsdecode("我的照片".encode("gbk"))
+    folder_of(source, {os.fsdecode("王芳/照片.jpg".encode("gbk")): face(0)})
+    done = subprocess.run(
+        [sys.executable, ROOT / "pre_process.py", "--source", source, "--data-dir", "data"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data" / "faces_我的照片_112x112"
+    statuses, report = read_results(folder)
+    assert statuses == {"王芳/照片.jpg": ("ok", 0)}
+    assert report["source"] == str(source)
 
 
 # ------------------------------------------------------------------------------ real faces

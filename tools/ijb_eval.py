@@ -6,9 +6,9 @@
 
 The folder holds meta/ and loose_crop/ of InsightFace's download (see evaluation/ijb_files.py).
 Every image is aligned by its five points in the metadata and embedded once; the features are cached
-in runs/<run>/embeddings/. It prints TAR at FAR 1e-1 to 1e-6 (1:1) and, if the folder has the lists
-for it, rank-1, rank-5 and TPIR at FPIR 0.1 and 0.01 (1:N). The metrics go to runs/<run>/ijbc.json,
-the ROC to images/ijbc_roc.png.
+in runs/<run>/embeddings/. After a kill the same command resumes. It prints TAR at FAR 1e-1 to 1e-6
+(1:1) and, if the folder has the lists for it, rank-1, rank-5 and TPIR at FPIR 0.1 and 0.01 (1:N).
+The metrics go to runs/<run>/ijbc.json, the ROC to images/ijbc_roc.png.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import io
 import os
 import socket
 import stat
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -87,13 +88,15 @@ def test_folders_of_one_name_are_not_merged(tmp_path):
     }
 
 
-def test_a_folder_in_a_folder_is_an_identity_of_its_own(tmp_path):
-    files = {"s/001/a.jpg": b"1", "s/001/more/b.jpg": b"2"}
-    with open_source(make_folder(tmp_path / "s", files)) as source:
-        assert [(e.identity, e.name) for e in source.entries()] == [
-            ("001", "s/001/a.jpg"),
-            ("more", "s/001/more/b.jpg"),
-        ]
+def test_the_level_of_identities_can_be_chosen(tmp_path):
+    files = {f"s/{i}/{k}/a.jpg": b"1" for i in (1, 2, 3) for k in ("front", "side")}
+    path = make_folder(tmp_path / "s", files)
+    prints = set()
+    for level, expected in {"auto": 3, "1": 2, "2": 3, "path": 6}.items():
+        with open_source(path, identity_level=level) as source:
+            assert len({entry.identity for entry in source.entries()}) == expected
+            prints.add(source.fingerprint())
+    assert len(prints) == 3  # what was prepared with other identities is not this set
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tgz"])
@@ -126,7 +129,7 @@ def test_links_and_devices_in_a_tar(tmp_path):
         extra.append(info)
     got, _, skipped, _ = read_all(make_tar(tmp_path / "x.tar", {"s/a/1.jpg": b"1"}, extra))
     assert got == {"s/a/1.jpg": b"1"}
-    assert skipped == {"link": 2, "not_a_regular_file": 2}
+    assert skipped == {"link_outside": 2, "not_a_regular_file": 2}
 
 
 def test_links_in_a_zip(tmp_path):
@@ -137,7 +140,7 @@ def test_links_in_a_zip(tmp_path):
         archive.writestr("s/a/1.jpg", b"1")
     got, _, skipped, _ = read_all(tmp_path / "x.zip")
     assert got == {"s/a/1.jpg": b"1"}
-    assert skipped == {"link": 1}
+    assert skipped == {"link_outside": 1}
 
 
 def test_links_and_pipes_in_a_folder(tmp_path):
@@ -148,7 +151,77 @@ def test_links_and_pipes_in_a_folder(tmp_path):
     os.mkfifo(root / "a" / "pipe.jpg")
     got, _, skipped, _ = read_all(root)
     assert got == {"a/1.jpg": b"1"}
-    assert skipped == {"link": 2, "not_a_regular_file": 1}
+    assert skipped == {"link_outside": 2, "not_a_regular_file": 1}
+
+
+LINKS = {  # name: target
+    "s/b/link.jpg": "../a/1.jpg",
+    "s/c": "a",  # a folder
+    "s/b/chain.jpg": "link.jpg",
+    "s/b/up.jpg": "../../../up.jpg",
+    "s/b/gone.jpg": "nothing.jpg",
+    "s/a/loop": "..",
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "tgz"])
+def test_links_inside_are_followed(kind, tmp_path):
+    """To files, folders and other links; no further than the source, and no loop is endless."""
+    files = {"s/a/1.jpg": b"one", "s/a/2.jpg": b"two", "s/b/3.jpg": b"three"}
+    path = make(kind, tmp_path, files)
+    if kind == "folder":
+        make_folder(tmp_path, {"up.jpg": b"secret"})
+        for name, target in LINKS.items():
+            (path / name).symlink_to(target)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "a") as archive:
+            for name, target in LINKS.items():
+                info = zipfile.ZipInfo(name)
+                info.external_attr = (stat.S_IFLNK | 0o777) << 16
+                archive.writestr(info, target)
+    else:
+        extra = []
+        for name, target in LINKS.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            extra.append(info)
+        info = tarfile.TarInfo("s/b/hard.jpg")
+        info.type, info.linkname = tarfile.LNKTYPE, "s/a/2.jpg"
+        make_tar(path, files, [*extra, info])
+    got, names, skipped, _ = read_all(path, tmp_path)
+    expected = files | {"s/b/link.jpg": b"one", "s/b/chain.jpg": b"one"}
+    expected |= {"s/c/1.jpg": b"one", "s/c/2.jpg": b"two"}
+    if kind.startswith("t"):
+        expected["s/b/hard.jpg"] = b"two"
+    assert got == expected
+    assert sorted(names) == sorted(expected)
+    loop = {"link_loop": 2} if kind == "folder" else {"broken_link": 1}
+    skipped = dict(skipped)
+    assert skipped.pop("link_outside") == 1
+    assert sum(skipped.values()) == 1 + sum(loop.values())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zips_of_other_packers_are_read(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        for name, data in FILES.items():
+            archive.writestr(name, data)
+    got, names, skipped, _ = read_all(tmp_path / "x.zip")
+    assert (got, names, skipped) == (FILES, SORTED, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "reason"),
+    [(9, 0, "packed_by_deflate64"), (97, 0, "packed_by_97"), (8, 1, "encrypted")],
+)
+def test_zips_that_cannot_be_read_say_why(method, flag, reason, tmp_path):
+    path = make_zip(tmp_path / "x.zip", {"s/a/1.jpg": b"1", "s/a/2.jpg": b"2"})
+    data = bytearray(path.read_bytes())
+    entry = data.rfind(b"PK\x01\x02")  # the second one's entry in the directory
+    data[entry + 8 : entry + 12] = struct.pack("<HH", flag, method)
+    path.write_bytes(data)
+    got, _, skipped, _ = read_all(path)
+    assert (got, skipped) == ({"s/a/1.jpg": b"1"}, {reason: 1})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -214,6 +287,19 @@ def test_names_that_are_no_text_at_all_can_still_be_written(tmp_path):
     got, *_ = read_all(root)
     assert list(got.values()) == [b"1"]
     assert [name.encode("utf-8") for name in got]
+
+
+def test_chinese_folders_as_unzip_leaves_them(tmp_path):
+    """GBK bytes in names: the same entries as of an archive of the folder."""
+    make_folder(tmp_path / "root", {os.fsdecode("王芳/照片.jpg".encode("gbk")): b"1"})
+    make_tar(tmp_path / "x.tar", {"王芳/照片.jpg": b"1"})
+    prints = set()
+    for path in (tmp_path / "root", tmp_path / "x.tar"):
+        with open_source(path) as source:
+            assert [(e.identity, e.name) for e in source.entries()] == [("王芳", "王芳/照片.jpg")]
+            assert [data for _, data in source.read(source.entries())] == [b"1"]
+            prints.add(source.fingerprint())
+    assert len(prints) == 1
 
 
 def test_decode_and_clean_name():

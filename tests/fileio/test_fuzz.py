@@ -42,6 +42,7 @@ from tests.helpers.bounded import limit_memory
 from tests.helpers.mutants import (
     CHANGES,
     JPEGS,
+    NEWER,
     OTHERS,
     PNGS,
     REPLACEMENTS,
@@ -205,6 +206,12 @@ def test_tiff(data):
 @given(data=changed(*OTHERS))
 def test_gif_bmp_pnm(data):
     try_image("gif bmp pnm", data)
+
+
+@tried
+@given(data=changed(*NEWER))
+def test_avif_jpeg2000(data):
+    try_image("avif jp2", data)
 
 
 # ------------------------------------------------------------------------------ records

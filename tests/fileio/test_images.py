@@ -163,7 +163,38 @@ def test_no_truncated_file_gives_a_image(kind, pixels):
     for length in (1, 11, 25, len(data) // 2, len(data) * 9 // 10):
         assert status_of(data[:length]) in {"not_an_image", "truncated", "unreadable"}
     if kind == "JPEG":
-        assert status_of(data[: len(data) // 2]) == status_of(data[:-2]) == "truncated"
+        assert status_of(data[: len(data) // 2]) == status_of(data[:-3]) == "truncated"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_without_its_end_mark_alone_is_complete(pixels, mode, progressive):
+    """Wherever else it is cut, also between two scans, pixels are missing."""
+    data = encode(Image.fromarray(pixels).convert(mode), "JPEG", progressive=progressive)
+    complete = decode_image(data)
+    for length in range(len(data) // 8, len(data)):
+        try:
+            image = decode_image(data[:length])
+        except ImageError as error:
+            assert error.status == "truncated"
+            assert length < len(data) - 2
+        else:
+            np.testing.assert_array_equal(image, complete)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000"])
+def test_avif_and_jpeg_2000(kind, pixels):
+    if kind not in Image.SAVE:
+        pytest.skip("a Pillow before 11.3 cannot write it")
+    data = encode(Image.fromarray(pixels), kind, quality=95 if kind == "AVIF" else None)
+    assert image_size(data) == (60, 50)
+    try:
+        image = decode_image(data)
+    except ImageError as error:  # an OpenCV that was built without it
+        assert error.status == "unreadable"
+        pytest.skip(str(error))
+    assert np.abs(image.astype(int) - pixels).mean() < 6
+    assert status_of(data[: len(data) // 2]) in {"unreadable", "truncated"}
 
 
 def test_a_thumbnails_end_is_not_the_images_end(pixels):
@@ -223,11 +254,25 @@ def jpeg_claiming(side, kind=b"\xff\xc0"):
     return data[: frame + 5] + struct.pack(">HH", side, side) + data[frame + 9 :]
 
 
+Image.init()  # fills Image.SAVE
+
+
+def claiming(kind, mark, offset):
+    """A file whose width and height stand `offset` bytes after a mark, with 60,000 for both."""
+    if kind not in Image.SAVE:  # Pillow before 11.3
+        return b"\0\0\0\x20ftypavif" + bytes(40) + mark + bytes(offset - 4) + b"\0\0\xea\x60" * 2
+    data = encode(Image.new("RGB", (16, 16)), kind)
+    at = data.find(mark) + offset
+    return data[:at] + struct.pack(">II", 60_000, 60_000) + data[at + 8 :]
+
+
 SIDE = 60_000
 CLAIMS = {
     "jpeg": jpeg_claiming(SIDE),
     "progressive": jpeg_claiming(SIDE, b"\xff\xc2"),
     "png": png_claiming(SIDE, SIDE),
+    "avif": claiming("AVIF", b"ispe", 8),
+    "jpeg 2000": claiming("JPEG2000", b"\xff\x4f\xff\x51", 8),
     "bmp": bmp(SIDE, SIDE),
     "bmp upside down": bmp(SIDE, -SIDE),
     "gif": b"GIF89a" + struct.pack("<HH", SIDE, SIDE) + bytes(100),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fileio.images import decode_image
-from fileio.recordio import RecordReader
+from fileio.recordio import RecordReader, _Headers
 from tests.helpers.record_files import (
     JPEGS,
     LABELS,
@@ -54,9 +54,72 @@ def test_without_record_0_every_key_is_an_image(tmp_path):
     ]
     save(tmp_path, [record(p) for p in payloads], range(7, 12))
     reader = RecordReader(tmp_path)
-    assert reader.keys.tolist() == [7, 8, 9, 10, 11] and reader.identities is None
+    assert reader.keys.tolist() == [7, 8, 9, 10, 11]
     assert reader.labels.tolist() == LABELS and reader.num_classes == 3
     assert reader.encoded(4) == JPEGS[4]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "data", "ranges"),
+    [
+        ((6.0,), b"", False),  # the count alone
+        ((6.0, 6.0), b"", False),
+        ((6.0, 9.0), b"", False),  # identity records are promised and not there
+        ((6.0, 9.0, 0.0), b"", True),
+        ((6.0, 9.0), JPEGS[0], True),  # a dummy image
+        ((6.0,), JPEGS[0], False),
+        ((7.0, 9.0), b"", True),  # these three: as float32 rounds numbers beyond 2^24
+        ((5.0, 9.0), b"", True),
+        ((6.0, 10.0), b"", True),
+    ],
+)
+@pytest.mark.parametrize("vector", [(), (0.5,)])  # that images have after their label
+def test_record_0_as_other_writers_have_it(tmp_path, numbers, data, ranges, vector):
+    images = [
+        record(labels_payload(i, float(n), *vector) + j if vector else image_payload(i, n, j))
+        for i, (n, j) in enumerate(zip(LABELS, JPEGS, strict=True), 1)
+    ]
+    first = record(labels_payload(0, *numbers) + data)
+    records = [first, *images, *(hand_made()[6:] if ranges else [])]
+    save(tmp_path, records, range(len(records)))
+    reader = RecordReader(tmp_path)
+    check_hand_made(reader)
+    assert reader.num_classes == 3
+
+
+def test_a_count_that_float32_has_rounded():
+    """Of 33,554,434 images record 0 says 33,554,436: the record after the last image is none."""
+    images, people = 33_554_434, 3
+    count = 1 + images + people
+    flags, is_range = np.zeros(count, np.int8), np.zeros(count, bool)
+    flags[0] = flags[-people:] = 2
+    is_range[0] = is_range[-people:] = True
+    labels = np.zeros((1, 2), np.float32)
+    labels[0] = images + 1, count
+    assert int(labels[0, 0]) == images + 2
+    reader = object.__new__(RecordReader)
+    reader._is_subset = False
+    headers = _Headers(flags, is_range, labels, np.zeros(1))
+    assert reader._find_images(np.arange(count, dtype=np.int32), headers) == slice(1, images + 1)
+
+
+def test_an_idx_that_lists_some_of_the_images(tmp_path, capsys):
+    save(tmp_path, hand_made(), range(9))
+    lines = (tmp_path / "train.idx").read_text().splitlines()
+    del lines[3], lines[1]
+    (tmp_path / "train.idx").write_text("\n".join(lines))
+    reader = RecordReader(tmp_path)
+    assert reader.keys.tolist() == [2, 4, 5] and reader.labels.tolist() == [0, 2, 2]
+    assert [reader.encoded(i) for i in range(3)] == [JPEGS[1], JPEGS[3], JPEGS[4]]
+    assert "train.idx lists 7 records of train.rec, not all of them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["{} {}", "{}.0\t{}", "{}\t{}\r"])
+def test_an_idx_as_tables_are_written(tmp_path, form):
+    save(tmp_path, hand_made(), range(9))
+    pairs = [line.split("\t") for line in (tmp_path / "train.idx").read_text().splitlines()]
+    (tmp_path / "train.idx").write_text("\n".join(form.format(*pair) for pair in pairs))
+    check_hand_made(RecordReader(tmp_path))
 
 
 def test_ids_that_say_nothing_give_way_to_the_order(tmp_path):
@@ -110,9 +173,6 @@ def test_reads_a_set_that_other_code_wrote(real_faces, tmp_path):
     folder = real_faces / "faces_mixed_112x112"
     reader = RecordReader(folder)
     assert (reader.num_classes, reader.size, len(reader)) == (7167, (112, 112), 37886)
-    assert reader.identities.shape == (7167, 2)
-    first, end = reader.identities.T  # the identity records say of each image whose it is
-    assert np.array_equal(np.repeat(np.arange(7167), end - first), reader.labels)
     assert all(reader.image(i).shape == (112, 112, 3) for i in (0, 1000, 37885))
     assert reader.image(0).std() > 10
     (tmp_path / "train.rec").symlink_to(folder / "train.rec")

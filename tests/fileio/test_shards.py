@@ -14,6 +14,7 @@ from fileio.checkpoint_file import load_checkpoint
 from fileio.recordio import RecordError, RecordReader
 from fileio.shards import ShardReader, write_shards
 from tests.helpers.faults import FailingDisk
+from tests.helpers.record_files import image_payload, labels_payload, record
 from tests.helpers.tiny import FLAGS, write_tiny_set
 from tools import make_shards
 from training.sharded_dataset import ShardOrder, mirror_mask
@@ -69,6 +70,35 @@ def test_indexes_are_made_where_they_are_missing(folder, tmp_path):
     assert shards.INDEX_DTYPE.itemsize <= 16
 
 
+@pytest.mark.parametrize("kind", ["vector", "record 0", "both"])
+def test_shards_that_others_wrote(single_file, tmp_path, kind):
+    """With a label in a vector, or with record 0 and identity records in each file."""
+    plain = RecordReader(single_file)
+    for n in range(3):
+        images = range(n, 48, 3)
+        count = len(images)
+        records = [record(labels_payload(0, count + 1, count + 2))] if kind != "vector" else []
+        for key, i in enumerate(images, len(records)):
+            label = float(plain.labels[i])
+            head = image_payload(key, label, b"")
+            if kind != "record 0":
+                head = labels_payload(key, label, 0.25)
+            records.append(record(head + plain.encoded(i)))
+        if kind != "vector":
+            records.append(record(labels_payload(count + 1, 1, count + 1)))
+        (tmp_path / f"train-{n:05d}.rec").write_bytes(b"".join(records))
+    (tmp_path / "property").write_text("4, 112, 112\n48\n")
+    for _ in range(2):  # the second time with the .npy files of the first
+        reader = ShardReader(tmp_path)
+        order = [i for n in range(3) for i in range(n, 48, 3)]
+        assert [reader.encoded(i) for i in range(48)] == [plain.encoded(i) for i in order]
+        assert reader.labels_of(np.arange(48)).tolist() == plain.labels[order].tolist()
+    cut = (tmp_path / "train-00002.rec").read_bytes()[:-8]
+    (tmp_path / "train-00002.rec").write_bytes(cut)
+    with pytest.raises(RecordError, match="its last record is not where the file ends"):
+        ShardReader(tmp_path)
+
+
 def test_what_is_wrong_is_a_sentence(folder, tmp_path):
     def copy():
         for file in folder.iterdir():
@@ -76,7 +106,10 @@ def test_what_is_wrong_is_a_sentence(folder, tmp_path):
 
     copy()
     (tmp_path / "property").write_text("4")
-    with pytest.raises(RecordError, match="should be 'classes,height,width'"):
+    with pytest.raises(RecordError, match="begins with '4' instead of 'classes,height,width'"):
+        ShardReader(tmp_path)
+    (tmp_path / "property").unlink()
+    with pytest.raises(RecordError, match=r"There is no .*property, the line 'classes,height"):
         ShardReader(tmp_path)
     (tmp_path / "property").write_text("4,96,96")
     with pytest.raises(RecordError, match="faces of 96x96 pixels"):

@@ -2,6 +2,7 @@
 
 import io
 import re
+import stat
 import struct
 import tarfile
 import zipfile
@@ -73,21 +74,30 @@ def changed(*seeds: bytes, fix_up=bytes):
 # ------------------------------------------------------------------------------ files
 
 
-def zip_of(files, how=zipfile.ZIP_DEFLATED) -> bytes:
+def zip_of(files, how=zipfile.ZIP_DEFLATED, links=()) -> bytes:
+    """A .zip of {name: data} and of symbolic links {name: target}."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", how) as archive:
         for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(name), data, how)
+        for name in links:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(info, links[name])
     return buffer.getvalue()
 
 
-def tar_of(files, form) -> bytes:
+def tar_of(files, form, links=()) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+        for name in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, links[name]
+            archive.addfile(info)
     return buffer.getvalue()[:8192]
 
 
@@ -134,8 +144,12 @@ def with_crcs(png: bytes) -> bytes:
 FILES = {"set/b/2.jpg": b"b two" * 40, "set/a/1.jpg": b"", "set/张/3.jpg": bytes(700)}
 
 
-ZIPS = [zip_of(FILES, how) for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)]
+LINKS = {"set/a/link.jpg": "../b/2.jpg", "set/c": "a"}
+ZIPS = [zip_of(FILES, how) for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
+ZIPS += [zip_of(FILES, how) for how in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2)]
+ZIPS += [zip_of(FILES, links=LINKS)]
 TARS = [tar_of({**FILES, "set/" + "n" * 120 + "/4.jpg": b"4"}, form) for form in range(3)]
+TARS += [tar_of(FILES, tarfile.PAX_FORMAT, LINKS)]
 JPEGS = [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("JPEG", mode="CMYK")]
 DEEP = cv2.imencode(".png", PIXELS.astype(np.uint16) * 257)[1].tobytes()
 PNGS = [encoded("PNG"), encoded("PNG", animated=True), encoded("PNG", mode="P"), DEEP]
@@ -144,6 +158,8 @@ TIFFS = [encoded("TIFF"), encoded("TIFF", mode="CMYK"), encoded("TIFF", animated
 TIFFS += [encoded("TIFF", compression=name) for name in ("tiff_lzw", "tiff_adobe_deflate")]
 TIFFS += [encoded("TIFF", mode="1", compression="group4")]
 OTHERS = [encoded("GIF"), encoded("GIF", animated=True), encoded("BMP"), encoded("BMP", mode="P")]
+Image.init()  # fills Image.SAVE; of a Pillow before 11.3, AVIF is missing in it
+NEWER = [encoded(kind) for kind in ("AVIF", "JPEG2000") if kind in Image.SAVE]
 OTHERS += [encoded("PPM"), encoded("PPM", mode="1"), b"P3 2 1 255\n1 2 3 4 5 6\n"]
 
 

@@ -154,7 +154,7 @@ def tiny_images():
 def prepare_in(tmp_path, capsys, monkeypatch):
     """Prepare tiny images with a stub for a detector, in a folder; returns the error message."""
     monkeypatch.setattr(pipeline, "find_face", stub)
-    monkeypatch.setattr(face_detector, "FaceDetector", lambda *_, **__: None)
+    monkeypatch.setattr(face_detector, "FaceDetector", lambda *_, **__: object())
     monkeypatch.setattr(prepare, "BLOCK_IMAGES", 4)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # slow, and no power is cut here
     source = write_zip(tmp_path / "source" / "tiny.zip", tiny_images())

@@ -104,6 +104,83 @@ def test_features_are_kept_until_model_or_images_change(here, edit_ijb, capsys, 
     assert "ijbc-theirs.npy is corrupt (its checksum does not match)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("same_size", [False, True])
+def test_an_image_in_a_sub_folder_that_changes_is_noticed(here, edit_ijb, same_size):
+    """Stale features would give the accuracy of images that are no longer there."""
+    folder = edit_ijb("ijbc_face_tid_mid.txt", "", "")
+    (folder / "loose_crop" / "img").mkdir()
+    for path in (folder / "loose_crop").glob("*.jpg"):
+        path.rename(path.parent / "img" / path.name)
+    for name in ("face_tid_mid", "name_5pts_score"):
+        path = folder / "meta" / f"ijbc_{name}.txt"
+        path.write_text(re.sub(r"(?m)^", "img/", path.read_text().strip()))
+    run(folder)
+    features = here / "runs" / "theirs" / "embeddings" / "ijbc-theirs.npy"
+    before = np.load(features)
+    image = folder / "loose_crop" / "img" / "3.jpg"
+    other = (folder / "loose_crop" / "img" / "4.jpg").read_bytes()
+    if same_size:
+        size = max(len(other), image.stat().st_size)
+        image.write_bytes(image.read_bytes().ljust(size, b"\0"))
+        run(folder)
+        other = other.ljust(size, b"\0")
+    image.write_bytes(other)
+    run(folder)
+    after = np.load(features)
+    np.testing.assert_array_equal(after[2], after[3])
+    assert not np.array_equal(before[2], after[2])
+    np.testing.assert_array_equal(np.delete(before, 2, 0), np.delete(after, 2, 0))
+
+
+def test_a_missing_image_is_told_before_any_is_embedded(here, edit_ijb, capsys, monkeypatch):
+    folder = edit_ijb("ijbc_face_tid_mid.txt", "", "")
+    for name in ("29.jpg", "30.jpg"):
+        (folder / "loose_crop" / name).unlink()
+    monkeypatch.setattr(ijb, "align_by_points", lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(SystemExit):
+        run(folder)
+    assert re.search(r"There is no .*29\.jpg, which .* 2 of 30 images are", capsys.readouterr().err)
+
+
+def test_embedding_resumes_after_a_kill(here, ijb_folder, capsys, monkeypatch):
+    """After any block, with the very bytes of an uninterrupted run; other weights start anew."""
+    monkeypatch.setattr(ijb, "ALIGNED_AHEAD", 8)
+    features = here / "runs" / "theirs" / "embeddings" / "ijbc-theirs.npy"
+    run(ijb_folder)
+    expected = features.read_bytes()
+    kept = {path.name for path in features.parent.iterdir()}
+    assert kept == {"ijbc-theirs.npy", "ijbc-theirs.key"}
+    embed_ijb = ijb.embed_ijb
+
+    def killed_after(blocks):
+        def embed(*args):
+            for i, block in enumerate(embed_ijb(*args)):
+                if i == blocks:
+                    raise KeyboardInterrupt
+                yield block
+
+        return embed
+
+    for blocks in (1, 2, 3):
+        for path in features.parent.iterdir():
+            path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(ijb, "embed_ijb", killed_after(blocks))
+            with pytest.raises(SystemExit):
+                run(ijb_folder)
+        part = features.with_suffix(".part")
+        part.write_bytes(part.read_bytes() + b"half a block")
+        capsys.readouterr()
+        if blocks == 3:
+            run(ijb_folder, "--no-flip")  # other features: nothing is resumed
+            assert "resuming" not in capsys.readouterr().out
+            continue
+        run(ijb_folder)
+        assert f"resuming after {8 * blocks} of 30 images" in capsys.readouterr().out
+        assert features.read_bytes() == expected
+        assert {path.name for path in features.parent.iterdir()} == kept
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
