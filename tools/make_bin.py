@@ -46,10 +46,9 @@ def main(cfg: Settings) -> None:
             "or name one with --lfw."
         )
     pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
-    pairs = load_set(folder, pairs_path).pairs  # decodes every image, so none is corrupt
-    faces = open_face_folder(folder)
-    records = faces.positions[faces.find(pairs.names, pairs_path)]
-    images = [faces.reader.encoded(int(i)) for i in records]
+    test_set = load_set(folder, pairs_path)  # decodes every image, so none is corrupt
+    pairs, reader = test_set.pairs, open_face_folder(folder).reader
+    images = [reader.encoded(int(i)) for i in test_set.positions]
     order = np.stack([pairs.first, pairs.second], 1).ravel()
     output = Path(cfg.output or Path(cfg.data_dir, f"{set_name(folder)}.bin"))
     make_folder(output.parent)
