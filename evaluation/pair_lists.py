@@ -101,9 +101,9 @@ def read_pairs(path: Path | str, folder: FaceFolder) -> tuple[Pairs, np.ndarray]
         folds = listed.folds
         order = np.argsort(folds, kind="stable")
     else:
-        if listed.folds is not None:
-            print(f"{path} has a single fold; its pairs are split into {NUM_FOLDS} folds.")
         folds, order = _make_folds(ends, same, identities, folder)
+        if listed.folds is not None:
+            print(f"{path} has a single fold; its pairs are split into {folds.max() + 1} folds.")
     # The images in the order of their first appearance.
     used, appearance, index = np.unique(
         ends[:, order].T.ravel(), return_index=True, return_inverse=True
@@ -120,20 +120,25 @@ def _make_folds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The fold of each pair, and the order of the pairs fold by fold: (pairs,) int64 each.
 
-    If the list is laid out in folds that share no identity, as LFW's is, it keeps them. Otherwise a
-    hash of each pair decides, so that the order of the list does not matter.
+    A hash of each pair decides, so that the order of the list does not matter. But a list that is
+    laid out in folds which share no identity, as LFW's is, keeps them.
     """
+    paths = [image_path(name).encode("utf-8", "surrogateescape") for name in folder.names]
+    pairs = (b"\0".join(sorted((paths[a], paths[b]))) for a, b in ends.T)
+    digests = (hashlib.blake2b(pair, digest_size=7).digest() for pair in pairs)
+    hashes = np.array([int.from_bytes(digest, "big") for digest in digests])
+    ranks = np.arange(len(same))
     count = max(2, min(NUM_FOLDS, int(same.sum()), int((~same).sum())))
-    keys = np.arange(len(same))
-    folds = stratified_folds(same, keys, count)
-    in_folds = np.unique(np.stack([identities.ravel(), np.tile(folds, 2)]), axis=1)
-    if in_folds.shape[1] > len(np.unique(identities)):
-        paths = [image_path(name).encode("utf-8", "surrogateescape") for name in folder.names]
-        pairs = (b"\0".join(sorted((paths[a], paths[b]))) for a, b in ends.T)
-        hashes = [hashlib.blake2b(pair, digest_size=7).digest() for pair in pairs]
-        keys = np.array([int.from_bytes(digest, "big") for digest in hashes])
-        folds = stratified_folds(same, keys, count)
-    return folds, np.lexsort((keys, ~same, folds))
+    by_hash, by_rank = (stratified_folds(same, keys, count) for keys in (hashes, ranks))
+
+    def share_identities(folds: np.ndarray) -> bool:
+        of_folds = np.unique(np.stack([identities.ravel(), np.tile(folds, 2)]), axis=1)
+        return of_folds.shape[1] > len(np.unique(identities))
+
+    # Where no folds share any, each identity being in one pair, the order is no layout.
+    if share_identities(by_hash) and not share_identities(by_rank):
+        return by_rank, np.lexsort((ranks, ~same, by_rank))
+    return by_hash, np.lexsort((hashes, ~same, by_hash))
 
 
 def parse_pairs(data: bytes, find: Find) -> tuple[PairList, np.ndarray]:

@@ -302,8 +302,8 @@ def random_list(seed=0, genuine=700, impostors=284):
     return rng.permutation([*chosen.values()]).tolist()
 
 
-def read_lines(lines, tmp_path):
-    names = [f"lfw/p{a}/p{a}_{i:04d}.jpg" for a in range(50) for i in range(1, 31)]
+def read_lines(lines, tmp_path, identities=50):
+    names = [f"lfw/p{a}/p{a}_{i:04d}.jpg" for a in range(identities) for i in range(1, 31)]
     identities = [name.split("/")[1] for name in names]
     folder = FaceFolder(SimpleNamespace(path="set"), names, identities, np.arange(len(names)))
     (tmp_path / "p.txt").write_text("\n".join(lines))
@@ -326,6 +326,16 @@ def test_the_order_of_a_list_changes_nothing(genuine, tmp_path):
     assert np.abs(in_fold - sizes * genuine / 984).max() <= 1
     assert (np.diff(expected.folds) >= 0).all()  # so that a .bin's tenths are these folds
     assert in_fold.min() > 0 and (in_fold < sizes).all()
+
+
+def test_nor_does_it_where_each_identity_is_in_one_pair(tmp_path):
+    lines = [f"p{i}/p{i}_0001.jpg p{i}/p{i}_0002.jpg 1" for i in range(50)]
+    lines += [f"p{i}/p{i}_0001.jpg p{i + 1}/p{i + 1}_0001.jpg 0" for i in range(50, 150, 2)]
+    expected, _ = read_lines(lines, tmp_path, 150)
+    for seed in range(3):
+        mixed = np.random.default_rng(seed).permutation(lines)
+        pairs, _ = read_lines(mixed, tmp_path, 150)
+        assert all(map(np.array_equal, pairs, expected))
 
 
 def test_real_pairs_and_the_same_list_sorted_by_label(real_faces, tmp_path):
