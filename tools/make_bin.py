@@ -3,9 +3,9 @@
     python -m tools.make_bin    # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
     python -m tools.make_bin --lfw my_faces --pairs my_pairs.txt --output my_set.bin
 
-The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in
-LFW's format or lines "path1 path2 0/1". Encoded images are copied byte for byte, so that the .bin
-gives the same metrics as the folder (where the folds are contiguous tenths, as LFW's are).
+The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in a
+form that docs/evaluation.md names. They are written fold by fold and encoded images are copied byte
+for byte, so that the .bin, whose folds are contiguous tenths, gives the same metrics as the folder.
 """
 
 from __future__ import annotations
