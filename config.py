@@ -271,9 +271,12 @@ class Evaluation:
     )
     pairs: str = setting(
         "",
-        "LFW's format or lines 'path1 path2 0/1'; default: pairs.txt with the set or in data_dir",
+        "LFW's format, or a list, CSV ...; default: pairs.txt with the set or in data_dir",
     )
     sets: str = setting("", "several test sets, e.g. lfw,cfp_fp,agedb_30: folders or .bin files")
+    groups: str = setting(
+        "", "the same, as demographic groups (RFW): mean, deviation and skewed error ratio"
+    )
     as_: Literal["", "insightface", "paper"] = setting(
         "", "evaluation protocol preset; sets the next four and --flip"
     )

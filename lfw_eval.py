@@ -7,13 +7,14 @@
         --input-std 0.229 0.224 0.225                       # any ONNX model of 112x112 faces
     python lfw_eval.py --lfw data/faces_webface_112x112/cfp_fp.bin
     python lfw_eval.py --sets lfw,cfp_fp,agedb_30           # one table, runs/<run>/eval.json
+    python lfw_eval.py --groups African,Asian,Caucasian,Indian   # RFW: and how unequal they are
     python lfw_eval.py --as insightface                     # an evaluation protocol preset
     python lfw_eval.py --against runs/<other>/best.pt       # is the difference significant?
 
 It prints a table: ten-fold accuracy with its standard error, the best threshold, TAR at FAR, AUC
 and EER, 95 % confidence intervals, operating points, and last.pt beside best.pt. The metrics go to
-runs/<run>/lfw.json (of third-party models to runs/<file name>/lfw.json), and with the hardest pairs
-and what makes them hard to one page, runs/<run>/report.html. Embeddings are cached in
+runs/<run>/lfw.json (of third-party models to runs/<file name>-<checksum>/lfw.json), and with the
+hardest pairs and what makes them hard to one page, runs/<run>/report.html. Embeddings are cached in
 runs/<run>/embeddings/. images/ gets theta_dist.png, roc.png and up to ten false positives and false
 negatives, worst first: {i}_fp_0.jpg beside {i}_fp_1.jpg, {i}_fn_0.jpg beside {i}_fn_1.jpg.
 --robustness adds the same pairs under JPEG compression, blur, occlusion and so on.
@@ -49,6 +50,7 @@ def main(cfg: Config) -> None:
         set_statistics,
     )
     from evaluation.evaluated_model import open_model
+    from evaluation.groups import group_metrics, group_table
     from evaluation.pair_sets import find_pairs, load_set
     from evaluation.result_files import compared_model, write_figures, write_metrics
     from evaluation.robustness import robustness_table
@@ -85,12 +87,21 @@ def main(cfg: Config) -> None:
             result.metrics["robustness"] = measure_robustness(model, result, protocol)
             print(robustness_table(result.metrics["robustness"]))
         results.append(result)
-    if cfg.sets:
+    groups = None
+    if cfg.sets or cfg.groups:
         print(summary_table(results))
+    if cfg.groups:
+        groups = group_metrics({r.test_set.name: r.metrics["accuracy"] for r in results})
+        print(group_table(groups))
 
     figures = write_figures(Path(cfg.images_dir), results[0], cfg.lfw_source)
     write = functools.partial(
-        write_metrics, model, results, several_sets=bool(cfg.sets), source=cfg.lfw_source
+        write_metrics,
+        model,
+        results,
+        several_sets=bool(cfg.sets or cfg.groups),
+        groups=groups,
+        source=cfg.lfw_source,
     )
     # Written before the other models are opened: an error there must not lose these metrics.
     json_path, page_path = write([])
@@ -118,18 +129,24 @@ def choose_protocol(cfg: Config) -> Protocol:
 
 
 def choose_sets(cfg: Config) -> list[Path]:
-    """The paths of the test sets of --lfw or --sets, by default LFW's; UserError if missing."""
+    """The paths of the test sets, by default LFW's; UserError if one is missing."""
     from evaluation.pair_sets import find_sets
 
-    if cfg.sets and cfg.lfw:
-        raise UserError("--lfw names one test set and --sets several; leave one of the two out.")
+    given = [f"--{name}" for name in ("lfw", "sets", "groups") if getattr(cfg, name)]
+    if len(given) > 1:
+        raise UserError(
+            f"{' and '.join(given)} both name the test sets (--lfw one, --sets and --groups "
+            "several); leave one of the two out."
+        )
     if cfg.lfw:
         if not Path(cfg.lfw).exists():
             raise UserError(f"There is no test set at {cfg.lfw}; correct --lfw.")
         return [Path(cfg.lfw)]
-    names = [name for name in cfg.sets.split(",") if name] or ["lfw"]
+    names = [name for name in (cfg.sets or cfg.groups).split(",") if name] or ["lfw"]
+    if cfg.groups and len(names) < 2:
+        raise UserError(f"--groups compares two or more test sets, not only {names[0]}.")
     paths = find_sets(names, cfg.data_dir, cfg.train_set)
-    if not cfg.sets and paths[0].suffix == ".bin":
+    if not given and paths[0].is_file():
         print(f"LFW's images are not prepared; using {paths[0]} instead.")
     return paths
 

@@ -47,11 +47,14 @@ CORRUPT_NPZ = (
 
 
 def model_checksum(checkpoint: Path | str, *settings: object) -> str:
-    """SHA-256 of a model's files and of the settings that it is used with."""
+    """SHA-256 of a model's files and of the settings that it is used with.
+
+    Without settings it is that of sha256sum, but for ONNX models with weights in other files.
+    """
     paths = [Path(checkpoint)]
     if paths[0].suffix.lower() == ".onnx":
         paths += check_onnx(checkpoint)  # weights in files of their own
-    digest = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(repr(settings).encode() if settings else b"")
     for path in paths:
         _update_with_file(digest, path)
     return digest.hexdigest()

@@ -60,8 +60,10 @@ def open_model(
     """Load a checkpoint; the options are those of load_embedder, whose errors it raises.
 
     The results of our checkpoints go to the run's folder, those of third-party models to
-    runs_dir/<name of the file without its suffix>.
+    runs_dir/<name of the file>-<first 8 digits of its SHA-256>: many are called backbone.pth.
     """
     embed, info = load_embedder(checkpoint, device=device, spec=spec, **options)
-    folder = checkpoint.parent if info["kind"] == "ours" else Path(runs_dir) / checkpoint.stem
+    folder = checkpoint.parent
+    if info["kind"] != "ours":
+        folder = Path(runs_dir, f"{checkpoint.stem}-{model_checksum(checkpoint)[:8]}")
     return EvaluatedModel(checkpoint, embed, info, folder, spec)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from evaluation.verification import Pairs, image_name
+from evaluation.face_folders import image_name
+from evaluation.verification import Pairs
 from fileio.archive_source import ArchiveError
 from fileio.archives import open_source
 from fileio.images import ImageError, decode_image, encode_jpeg
@@ -55,7 +56,7 @@ def write_galleries(
 def read_originals(source: str, names: set[str]) -> tuple[dict[str, bytes], str]:
     """JPEG bytes of the original images by name, and a notice if some of them are missing.
 
-    source is an archive or a folder. An image's name is verification.image_name of its path.
+    source is an archive or a folder. An image's name is face_folders.image_name of its path.
     """
     originals: dict[str, bytes] = {}
     if not source:

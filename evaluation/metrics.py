@@ -59,7 +59,7 @@ class SetMetrics(ProtocolMetrics, total=False):
     """Metrics of a model on a test set; training fills in the two counts of faces only."""
 
     faces: int
-    missed_faces: int  # the detector did not find them: cropped centrally
+    missed_faces: int | None  # not detected: cropped centrally; None: the set came aligned
     false_positives: int  # at best_threshold
     false_negatives: int
     flip: bool
@@ -230,7 +230,17 @@ class LfwJson(Metrics, EvaluationInfo):
     """lfw.json: one test set."""
 
 
-class EvalJson(EvaluationInfo):
-    """eval.json: the sets named by --sets."""
+class GroupMetrics(TypedDict):
+    """How unequal the accuracies of demographic groups are, computed by groups.group_metrics."""
+
+    accuracies: dict[str, float]  # by group
+    mean: float
+    deviation: float  # sample standard deviation
+    skewed_error_ratio: float | None  # highest error over lowest; None if a group has no error
+
+
+class EvalJson(EvaluationInfo, total=False):
+    """eval.json: the sets named by --sets or --groups."""
 
     sets: dict[str, Metrics]
+    groups: GroupMetrics  # of --groups only

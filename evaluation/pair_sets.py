@@ -1,4 +1,4 @@
-"""Test sets for verification: prepared folders with a pairs file, and .bin files.
+"""Test sets for verification: prepared folders with a pairs file, and .bin or .xz files.
 
     from evaluation.pair_sets import load_set
     test_set = load_set("data/faces_lfw_112x112", "data/pairs.txt")  # or "data/cfp_fp.bin"
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from scipy.sparse import coo_array
@@ -25,7 +26,8 @@ from torch import Tensor
 from evaluation import verification
 from evaluation.face_folders import open_face_folder
 from evaluation.metrics import Metrics
-from fileio.bin_sets import read_bin
+from evaluation.pair_lists import read_pairs
+from fileio.bin_sets import BIN_SUFFIXES, read_bin
 from fileio.image_loader import load_images
 from fileio.images import ImageError, decode_image
 from utils import FACE_SIZE, UserError
@@ -39,9 +41,12 @@ class PairSet:
     name: str  # "lfw", "cfp_fp", ...
     images: Tensor  # (n, 112, 112, 3) uint8 RGB, in the order of pairs.names
     pairs: verification.Pairs
-    missed: int  # faces that the detector did not find: they are cropped centrally
+    # Faces that the detector did not find, cropped centrally; None where that is not known.
+    missed: int | None = None
+    # Of each face in a folder: where its reader has it, and what index.tsv says of it: None for
+    # sets without one, nan for faces not found.
+    positions: np.ndarray | None = None  # (n,) int64
     source: str = ""  # the archive or folder that the images came from, if known
-    # From index.tsv, for each face; None for sets without one, nan for faces not found.
     faces_status: list[str] | None = None  # "ok", "retried", "central_crop"
     box: np.ndarray | None = None  # (n, 4) float32, in pixels of the original image
     points: np.ndarray | None = None  # (n, 5, 2) float32, likewise
@@ -49,10 +54,10 @@ class PairSet:
 
     def __str__(self) -> str:
         """The set in one line, to be printed."""
-        return (
-            f"{self.path}, {len(self.pairs.same):,} pairs of {len(self.images):,} faces, "
-            f"{self.missed} of them missed by the detector and cropped centrally"
-        )
+        text = f"{self.path}, {len(self.pairs.same):,} pairs of {len(self.images):,} faces"
+        if self.missed is not None:
+            text += f", {self.missed} of them missed by the detector and cropped centrally"
+        return text
 
 
 class SetResult(NamedTuple):
@@ -70,18 +75,20 @@ class SetResult(NamedTuple):
 def find_set(name: str, data_dir: Path | str, train_set: Path | str = "") -> Path | None:
     """The path of the set of a name such as "cfp_fp", or of a path; None if there is none.
 
-    The order is: data_dir/faces_<name>_112x112, <name>.bin in the training set's folder, <name>.bin
-    in data_dir, and name as a path.
+    The order is: data_dir/faces_<name>_112x112, <name>.bin or .xz in the training set's folder, the
+    same in data_dir, and name as a path. But "lfw" is no path: it is the default, and a folder of
+    that name in the working directory may be anything ("./lfw" is a path).
     """
     data_dir = Path(data_dir)
     train_set = Path(train_set) if train_set else data_dir / "faces_webface_112x112"
     prepared = data_dir / f"faces_{name}_112x112"
     if (prepared / "train.rec").is_file():
         return prepared
-    for path in (train_set / f"{name}.bin", data_dir / f"{name}.bin"):
-        if path.is_file():
-            return path
-    return Path(name) if Path(name).exists() else None
+    for folder in (train_set, data_dir):
+        for suffix in BIN_SUFFIXES:
+            if (path := folder / f"{name}{suffix}").is_file():
+                return path
+    return Path(name) if name != "lfw" and Path(name).exists() else None
 
 
 def find_sets(names: Sequence[str], data_dir: Path | str, train_set: Path | str = "") -> list[Path]:
@@ -94,8 +101,8 @@ def find_sets(names: Sequence[str], data_dir: Path | str, train_set: Path | str 
             if name == "lfw":
                 raise UserError(
                     f"There is no prepared LFW at {missing} beside the training set; download LFW "
-                    "and prepare it (python pre_process.py --download-lfw), or try everything on "
-                    "synthetic faces (make demo)."
+                    "and prepare it (python pre_process.py --download-lfw), name another set "
+                    "(--lfw ./lfw), or try everything on synthetic faces (make demo)."
                 )
             raise UserError(
                 f"There is no prepared set at {missing} in {data_dir} or beside the training set, "
@@ -120,58 +127,49 @@ def find_pairs(path: Path, data_dir: Path | str, given: str = "") -> Path:
 
 def set_name(path: Path) -> str:
     """A set's name in tables: faces_lfw_112x112 is "lfw", cfp_fp.bin is "cfp_fp"."""
-    return path.name.removesuffix(".bin").removeprefix("faces_").removesuffix("_112x112")
+    name = path.stem if path.suffix in BIN_SUFFIXES else path.name
+    return name.removeprefix("faces_").removesuffix("_112x112")
 
 
 # ------------------------------------------------------------------------------ reading
 
 
 def load_set(path: Path | str, pairs_path: Path | str, workers: int = 0) -> PairSet:
-    """Decode the faces of a folder that its pairs file names, or all faces of a .bin set.
+    """Decode the faces of a folder that its pairs file names, or all faces of a .bin or .xz set.
 
-    A .bin contains its pairs; its folds are contiguous tenths. Raises UserError where files are
-    missing or corrupt, or where the pairs name images that the folder does not have.
+    A .bin contains its pairs; its folds are contiguous tenths. Prints a warning where folds that
+    the format fixes hold one kind of pair only. Raises UserError where files are missing or
+    corrupt, or where the pairs name images that the folder does not have.
     """
     path = Path(path)
-    if path.suffix == ".bin":
+    if path.suffix in BIN_SUFFIXES:
         test_set, pairs_path = _load_bin(path), path
     else:
         test_set = _load_folder(path, pairs_path, workers)
-    if test_set.pairs.same.all() or not test_set.pairs.same.any():
+    same, folds = test_set.pairs.same, test_set.pairs.folds
+    if same.all() or not same.any():
         raise UserError(f"{pairs_path}: the pairs are all of one kind; both kinds are needed.")
-    if len(np.unique(test_set.pairs.folds)) < 2:
+    if len(np.unique(folds)) < 2:
         raise UserError(f"{pairs_path} has one fold only; cross-validation needs two or more.")
-    return test_set
-
-
-def read_pairs(path: Path | str) -> verification.Pairs:
-    """Read a pairs file, LFW's format or lines "path1 path2 0/1"; UserError where it is neither."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"There is no {path}; get LFW's pairs.txt (python pre_process.py --download-lfw "
-            "downloads it, too) or name one with --pairs."
+    sizes = np.bincount(folds)
+    genuine = np.bincount(folds, weights=same)
+    if single := np.count_nonzero((sizes > 0) & ((genuine == 0) | (genuine == sizes))):
+        print(
+            f"Warning: {single} of the {np.count_nonzero(sizes)} folds of {pairs_path} hold pairs "
+            "of one kind only, so that thresholds are fitted to other proportions than they are "
+            "tested on. The format fixes the folds; a list of 'path1 path2 0/1' leaves them open."
         )
-    form = "in the format of LFW's pairs.txt"
-    try:
-        text = path.read_text("utf-8")
-        # LFW's first line has two words: "10 300".
-        if len(text.lstrip().partition("\n")[0].split()) == 3:
-            form = "a list of 'path1 path2 0/1'"
-            return verification.parse_pair_list(text)
-        return verification.parse_pairs(text)
-    except ValueError as error:  # UnicodeDecodeError is one, too
-        raise UserError(f"{path} is not {form}: {error}.") from None
+    return test_set
 
 
 def _load_folder(path: Path, pairs_path: Path | str, workers: int) -> PairSet:
     folder = open_face_folder(path)
-    pairs = read_pairs(pairs_path)
-    used = folder.find(pairs.names, pairs_path)
-    images, errors = load_images(folder.reader, folder.positions[used], workers=workers)
+    pairs, used = read_pairs(pairs_path, folder)
+    positions = folder.positions[used]
+    images, errors = load_images(folder.reader, positions, workers=workers)
     if errors:
         raise UserError(f"{next(iter(errors.values()))} Prepare {path} again.")
-    test_set = PairSet(path, set_name(path), images, pairs, missed=0)
+    test_set = PairSet(path, set_name(path), images, pairs, positions=positions)
     if folder.table is None or folder.rows is None:  # a folder of images
         return test_set
     table, rows = folder.table, folder.rows[used]
@@ -212,17 +210,19 @@ def _load_bin(path: Path) -> PairSet:
         except ImageError as error:
             raise UserError(f"Image {first_image[face]} of {path}: {error}") from None
         height, width = image.shape[:2]
-        if (height, width) != (FACE_SIZE, FACE_SIZE):
+        if height != width:
             raise UserError(
                 f"{path} holds an image of {width}x{height}; faces must be {FACE_SIZE}x{FACE_SIZE}."
             )
+        if width != FACE_SIZE:  # as InsightFace's reader does
+            image = cv2.resize(image, (FACE_SIZE, FACE_SIZE), interpolation=cv2.INTER_AREA)
         pixels += image.tobytes()
     images = np.frombuffer(pixels, np.uint8).reshape(-1, FACE_SIZE, FACE_SIZE, 3)
     names = [f"{path.stem}/{number}" for number in first_image]
     folds = verification.contiguous_folds(len(same))
     # Images 2 i and 2 i + 1 are pair i.
     pairs = verification.Pairs(names, face_of[0::2], face_of[1::2], np.asarray(same, bool), folds)
-    return PairSet(path, set_name(path), torch.from_numpy(images), pairs, missed=0)
+    return PairSet(path, set_name(path), torch.from_numpy(images), pairs)
 
 
 # ------------------------------------------------------------------------------ identities

@@ -26,6 +26,7 @@ from evaluation.metrics import (
     Comparison,
     EvalJson,
     EvaluationInfo,
+    GroupMetrics,
     LfwJson,
 )
 from evaluation.pair_sets import SetResult
@@ -42,12 +43,14 @@ def write_metrics(
     compared: list[ComparedModel],
     *,
     several_sets: bool,
+    groups: GroupMetrics | None = None,
     source: str = "",
 ) -> tuple[Path, Path]:
     """Write the metrics and the report into the model's folder; returns the paths of both.
 
     Metrics go to eval.json by set if several_sets, else those of the only set to lfw.json.
-    compared are other models on the same sets. source names the original images, for the report.
+    compared are other models on the same sets, groups what compares the sets. source names
+    the original images, for the report.
     """
     info: EvaluationInfo = {
         **model.json_info(),
@@ -61,6 +64,8 @@ def write_metrics(
     content: LfwJson | EvalJson
     if several_sets:
         content = {**info, "sets": {result.test_set.name: result.metrics for result in results}}
+        if groups is not None:
+            content["groups"] = groups
     else:
         content = {**results[0].metrics, **info}
     make_folder(model.folder)
@@ -69,9 +74,8 @@ def write_metrics(
         json.dump(content, file, indent=1)
     training = read_training(model.checkpoint) if model.is_ours else {}
     page_path = model.folder / "report.html"
-    write_page(
-        page_path, results, provenance(info, results), training, compared=compared, source=source
-    )
+    about = provenance(info, results)
+    write_page(page_path, results, about, training, compared=compared, groups=groups, source=source)
     return json_path, page_path
 
 

@@ -1,7 +1,6 @@
 """Face verification as on LFW: pairs, scores, thresholds, folds, ROC. Pure maths, no files.
 
-    from evaluation.verification import pair_scores, parse_pairs, verify
-    pairs = parse_pairs(Path("data/pairs.txt").read_text("utf-8"))
+    from evaluation.verification import pair_scores, verify
     verify(pair_scores(embeddings, pairs.first, pairs.second), pairs.same, pairs.folds)
 
 A pair of images is genuine (one identity) or impostor (two). It is accepted, that is predicted to
@@ -17,7 +16,6 @@ from sklearn.metrics import auc, roc_curve
 
 from evaluation.metrics import VerificationMetrics
 
-IMAGE_SUFFIXES = {"jpg", "jpeg", "png", "bmp", "webp", "ppm", "gif", "tif", "tiff"}
 FARS = ("1e-3", "1e-2")  # LFW has 3,000 impostor pairs: too few to measure 1e-4
 PAIRS_PER_CHUNK = 65536  # scored at a time: 2 x 268 MB of 512-d float64
 
@@ -25,7 +23,7 @@ PAIRS_PER_CHUNK = 65536  # scored at a time: 2 x 268 MB of 512-d float64
 class Pairs(NamedTuple):
     """Pairs of images, as indices into names."""
 
-    names: list[str]  # "Name/Name_0001", without a suffix, in order of first appearance
+    names: list[str]  # "Name/Name_0001", in order of first appearance
     first: np.ndarray  # (pairs,) int64, indices into names
     second: np.ndarray  # (pairs,) int64
     same: np.ndarray  # (pairs,) bool: genuine
@@ -47,87 +45,7 @@ class Roc(NamedTuple):
     thresholds: np.ndarray
 
 
-# ------------------------------------------------------------------------------ pairs
-
-
-def parse_pairs(text: str) -> Pairs:
-    """Read LFW's pairs.txt: a line "folds count", then a block of 2 x count pairs for each fold.
-
-    A pair is "name n1 n2" (genuine) or "name1 n1 name2 n2" (impostor); its fold is its block.
-    Raises ValueError, naming the line, where the text is anything else.
-    """
-    # Files edited on Windows may have a byte-order mark and blank lines at the end.
-    lines = [line.strip() for line in text.removeprefix("\ufeff").splitlines()]
-    while lines and not lines[-1]:
-        lines.pop()
-    header = lines[0].split() if lines else []
-    if len(header) != 2 or not all(_is_number(word) and int(word) > 0 for word in header):
-        raise ValueError("line 1 must hold two numbers, of folds and of pairs (LFW: 10 and 300)")
-    num_folds, count = map(int, header)
-    if len(lines) - 1 != num_folds * 2 * count:
-        raise ValueError(
-            f"line 1 promises {num_folds} x 2 x {count} pairs, but {len(lines) - 1} lines follow"
-        )
-    index: dict[str, int] = {}
-    first: list[int] = []
-    second: list[int] = []
-    same: list[bool] = []
-    for line_number, line in enumerate(lines[1:], start=2):
-        words = line.split("\t") if "\t" in line else line.split()
-        genuine = len(words) == 3
-        if genuine:
-            words = [words[0], words[1], words[0], words[2]]
-        if len(words) != 4 or not (_is_number(words[1]) and _is_number(words[3])):
-            raise ValueError(f"line {line_number} is not a pair: {line[:80]!r}")
-        for ends, name, number in ((first, words[0], words[1]), (second, words[2], words[3])):
-            # Equal names get the index of their first appearance.
-            ends.append(index.setdefault(f"{name}/{name}_{int(number):04d}", len(index)))
-        same.append(genuine)
-    folds = np.repeat(np.arange(num_folds), 2 * count)
-    return Pairs(list(index), np.array(first), np.array(second), np.array(same), folds)
-
-
-def parse_pair_list(text: str) -> Pairs:
-    """Read lines "path1 path2 0/1", 1 for genuine; separated by tabs where paths hold spaces.
-
-    Paths lose their suffix; folds are contiguous tenths. Raises ValueError, naming the line, where
-    a line is anything else.
-    """
-    index: dict[str, int] = {}
-    ends, same = [], []
-    for line_number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
-        if not line.strip():
-            continue
-        words = line.strip().split("\t") if "\t" in line else line.split()
-        if len(words) != 3 or words[2] not in ("0", "1"):
-            raise ValueError(f"line {line_number} is not 'path1 path2 0/1': {line[:80]!r}")
-        ends.append([index.setdefault(without_suffix(path), len(index)) for path in words[:2]])
-        same.append(words[2] == "1")
-    if len(same) < 2:
-        raise ValueError(f"it holds {len(same)} pairs")
-    first, second = np.array(ends).T
-    folds = contiguous_folds(len(same), min(10, len(same)))
-    return Pairs(list(index), first, second, np.array(same), folds)
-
-
-def without_suffix(path: str) -> str:
-    """An image's path without its suffix: "./a.b/c.d.jpg" becomes "a.b/c.d", which stays as it is.
-
-    Only the suffixes of images are removed, since names may contain dots.
-    """
-    path = path.replace("\\", "/").removeprefix("./")
-    stem, _, suffix = path.rpartition(".")
-    return stem if suffix.lower() in IMAGE_SUFFIXES else path
-
-
-def _is_number(word: str) -> bool:
-    # Limited in length: Python refuses to convert thousands of digits, or takes long.
-    return word.isdecimal() and len(word) < 10
-
-
-def image_name(source: str) -> str:
-    """The name of an image in pairs.txt: "any/root/Name/Name_0001.jpg" is "Name/Name_0001"."""
-    return "/".join(without_suffix(source).split("/")[-2:])
+# ------------------------------------------------------------------------------ folds
 
 
 def contiguous_folds(pairs: int, folds: int = 10) -> np.ndarray:
@@ -139,6 +57,21 @@ def contiguous_folds(pairs: int, folds: int = 10) -> np.ndarray:
     sizes = np.full(folds, pairs // folds)
     sizes[: pairs % folds] += 1
     return np.repeat(np.arange(folds), sizes)
+
+
+def stratified_folds(same: np.ndarray, keys: np.ndarray, folds: int = 10) -> np.ndarray:
+    """The fold of each pair, (pairs,) int64: folds as large as contiguous_folds', in proportion.
+
+    Of genuine and of impostor pairs, same (pairs,) bool, each fold has the share that all pairs
+    have, to one pair. Each kind is dealt out in the order of its keys (pairs,).
+    """
+    quantile = np.empty(len(same))
+    for kind in (np.flatnonzero(same), np.flatnonzero(~same)):
+        ordered = kind[np.argsort(keys[kind], kind="stable")]
+        quantile[ordered] = (np.arange(len(kind)) + 0.5) / max(1, len(kind))
+    result = np.empty(len(same), np.int64)
+    result[np.lexsort((~same, quantile))] = contiguous_folds(len(same), folds)
+    return result
 
 
 # ------------------------------------------------------------------------------ scores

@@ -1,5 +1,6 @@
 """lfw_eval.py on small made-up sets: what it reads, what it reports, what it writes."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -16,6 +17,7 @@ import lfw_eval
 from config import parse_args
 from evaluation import figures, galleries, verification
 from evaluation.evaluate import evaluate_lfw
+from evaluation.groups import group_metrics, group_table
 from evaluation.metrics import (
     Calibration,
     ComparedModel,
@@ -32,6 +34,7 @@ from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
 from fileio.record_writer import write_dataset
 from models import build_model
 from tests.helpers.paths import ROOT
+from training.epochs import open_lfw
 from utils import UserError
 
 IDENTITIES = 12  # two images each; 4 folds of 3 genuine and 3 impostor pairs
@@ -134,9 +137,9 @@ def test_a_corrupt_summary_gets_a_sentence(data):
     ("content", "complaint"),
     [
         (None, "There is no"),
-        (b"\xff\xfe\x00", "not in the format"),
-        (b"4\t3\nAnn_0\t1\t2\n", "lines follow"),
-        (pairs_text(folds=1).encode(), "one fold"),
+        (b"\xff\xfe\x00", "is no list of pairs"),
+        (b"4\t3\nAnn_0\t1\t2\n", "line 1 promises 4 x 2 x 3 pairs"),
+        (b"Ann_0\t1\t2\nAnn_2\t1\t2\n", "the pairs are all of one kind"),
     ],
 )
 def test_bad_pairs_files_get_a_sentence(data, content, complaint):
@@ -338,16 +341,108 @@ def main(*flags):
     lfw_eval.main(parse_args(["--device", "cpu", *flags], "lfw_eval"))
 
 
-def test_report_of_others_models_goes_into_a_folder_of_its_own(data, tmp_path, monkeypatch):
+def save_theirs(path="theirs.pth", seed=0, runs_dir="runs"):
+    """A third-party state dict, and the folder of its results."""
+    torch.manual_seed(seed)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(build_model("tiny", emb_size=8).state_dict(), path)
+    checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Path(runs_dir, f"{Path(path).stem}-{checksum[:8]}")
+
+
+def test_reports_of_others_models_go_into_folders_of_their_own(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
-    main("--checkpoint", "theirs.pth", "--network", "tiny", "--runs-dir", "out")
-    assert json.loads((tmp_path / "out" / "theirs" / "lfw.json").read_text("utf-8"))["pairs"] == 24
+    paths = ["r50/backbone.pth", "r100/backbone.pth"]
+    folders = [save_theirs(path, seed, "out") for seed, path in enumerate(paths)]
+    for path in paths:
+        main("--checkpoint", path, "--network", "tiny", "--runs-dir", "out")
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(f.name for f in folders)
+    for folder, path in zip(folders, paths, strict=True):
+        report = json.loads((folder / "lfw.json").read_text("utf-8"))
+        assert (report["checkpoint"], report["pairs"]) == (path, 24)
+        assert (folder / "report.html").is_file()
+
+
+def test_a_folder_lfw_that_nobody_named_is_not_the_test_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_theirs()
+    for identity in range(IDENTITIES):
+        for shot in (1, 2):
+            path = Path("lfw", name_of(identity), f"{name_of(identity)}_{shot:04d}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_jpeg(face_of(identity, shot)))
+    Path("data").mkdir()
+    Path("data/pairs.txt").write_text(pairs_text(), "utf-8")
+    assert find_set("lfw", "data") is None
+    assert open_lfw("", "data") is None
+    flags = ("--checkpoint", "theirs.pth", "--network", "tiny")
+    for more in ((), ("--sets", "lfw")):
+        with pytest.raises(SystemExit):
+            main(*flags, *more)
+        assert "There is no prepared LFW at" in capsys.readouterr().err
+    for more in (("--lfw", "lfw"), ("--sets", "./lfw")):
+        main(*flags, *more)
+        assert "24 pairs of 24 faces" in capsys.readouterr().out
+    Path("lfw").rename("mine")
+    assert find_set("mine", "data") == Path("mine")  # whoever writes so means it
+
+
+# ---------------------------------------------------------------- groups
+
+
+def test_group_metrics_are_those_that_rfws_authors_print():
+    """ArcFace as Wang and Deng (CVPR 2020) trained it: mean 95.37, STD 1.53, SER 2.33."""
+    published = {"Caucasian": 0.9737, "Indian": 0.9568, "Asian": 0.9455, "African": 0.9387}
+    metrics = group_metrics(published)
+    printed = (100 * metrics["mean"], 100 * metrics["deviation"], metrics["skewed_error_ratio"])
+    assert [round(value, 2) for value in printed] == [95.37, 1.53, 2.33]
+    table = group_table(metrics).splitlines()
+    assert [line.split()[0] for line in table] == [
+        "group", *published, "mean", "standard", "skewed",
+    ]  # fmt: skip
+
+
+def write_group(path, wrong):
+    """40 pairs, genuine ones of one image twice; `wrong` of them are labelled impostor."""
+    jpegs = [encode_jpeg(face_of(i, 1)) for i in range(40)]
+    pairs = [(i, i if i % 2 == 0 else (i + 1) % 40) for i in range(40)]
+    same = [i % 2 == 0 for i in range(40)]
+    for i in range(wrong):
+        pairs[4 * i + 1] = (4 * i + 1, 4 * i + 1)
+    write_bin(path, [jpegs[end] for pair in pairs for end in pair], same)
+
+
+def test_groups_show_a_planted_gap(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = save_theirs()
+    Path("data").mkdir()
+    for name, wrong in (("African", 8), ("Asian", 4), ("Caucasian", 2), ("Indian", 4)):
+        write_group(Path("data", f"{name}.bin"), wrong)
+    flags = ("--checkpoint", "theirs.pth", "--network", "tiny")
+    main(*flags, "--groups", "African,Asian,Caucasian,Indian")
+    printed = capsys.readouterr().out
+    report = json.loads((folder / "eval.json").read_text("utf-8"))
+    groups = report["groups"]
+    expected = {"African": 0.8, "Asian": 0.9, "Caucasian": 0.95, "Indian": 0.9}
+    assert groups["accuracies"] == pytest.approx(expected)
+    assert groups["mean"] == pytest.approx(0.8875)
+    # Deviations -0.0875, 0.0125, 0.0625, 0.0125; squares add up to 0.011875, over 3.
+    assert groups["deviation"] == pytest.approx((0.011875 / 3) ** 0.5)
+    assert groups["skewed_error_ratio"] == pytest.approx(4)
+    assert "skewed error ratio         4.000" in printed
+    assert list(report["sets"]) == list(expected)
+    page = (folder / "report.html").read_text("utf-8")
+    assert "skewed error ratio" in page and "4.000" in page
+    write_group(Path("data", "Indian.bin"), 0)
+    main(*flags, "--groups", "African,Indian")
+    assert "not defined: a group has no error" in capsys.readouterr().out
+    main(*flags, "--sets", "African,Indian")
+    assert "groups" not in json.loads((folder / "eval.json").read_text("utf-8"))
 
 
 def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    folder = save_theirs()
     order = [identity for identity in range(20) for _ in (0, 1)]
     jpegs = [encode_jpeg(face_of(identity, i % 2 + 1)) for i, identity in enumerate(order)]
     genuine, impostor = jpegs, jpegs[:1] + jpegs[2:] + jpegs[:1]
@@ -358,11 +453,11 @@ def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, mon
     printed = capsys.readouterr().out
     assert [line.split()[:2] for line in printed.splitlines() if line.startswith(("lfw ", "cfp"))
             ] == [["lfw", "24"], ["cfp_fp", "40"]]  # fmt: skip
-    report = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
+    report = json.loads((folder / "eval.json").read_text("utf-8"))
     assert list(report["sets"]) == ["lfw", "cfp_fp"]
     assert [r["from_cache"] for r in report["sets"].values()] == [False, False]
     main(*flags)
-    again = json.loads((tmp_path / "runs" / "theirs" / "eval.json").read_text("utf-8"))
+    again = json.loads((folder / "eval.json").read_text("utf-8"))
     assert [r["from_cache"] for r in again["sets"].values()] == [True, True]
     for name, metrics in report["sets"].items():
         for key in ("accuracy", "fold_thresholds", "tar_at_far", "auc"):
@@ -371,11 +466,11 @@ def test_several_sets_in_one_run_make_one_table_and_one_json(data, tmp_path, mon
 
 def test_the_protocol_is_named_and_those_of_others_are_fixed(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(build_model("tiny", emb_size=8).state_dict(), "theirs.pth")
+    folder = save_theirs()
     flags = ("--checkpoint", "theirs.pth", "--network", "tiny")
     main(*flags, "--as", "insightface")
     assert "standard deviation of the folds" in capsys.readouterr().out
-    report = json.loads((tmp_path / "runs" / "theirs" / "lfw.json").read_text("utf-8"))
+    report = json.loads((folder / "lfw.json").read_text("utf-8"))
     assert report["protocol"]["grid"] is True
     main(*flags, "--no-flip", "--fuse", "concat")
     assert "Protocol: no mirror image, cosine" in capsys.readouterr().out
@@ -496,7 +591,11 @@ def test_a_network_of_nans_gets_a_sentence(data, tmp_path, monkeypatch, capsys):
     [
         ([], "best.pt"),
         (["--sets", "lfw,cfp_fp"], "no cfp_fp.bin"),
-        (["--sets", "lfw", "--lfw", "data/faces_lfw_112x112"], "--sets several"),
+        (
+            ["--sets", "lfw", "--lfw", "data/faces_lfw_112x112"],
+            "--lfw and --sets both name",
+        ),
+        (["--groups", "lfw"], "two or more test sets, not only lfw"),
         (["--checkpoint", "nothing.pt"], "nothing.pt"),
         (["--checkpoint", "data/pairs.txt"], "pairs.txt"),
         (["--lfw", "nowhere"], "nowhere"),

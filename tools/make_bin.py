@@ -3,9 +3,9 @@
     python -m tools.make_bin    # data/faces_lfw_112x112 and data/pairs.txt to data/lfw.bin
     python -m tools.make_bin --lfw my_faces --pairs my_pairs.txt --output my_set.bin
 
-The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in
-LFW's format or lines "path1 path2 0/1". Encoded images are copied byte for byte, so that the .bin
-gives the same metrics as the folder (where the folds are contiguous tenths, as LFW's are).
+The folder is one that pre_process.py has prepared, or holds images of 112x112; the pairs are in a
+form that docs/evaluation.md names. They are written fold by fold and encoded images are copied byte
+for byte, so that the .bin, whose folds are contiguous tenths, gives the same metrics as the folder.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def main(cfg: Settings) -> None:
             "or name one with --lfw."
         )
     pairs_path = find_pairs(folder, cfg.data_dir, cfg.pairs)
-    pairs = load_set(folder, pairs_path).pairs  # decodes every image, so none is corrupt
-    faces = open_face_folder(folder)
-    records = faces.positions[faces.find(pairs.names, pairs_path)]
-    images = [faces.reader.encoded(int(i)) for i in records]
+    test_set = load_set(folder, pairs_path)  # decodes every image, so none is corrupt
+    pairs, reader = test_set.pairs, open_face_folder(folder).reader
+    images = [reader.encoded(int(i)) for i in test_set.positions]
     order = np.stack([pairs.first, pairs.second], 1).ravel()
     output = Path(cfg.output or Path(cfg.data_dir, f"{set_name(folder)}.bin"))
     make_folder(output.parent)

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from config import Config, settings_of
 from evaluation.drawing import draw_training_curves
 from evaluation.embedding_cache import file_checksum
-from evaluation.metrics import ComparedModel, EvaluationInfo
+from evaluation.metrics import ComparedModel, EvaluationInfo, GroupMetrics
 from evaluation.pair_sets import SetResult
 from evaluation.report.blocks import Group, Plots, Section, Table, Text, percent, render_page
 from evaluation.report.plots import svg_plot
@@ -40,15 +40,17 @@ def write_page(
     training: dict[str, Any],
     *,
     compared: Sequence[ComparedModel] = (),
+    groups: GroupMetrics | None = None,
     source: str = "",
 ) -> None:
     """Write the page about one model on one or more test sets.
 
     about is from provenance, training from read_training; compared is lfw.json's list of other
-    models. source names the original images; without it, each set's own source is used.
+    models, groups eval.json's comparison of the sets. source names the original images; without it,
+    each set's own source is used.
     """
     gallery = max(4, min(GALLERY_PAIRS, GALLERY_PAIRS_OF_ALL_SETS // len(results)))
-    sections = [Section("summary", "Summary", [*_summary(results, compared)])]
+    sections = [Section("summary", "Summary", [*_summary(results, compared, groups)])]
     for number, result in enumerate(results):
         anchor, name = f"set{number}", result.test_set.name
         inner = [*SetSections(result, anchor, gallery, source).sections()]
@@ -66,7 +68,9 @@ def write_page(
 # ------------------------------------------------------------------------------ all sets
 
 
-def _summary(results: Sequence[SetResult], compared: Sequence[ComparedModel]) -> Iterator[Any]:
+def _summary(
+    results: Sequence[SetResult], compared: Sequence[ComparedModel], groups: GroupMetrics | None
+) -> Iterator[Any]:
     yield Group("cards", [*_cards(results)])
     fars = list(results[0].metrics["tar_at_far"])
     head = ["set", "pairs", "faces", "missed faces", "accuracy", "± s.e."]
@@ -78,6 +82,15 @@ def _summary(results: Sequence[SetResult], compared: Sequence[ComparedModel]) ->
         "themselves. A missed face is one that the detector did not find: it is cropped from the "
         "centre of its image and is part of all numbers."
     )
+    if groups is not None:
+        ratio = groups["skewed_error_ratio"]
+        rows = [
+            ("mean accuracy", percent(groups["mean"])),
+            ("standard deviation", percent(groups["deviation"])),
+            ("skewed error ratio", "not defined" if ratio is None else f"{ratio:.3f}"),
+        ]
+        yield Table("The test sets as groups", ("metric", "value"), rows)
+        yield Text("The skewed error ratio is the highest error over the lowest.")
     yield from _intervals(results)
     yield from _comparisons(results, compared)
 
@@ -109,7 +122,7 @@ def _metrics_row(result: SetResult, fars: Sequence[str]) -> list[str]:
         result.test_set.name,
         f"{metrics['pairs']:,}",
         f"{len(result.test_set.images):,}",
-        f"{result.test_set.missed:,}",
+        "not known" if result.test_set.missed is None else f"{result.test_set.missed:,}",
         percent(metrics["accuracy"]),
         percent(metrics["standard_error"]),
         percent(metrics["best_accuracy"]),

@@ -18,56 +18,6 @@ def made_up_scores(seed: int, pairs: int = 400, decimals: int = 12):
     return scores.clip(-1, 1).round(decimals), same
 
 
-# ---------------------------------------------------------------- pairs.txt
-
-PAIRS = "2\t1\nAda\t1\t3\nAda\t3\tBo Li\t12\nBo Li\t12\t2\n李\t1\tAda\t1\n"
-
-
-def test_parse_pairs_by_hand():
-    pairs = ver.parse_pairs(PAIRS)
-    assert pairs.names == ["Ada/Ada_0001", "Ada/Ada_0003", "Bo Li/Bo Li_0012", "Bo Li/Bo Li_0002",
-                           "李/李_0001"]  # fmt: skip
-    assert pairs.first.tolist() == [0, 1, 2, 4]
-    assert pairs.second.tolist() == [1, 2, 3, 0]
-    assert pairs.same.tolist() == [True, False, True, False]
-    assert pairs.folds.tolist() == [0, 0, 1, 1]
-
-
-def test_parse_pairs_windows_file_is_the_same():
-    windows = "\ufeff" + PAIRS.replace("\n", "\r\n") + "\r\n\r\n"
-    assert ver.parse_pairs(windows).names == ver.parse_pairs(PAIRS).names
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "line 1"),
-        ("300\nA\t1\t2\n", "line 1"),
-        ("0\t0\n", "line 1"),
-        ("1\t1\nA\t1\t2\n", "1 lines follow"),
-        ("1\t1\nA\t1\t2\nA\t1\tB\n", "line 3"),
-        ("1\t1\nA\t1\tB\t-1\nA\t1\t2\n", "line 2"),
-        ("1\t1\nA\t1\tB\t1\tC\nA\t1\t2\n", "line 2"),
-        ("1\t1\n\nA\t1\t2\n", "line 2"),
-        ("9" * 5000 + "\t1\n", "line 1"),
-        ("1\t1\nA\t1\t2\nA\t" + "9" * 5000 + "\tB\t1\n", "line 3"),
-    ],
-)
-def test_parse_pairs_names_the_line(text, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        ver.parse_pairs(text)
-
-
-def test_parse_pairs_real_file(real_faces):
-    pairs = ver.parse_pairs((real_faces / "pairs.txt").read_text("utf-8"))
-    assert (len(pairs.same), pairs.same.sum(), len(pairs.names)) == (6000, 3000, 7701)
-    assert np.bincount(pairs.folds).tolist() == [600] * 10
-    assert np.bincount(pairs.folds, weights=pairs.same).tolist() == [300] * 10
-    identities = [name.split("/")[0] for name in pairs.names]
-    equal = [identities[i] == identities[j] for i, j in zip(pairs.first, pairs.second, strict=True)]
-    assert equal == pairs.same.tolist()
-
-
 # ---------------------------------------------------------------- scores
 
 
@@ -145,6 +95,18 @@ def test_contiguous_folds_are_kfold_without_shuffling(pairs, folds):
     mine = ver.contiguous_folds(pairs, folds)
     for number, (_, test) in enumerate(KFold(folds, shuffle=False).split(np.zeros(pairs))):
         assert np.flatnonzero(mine == number).tolist() == test.tolist()
+
+
+@pytest.mark.parametrize(("genuine", "impostor"), [(3000, 3000), (700, 1284), (13, 40), (10, 91)])
+def test_stratified_folds_hold_both_kinds_in_proportion(genuine, impostor):
+    same = np.random.default_rng(0).permutation(np.arange(genuine + impostor) < genuine)
+    folds = ver.stratified_folds(same, np.arange(len(same)))
+    sizes = np.bincount(ver.contiguous_folds(len(same)))
+    assert np.bincount(folds).tolist() == sizes.tolist()
+    expected = sizes * genuine / len(same)
+    assert np.abs(np.bincount(folds, weights=same) - expected).max() <= 1
+    for kind in (same, ~same):
+        assert (np.diff(folds[kind]) >= 0).all()  # dealt out in the order of the keys
 
 
 def test_cross_validate_by_hand():

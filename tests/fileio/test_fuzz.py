@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 import train
 from config import parse_args
 from evaluation.embedders import load_embedder
-from evaluation.verification import parse_pair_list, parse_pairs
+from evaluation.face_folders import FaceFolder
+from evaluation.pair_lists import parse_pairs
 from fileio.archive_source import ArchiveError
 from fileio.archives import open_source
 from fileio.bin_sets import read_bin
@@ -300,8 +301,16 @@ ROWS = [
     IndexRow(None, None, "b\t\\", "s/b/\n.jpg", "no_face"),
 ]
 INDEX = (INDEX_HEADER + "".join(map(format_index_row, ROWS))).encode()
-PAIR_LIST = "a/1.jpg a/2.jpg 1\n李/1.png a/1.jpg 0\nb\\1\t./c 1\t0\n".encode()
-PAIRS = b"2\t1\nAl\t1\t2\nAl\t1\tBo Li\t3\nBo Li\t12\t2\nBo Li\t3\tAl\t1\n"
+# LFW's, CALFW's, a list in two forms, CSV; in four encodings.
+PAIR_FILES = [
+    b"2\t1\nAl\t1\t2\nAl\t1\tBo Li\t3\nBo Li\t12\t2\nBo Li\t3\tAl\t1\n",
+    b"a_1.jpg 1\na_2.jpg 1\n\xef\xbb\xbfa_1.jpg 0\nb_1.jpg 0\n",
+    "a/1.jpg a/2.jpg 1\n李/1.png a/1.jpg 0\n".encode(),
+    "b\\1\t./c 1\t0\r\n李/1.png\ta/1.jpg\t1\r\n".encode("gb18030"),
+    'path1,path2,same,fold\n"a/1.jpg",a/2.jpg,True,3\nb/1,a/1,False,4\n'.encode("utf-16"),
+]
+PAIR_IMAGES = ["Al/Al_0001", "Al/Al_0002", "Bo Li/Bo Li_0003", "r/a/1.jpg", "r/a/2.jpg", "b/1"]
+find_pair_images = FaceFolder(None, PAIR_IMAGES, [], np.empty(0)).find
 
 
 @tried
@@ -315,14 +324,14 @@ def test_index(folder, data):
 
 
 @tried
-@given(
-    data=changed(PAIRS) | changed(PAIR_LIST), parse=st.sampled_from([parse_pairs, parse_pair_list])
-)
-def test_pairs(data, parse):
-    pairs = judge("pairs.txt", lambda: parse(data.decode("utf-8")), errors=ValueError)
+@given(data=changed(*PAIR_FILES))
+def test_pairs(data):
+    pairs = judge("pairs.txt", parse_pairs, data, find_pair_images, errors=ValueError)
     if pairs is not None:
-        assert len(pairs.first) == len(pairs.second) == len(pairs.same) == len(pairs.folds)
-        assert max(pairs.first.max(), pairs.second.max()) < len(pairs.names)
+        listed, ends = pairs
+        assert len(listed.first) == len(listed.second) == len(listed.same) == ends.shape[1] > 0
+        assert listed.folds is None or listed.folds.shape == ends.shape[1:]
+        assert ends.max() < len(PAIR_IMAGES)
 
 
 # ------------------------------------------------------------------------------ models

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "tests" / "helpers" / "guided.py"
-KINDS = ("zip", "tar", "image", "bin", "index.tsv", "pairs", "pair-list", "onnx")
+KINDS = ("zip", "tar", "image", "bin", "index.tsv", "pairs", "onnx")
 KINDS += ("train.rec", "train.idx", "train-00000.npy")
 
 

@@ -33,14 +33,12 @@ SEEDS = {
     "train-00000.npy": [],
     "bin": fuzz.BINS,
     "index.tsv": [fuzz.INDEX],
-    "pairs": [fuzz.PAIRS],
-    "pair-list": [fuzz.PAIR_LIST],
+    "pairs": fuzz.PAIR_FILES,
     "onnx": [EXTERNAL_MODEL],
 }
 OF_BYTES = {
     "image": fuzz.decode_image,
-    "pairs": lambda data: fuzz.parse_pairs(data.decode("utf-8", "replace")),
-    "pair-list": lambda data: fuzz.parse_pair_list(data.decode("utf-8", "replace")),
+    "pairs": lambda data: fuzz.parse_pairs(data, fuzz.find_pair_images),
 }
 OF_FILES = {
     "zip": ("x.zip", fuzz.read_archive),
@@ -78,8 +76,8 @@ def main():
     kind, errors = "".join(sys.argv[1:2]), (fuzz.UserError,)
     if kind not in KINDS:
         sys.exit(f"Name a kind of file: {', '.join(KINDS)}.")
-    if kind in ("pairs", "pair-list"):
-        errors = (ValueError,)  # as their readers know
+    if kind == "pairs":
+        errors = (ValueError,)  # as its reader knows
     with tempfile.TemporaryDirectory() as root:
         folder, corpus = Path(root, "files"), Path(root, "corpus")
         folder.mkdir()
