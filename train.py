@@ -109,10 +109,10 @@ def build_run(cfg: Config, folder: Path) -> Run:
     store, split = run_on_all(lambda: open_data(cfg, device))
     positions = store.readable(split.train)
     steps = steps_per_epoch(len(positions), cfg.batch_size) * cfg.epochs
-    cfg = dataclasses.replace(cfg, compile=choose_compile(cfg.compile, device, steps))
-    settings = dataclasses.asdict(cfg)
+    compiled = choose_compile(cfg.compile, device, steps, demanded="compile" in cfg.given)
+    cfg = dataclasses.replace(cfg, compile=compiled)
     # How train.py was called does not make a run what it is.
-    settings = {k: v for k, v in settings.items() if k not in ("given", "resume")}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("given", "resume")}
 
     engine = build_engine(cfg, split.num_classes, device, store.slice_size(cfg.batch_size))
     run = Run(

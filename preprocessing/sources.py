@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from fileio.archive_source import Source
 from fileio.archives import open_source
-from fileio.locks import LOCK_FILE
 from preprocessing.summary import read_summary
 from utils import UserError
 
@@ -144,7 +143,6 @@ def check_finished(job: Job, min_face: int) -> None:
             f"{job.output} was prepared with another --missed or --min-face; move it away or give "
             "another --output."
         )
-    (job.output / LOCK_FILE).unlink(missing_ok=True)  # of a process killed right after the rename
     print(
         f"{job.output} is finished: {summary['kept']:,} images of {summary['identities']:,} "
         "identities."
