@@ -26,16 +26,15 @@ def run(*command):
     return done.stdout
 
 
+DRAWN = "--identities 4 --images-per-identity 4 --lfw-identities 20"
+SMALL = "--network tiny --emb-size 16 --batch-size 4 --epochs 1 --dropout 0 --device cpu"
+
+
 def test_from_archive_to_number_without_fcntl(tmp_path):
-    drawn = "--identities 4 --images-per-identity 4 --lfw-identities 20".split()
-    run("-m", "tools.synthetic", "--output", str(tmp_path / "data"), *drawn)
+    run("-m", "tools.synthetic", "--output", str(tmp_path / "data"), *DRAWN.split())
     folders = ["--data-dir", str(tmp_path / "data"), "--images-dir", str(tmp_path / "images")]
     runs = ["--runs-dir", str(tmp_path / "runs")]
-    small = (
-        "--network tiny --emb-size 16 --batch-size 4 --epochs 1 --dropout 0 --device cpu".split()
-    )
     assert "kept " in run("-c", WITHOUT, "pre_process.py", *folders)
-    run("-c", WITHOUT, "train.py", *folders, *runs, *small)
+    run("-c", WITHOUT, "train.py", *folders, *runs, *SMALL.split())
     assert "accuracy, " in run("-c", WITHOUT, "lfw_eval.py", *folders, *runs)
-    left = [path.name for path in tmp_path.rglob(".*")]
-    assert left == []  # neither locks nor temporary files
+    assert not list(tmp_path.rglob(".*"))  # neither locks nor temporary files
