@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,9 @@ GROUP_TIMEOUT = datetime.timedelta(days=7)  # a process waits as long for the sl
 @exit_on_user_error
 def main(cfg: Config) -> None:
     """Prepare the data sets one after the other; one that fails does not stop the next."""
+    # Images that OpenCV cannot decode are counted by name; its own warnings say less. It reads this
+    # when it is imported: cv2.utils.logging is missing in 4.9 to 4.12.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     # Imported here, so that --help answers at once.
     import cv2
 
@@ -48,8 +52,6 @@ def main(cfg: Config) -> None:
 
     # Every image is one task of a thread pool: threads inside OpenCV would only compete with it.
     cv2.setNumThreads(1)
-    # Images that OpenCV cannot decode are counted by name; its own warnings say less.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     # On CPU tensors: the processes exchange results by files, and only wait for each other here.
     with process_group("cpu", GROUP_TIMEOUT):
         prepare_all(cfg)

@@ -119,10 +119,10 @@ def build_run(cfg: Config, folder: Path) -> Run:
     seed_everything(cfg.seed)
     torch.backends.cudnn.benchmark = True  # every training step has the same shapes
     steps = steps_per_epoch(len(positions), cfg.batch_size) * cfg.epochs
-    cfg = dataclasses.replace(cfg, compile=choose_compile(cfg.compile, device, steps))
-    settings = dataclasses.asdict(cfg)
+    compiled = choose_compile(cfg.compile, device, steps, demanded="compile" in cfg.given)
+    cfg = dataclasses.replace(cfg, compile=compiled)
     # How train.py was called does not make a run what it is.
-    settings = {k: v for k, v in settings.items() if k not in ("given", "resume")}
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("given", "resume")}
 
     run = Run(
         engine=build(cfg.compile),

@@ -4,17 +4,16 @@
     embed, info = load_embedder("runs/20250101-120000-r50-s0/best.pt", device=torch.device("cpu"))
     embed(faces)  # (n, 112, 112, 3) uint8 RGB -> (n, d) float32, L2-normalised
 
-Three kinds of file are read: a checkpoint of train.py, a state dict of InsightFace's iresnet, and
-an ONNX model.
+Three kinds of file are read: a checkpoint of train.py, third-party weights of one of our networks
+(a state dict in any wrapping, .safetensors), and an ONNX model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,10 +22,8 @@ from tqdm import tqdm
 
 from data_gen import normalise
 from evaluation.metrics import ModelInfo
-from evaluation.onnx_backends import ONNX_BACKENDS, default_onnx_backend, in_fixed_batches
-from fileio.checkpoint_file import check_weights, load_checkpoint
-from fileio.onnx_file import check_onnx
-from models import build_model
+from evaluation.third_party_weights import build_with_weights
+from fileio.checkpoint_file import check_weights, load_checkpoint, named_tensors
 from utils import UserError, conv_layout, exact_float32, is_out_of_memory
 
 # Aligned faces (n, 112, 112, 3) uint8 RGB on the CPU -> embeddings (n, d) float32 on the CPU.
@@ -97,8 +94,8 @@ def embed_in_batches(
     *,
     flip: bool,
     batch: int,
-    spec: InputSpec,
     device: torch.device,
+    spec: InputSpec = TRAIN_INPUT,
     progress: str = "",
     unnormalised: bool = False,
 ) -> Tensor:
@@ -136,28 +133,19 @@ def torch_embedder(
     device: torch.device,
     flip: bool = True,
     batch: int = 256,
-    *,
-    spec: InputSpec = TRAIN_INPUT,
-    progress: str = "",
-    unnormalised: bool = False,
+    **options: Any,
 ) -> Embed:
     """The embedding function of a network; training may change the weights between two calls.
 
-    It runs in float32: under bfloat16 cosines change by 0.003 on average and by up to 0.02, more
-    than the 0.001 to which thresholds and TARs are quoted (MobileFaceNet on aligned faces).
+    The options are those of embed_in_batches. It runs in float32: under bfloat16 cosines change by
+    0.003 on average and by up to 0.02, more than the 0.001 to which thresholds and TARs are quoted
+    (MobileFaceNet on aligned faces).
     """
 
     def embed(faces: Tensor) -> Tensor:
         def embed_by(batch: int) -> Tensor:
             return embed_in_batches(
-                fold_batch_norm(model),
-                faces,
-                flip=flip,
-                batch=batch,
-                spec=spec,
-                device=device,
-                progress=progress,
-                unnormalised=unnormalised,
+                fold_batch_norm(model), faces, flip=flip, batch=batch, device=device, **options
             )
 
         autocast_off = torch.autocast(device.type, enabled=False)
@@ -189,36 +177,21 @@ def onnx_embedder(
     batch: int = 256,
     *,
     spec: InputSpec = TRAIN_INPUT,
-    progress: str = "",
-    unnormalised: bool = False,
-    backend: str = "",
-) -> Embed:
-    """The embedding function of an ONNX model, whose first output is the embedding.
+    **options: Any,
+) -> tuple[Embed, InputSpec, list[str]]:
+    """The embedding function of an ONNX model, the input it is given, and what to say about it.
 
-    backend is "onnxruntime" or "opencv", default_onnx_backend() if empty. A model exported for a
-    fixed batch size (often 1) is run at that size. Raises UserError where the file is not an ONNX
-    model of 112x112 faces.
+    A model whose graph begins with a normalisation of its own gets pixels as they are, whatever
+    `spec` says. The options are those of embed_in_batches. Raises UserError where the file is no
+    ONNX model of 112x112 faces with one embedding each.
     """
-    if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint at {path}.")
-    check_onnx(path)
-    backend = backend or default_onnx_backend()
-    try:
-        run, fixed_batch = ONNX_BACKENDS[backend](path, device)
-        # Two black faces tell whether the model takes 112x112 and gives one embedding per face.
-        black = np.zeros((2, 3, 112, 112), np.float32)
-        shape = in_fixed_batches(run, fixed_batch or 2)(black).shape
-    except Exception as error:  # both libraries raise their own types, some of them bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} cannot be used with {backend} as an ONNX model of (n, 3, 112, 112) faces "
-            f"({reason}); give another --checkpoint."
-        ) from None
-    if len(shape) != 2 or shape[0] != 2:
-        raise UserError(
-            f"{path} gives an output of shape {shape} for 2 faces instead of one embedding each."
-        )
-    run = in_fixed_batches(run, fixed_batch or min(batch, CPU_BATCH))
+    from evaluation.onnx_models import in_fixed_batches, open_onnx  # onnxruntime takes 0.4 s
+
+    model = open_onnx(path, device)
+    if model.white:
+        spec = InputSpec((0.0,) * 3, (1 / model.white,) * 3, spec.bgr)
+    # Batches of the size that a model demands are padded, others are as small as on any CPU.
+    run = in_fixed_batches(model.run, model.batch or min(batch, CPU_BATCH))
 
     def embed(faces: Tensor) -> Tensor:
         return embed_in_batches(
@@ -228,11 +201,10 @@ def onnx_embedder(
             batch=batch,
             spec=spec,
             device=torch.device("cpu"),
-            progress=progress,
-            unnormalised=unnormalised,
+            **options,
         )
 
-    return embed
+    return embed, spec, model.notes
 
 
 # ------------------------------------------------------------------------------ any checkpoint
@@ -244,78 +216,44 @@ def load_embedder(
     device: torch.device,
     network: str = "r50",
     use_se: bool = False,
-    flip: bool = True,
-    batch: int = 256,
     spec: InputSpec = TRAIN_INPUT,
-    progress: str = "",
-    unnormalised: bool = False,
+    **options: Any,
 ) -> tuple[Embed, ModelInfo]:
-    """The embedding function of a checkpoint, and its kind, network and, of ours, epoch and seed.
+    """The embedding function of a checkpoint, and its kind, network, input, epoch and seed.
 
     A checkpoint of train.py says itself which network it holds; network, use_se and spec are for
-    third-party models. The other options are those of embed_in_batches. Raises UserError where the
-    file is none of the three kinds.
+    third-party models. The options are those of torch_embedder and embed_in_batches. Raises
+    UserError where the file is none of the three kinds.
     """
     if Path(checkpoint).suffix.lower() == ".onnx":
-        embed = onnx_embedder(
-            checkpoint,
-            device,
-            flip,
-            batch,
-            spec=spec,
-            progress=progress,
-            unnormalised=unnormalised,
-        )
-        return embed, {"kind": "onnx", "network": f"ONNX by {default_onnx_backend()}"}
-    loaded = load_checkpoint(checkpoint)
+        embed, spec, notes = onnx_embedder(checkpoint, device, spec=spec, **options)
+        notes = [describe_input(spec), *notes]
+        return embed, {"kind": "onnx", "network": "ONNX", "notes": notes}
+    loaded = load_checkpoint(checkpoint, third_party=True)
     config, state = loaded.get("config"), loaded.get("model")
-    info: ModelInfo
+    info: ModelInfo = {"kind": "ours"}
     if isinstance(state, dict) and isinstance(config, dict) and {"network", "use_se"} <= {*config}:
-        network, use_se = config["network"], config["use_se"]
-        info = {"kind": "ours"}
+        network, use_se, spec = config["network"], config["use_se"], TRAIN_INPUT
         # These go into lfw.json, and the file is untrusted: an "epoch" may be any object.
-        if type(loaded.get("epoch")) is int:
-            info["epoch"] = loaded["epoch"]
-        if type(config.get("seed")) is int:
-            info["seed"] = config["seed"]
-        spec = TRAIN_INPUT
-    elif loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-        state, info = loaded, {"kind": "state dict"}
+        for name, value in (("epoch", loaded.get("epoch")), ("seed", config.get("seed"))):
+            if type(value) is int:
+                info[name] = value
+        check_weights(state, checkpoint)
+        model, _ = build_with_weights(network, use_se, state, checkpoint)
     else:
-        raise UserError(
-            f"{checkpoint} is neither a checkpoint of train.py nor a plain state dict; "
-            "give another --checkpoint."
-        )
+        tensors = named_tensors(loaded)
+        if not tensors:
+            raise UserError(f"{checkpoint} holds no weights; give another --checkpoint.")
+        model, notes = build_with_weights(network, use_se, tensors, checkpoint)
+        info = {"kind": "state dict", "notes": [describe_input(spec), *notes]}
     info["network"] = network
-    embed = torch_embedder(
-        _build_with_weights(network, use_se, state, checkpoint).to(device),
-        device,
-        flip,
-        batch,
-        spec=spec,
-        progress=progress,
-        unnormalised=unnormalised,
-    )
-    return embed, info
+    return torch_embedder(model.to(device), device, spec=spec, **options), info
 
 
-def _build_with_weights(network: str, use_se: bool, state: dict, path: Path | str) -> nn.Module:
-    """A network with the weights of a state dict; UserError where a key is missing or unknown."""
-    check_weights(state, path)
-    try:
-        # InsightFace's last layer: its rows are the embedding dimension.
-        emb_size = len(state["fc.weight"]) if "fc.weight" in state else 512
-        # On the meta device a hostile embedding dimension allocates nothing; assign=True then
-        # takes over the tensors of the file, whose size the file itself limits.
-        with torch.device("meta"):
-            model = build_model(network, emb_size=emb_size, use_se=use_se)
-        model.load_state_dict(state, strict=True, assign=True)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        if len(reason) > 200:
-            reason = reason[:200] + "..."
-        raise UserError(
-            f"The weights in {path} are not those of network {str(network)[:40]} ({reason}); "
-            "name theirs with --network."
-        ) from None
-    return model.float()
+def describe_input(spec: InputSpec) -> str:
+    """The pixels that a model is given: "RGB, mean 0.5, std 0.5", "RGB, 0..255"."""
+    order = "BGR" if spec.bgr else "RGB"
+    if set(spec.mean) == {0.0} and set(spec.std) <= {1.0, 1 / 255}:
+        return f"{order}, 0..{round(1 / spec.std[0])}"
+    mean, std = (" ".join(f"{v:g}" for v in dict.fromkeys(values)) for values in spec[:2])
+    return f"{order}, mean {mean}, std {std}"

@@ -37,12 +37,17 @@ class EvaluatedModel:
     @functools.cached_property
     def checksum(self) -> str:
         """SHA-256 of the model's files and of its input: embeddings are cached by it."""
-        return model_checksum(self.checkpoint, self.spec, self.info["network"])
+        settings = (self.spec, self.info["network"], *self.info.get("notes", []))
+        return model_checksum(self.checkpoint, *settings)
 
     def __str__(self) -> str:
-        """The file with its network and epoch: "runs/<run>/best.pt (r50, epoch 31)"."""
+        """The file, its network and epoch: "runs/<run>/best.pt (r50, epoch 31)".
+
+        Of third-party models also their input: "backbone.pth (r50; RGB, mean 0.5, std 0.5)".
+        """
         epoch = f", epoch {self.info['epoch']}" if "epoch" in self.info else ""
-        return f"{self.checkpoint} ({self.info['network']}{epoch})"
+        notes = "".join(f"; {note}" for note in self.info.get("notes", []))
+        return f"{self.checkpoint} ({self.info['network']}{epoch}{notes})"
 
     def json_info(self) -> ModelInfo:
         """What lfw.json and eval.json say about the model."""

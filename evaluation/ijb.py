@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from evaluation.embedders import Embed
-from evaluation.embedding_cache import model_checksum, open_features, save_features
+from evaluation.embedding_cache import open_features, save_features
 from evaluation.evaluated_model import EvaluatedModel
 from evaluation.ijb_files import Ijb, read_template_pairs, read_template_subjects
 from evaluation.metrics import IdentificationMetrics, IjbMetrics
@@ -45,7 +45,7 @@ def load_or_embed(ijb: Ijb, model: EvaluatedModel, flip: bool, workers: int = 0)
 
     The model must give unnormalised embeddings, with the mirror image as flip says.
     """
-    key = f"{model_checksum(model.checkpoint, model.spec, flip)} {images_checksum(ijb)}"
+    key = f"{model.checksum} {flip} {images_checksum(ijb)}"
     path = model.folder / "embeddings" / f"{ijb.name}-{model.checkpoint.stem}.npy"
     count = len(ijb.files)
     features = open_features(path, key, count)

@@ -189,6 +189,7 @@ class ModelInfo(TypedDict, total=False):
     epoch: int  # checkpoints of train.py only
     seed: int
     network: str
+    notes: list[str]  # third-party models: the pixels they are given, what was chosen and left out
     checkpoint: str  # path
     checksum: str  # SHA-256 of the file and of the input it expects
 

@@ -3,16 +3,14 @@
     with lock_folder("runs/20250101-120000-r50-s0", "train.py"):
         ...  # a second process gets a UserError that names this one
 
-The lock is the kernel's (flock on the file .lock), which drops it when the owner ends, by SIGKILL
-as well: a lock that is a file's existence would have to be removed by hand. The file's text is only
-for the message to the second process; it stays when the lock is gone.
+The lock is the kernel's, on the file .<folder>.lock beside the folder (so that the folder can be
+renamed, on Windows too): it is dropped when the owner ends, by SIGKILL as well, and a forked child
+does not keep it. The text in .<folder>.owner is only for the message to the second process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shlex
 import socket
@@ -20,50 +18,51 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from fileio.safe_files import describe_write_errors
 from utils import UserError
 
-LOCK_FILE = ".lock"
-_held: set[IO[bytes]] = set()  # the open lock files of this process
+
+def lock_files(folder: Path | str) -> tuple[Path, Path]:
+    """Paths of the lock of a folder and of its owner's name."""
+    folder = Path(folder).resolve()  # "." has no name
+    return folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.owner")
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path | str, owner: str) -> Iterator[None]:
-    """Hold the lock of `folder` (which exists) in this process; `owner` is the script's name.
+def lock_folder(folder: Path | str, owner: str = "", *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of `folder` in this process; `owner` is the script's name.
 
-    Raises UserError naming the process that holds it, or if the folder cannot be written.
+    With `wait`, until another process has released it; else a UserError names that process. Raises
+    UserError, too, if the folder around `folder` cannot be written.
     """
-    path = Path(folder) / LOCK_FILE
+    path, name = lock_files(folder)
+    lock = FileLock(path)
     with describe_write_errors(folder):
-        # Neither "w", which would erase the holder's name before we know that there is one, nor
-        # "r+", which fails if the file is missing.
-        file = path.open("ab+", buffering=0)
-    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # no locks at all, not a held one
-                raise UserError(
-                    f"The file system of {folder} has no locks ({error.strerror}), so two runs "
-                    "could write to one folder; use a folder on another one."
-                ) from None
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
             time.sleep(0.2)  # the holder may have the lock and not have written its name yet
-            file.seek(0)
-            holder = file.read(500).decode("utf-8", "replace").strip() or "another process"
+            holder = ""
+            with contextlib.suppress(OSError):
+                holder = name.read_text("utf-8", "replace").strip()
             raise UserError(
-                f"{folder} is in use by {holder}; wait until it has ended, or stop it."
+                f"{folder} is in use by {holder or 'another process'}; wait until it has ended, or "
+                "stop it."
             ) from None
+    try:
         with describe_write_errors(folder):
-            file.truncate(0)
-            file.write(_describe_this_process(owner).encode("utf-8", "replace"))
-        _held.add(file)
-        try:
-            yield
-        finally:
-            _held.discard(file)
-            fcntl.flock(file, fcntl.LOCK_UN)
+            name.write_text(_describe_this_process(owner), "utf-8", "replace")
+        yield
+    finally:
+        # While they are locked: who waits for the lock notices that, and creates the file anew. On
+        # Windows an open file stays.
+        for file in (name, path):
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        lock.release()
 
 
 def _describe_this_process(owner: str) -> str:
@@ -71,17 +70,3 @@ def _describe_this_process(owner: str) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     host = socket.gethostname()
     return f"{owner}, process {os.getpid()} on {host} since {since} ({command[:300]})\n"
-
-
-def _close_in_child() -> None:
-    """Close a forked child's copies of the lock files.
-
-    A flock belongs to the open file, which parent and child share: it would last until both have
-    closed it, and a worker that outlives a killed run would keep the folder locked. Closing one
-    copy releases nothing.
-    """
-    while _held:
-        _held.pop().close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import io
 import os
@@ -22,6 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from utils import ADVICE, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which deletes no open file: there no lock is needed
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -80,6 +84,8 @@ def fsync_file(file: IO[Any], path: Path | str) -> None:
 
 def fsync_folder(folder: Path | str) -> None:
     """Bring a folder's list of names to the disk; without it, a power cut may undo a rename."""
+    if os.name == "nt":  # Windows opens no folders
+        return
     with describe_write_errors(folder):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -140,7 +146,7 @@ def _create_temporary(path: Path) -> tuple[int, Path]:
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         # Between creation and lock, another writer may have taken it for a leftover and deleted it.
         if os.fstat(descriptor).st_nlink:
             return descriptor, Path(name)
@@ -152,8 +158,14 @@ def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-*.tmp"):
         # What cannot be opened, locked or deleted stays: the writer's own error will say why.
         with contextlib.suppress(OSError), leftover.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file.fileno())
             leftover.unlink()
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file until it is closed; OSError if another process has locked it."""
+    if fcntl:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _discard(file: IO[Any] | None, temporary: Path | None) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from fileio.archive_source import Source
 from fileio.index_tsv import read_index
-from fileio.locks import LOCK_FILE
 from preprocessing.sources import Job
 from preprocessing.summary import read_summary
 from utils import UserError
@@ -55,7 +54,6 @@ def check_finished(
                 f"differs: {change}. Move {job.output} away to prepare it anew, or give another "
                 "--output."
             )
-    (job.output / LOCK_FILE).unlink(missing_ok=True)  # of a process killed right after the rename
     print(
         f"{job.output} is finished: {summary['kept']:,} images of {summary['identities']:,} "
         "identities."

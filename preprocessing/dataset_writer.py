@@ -28,7 +28,6 @@ import numpy as np
 
 from fileio.archive_source import Entry, Source, Tally
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, parse_index_row
-from fileio.locks import LOCK_FILE
 from fileio.record_writer import RecordWriter
 from fileio.recordio import record_offsets
 from fileio.safe_files import describe_write_errors, fsync_file, fsync_folder, open_for_writing
@@ -74,7 +73,7 @@ def begin_output(
 
 
 def set_aside(folder: Path) -> Path:
-    """Move all files of a folder, except its lock, to a new folder beside it; returns that.
+    """Move all files of a folder to a new folder beside it; returns that.
 
     They are gathered in a folder inside first, which then gets its name in one step: after a kill
     on the way `begin_output` finds that folder and finishes the move.
@@ -85,7 +84,7 @@ def set_aside(folder: Path) -> Path:
     with describe_write_errors(aside):
         (folder / ASIDE).mkdir(exist_ok=True)
         for file in folder.iterdir():
-            if file.name not in (ASIDE, LOCK_FILE):
+            if file.name != ASIDE:
                 file.rename(folder / ASIDE / file.name)
         (folder / ASIDE).rename(aside)
     return aside
@@ -96,8 +95,6 @@ def publish_output(folder: Path, output: Path) -> None:
     fsync_folder(folder)
     with describe_write_errors(output):
         folder.rename(output)
-        # Not before the rename: without the lock another process could start writing here.
-        (output / LOCK_FILE).unlink(missing_ok=True)
     fsync_folder(output)
     fsync_folder(output.parent)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fileio.archive_source import Source
 from fileio.images import decode_image, encode_jpeg
+from fileio.locks import lock_folder
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, describe_write_errors, make_folder
 from preprocessing.dataset_writer import FACE
@@ -36,7 +33,9 @@ def save_examples(
     rows = candidates[np.unique(spread)]
     entries = [source.entries()[row] for row in rows]
     originals = dict(source.read(entries))
-    with describe_write_errors(images_dir), _exclusive(images_dir):
+    make_folder(images_dir)
+    # Two processes that prepare two sets would each write half of the examples.
+    with describe_write_errors(images_dir), lock_folder(images_dir, "pre_process.py", wait=True):
         for i in range(EXAMPLES):
             raw_path, aligned_path = images_dir / f"{i}_raw.jpg", images_dir / f"{i}_img.jpg"
             if i >= len(rows):  # there may be more images from an earlier run
@@ -51,19 +50,3 @@ def save_examples(
             for path, content in ((raw_path, original), (aligned_path, aligned)):
                 with atomic_write(path) as file:
                     file.write(content)
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Make a folder and hold a lock on it, waiting for other processes.
-
-    Otherwise two processes that prepare two sets could each write half of the examples.
-    """
-    make_folder(folder)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

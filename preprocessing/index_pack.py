@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fileio.archive_source import Tally
 from fileio.images import ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row
-from fileio.locks import LOCK_FILE, lock_folder
+from fileio.locks import lock_folder
 from fileio.recordio import RecordReader
 from fileio.safe_files import atomic_write, make_folder
 from preprocessing.sources import Job
@@ -57,14 +57,11 @@ def prepare_pack(job: Job, workers: int = 0) -> dict[str, Any] | None:
     started = time.perf_counter()
     make_folder(job.output)
     with lock_folder(job.output, "pre_process.py"):
-        try:
-            statuses, labels = index_pack(job.source, job.output, workers)
-            summary = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
-            summary |= {"versions": library_versions()} | count_statuses(statuses) | labels
-            summary |= throughput(summary["images"], started)
-            write_summary(job.output, summary)
-        finally:
-            (job.output / LOCK_FILE).unlink()
+        statuses, labels = index_pack(job.source, job.output, workers)
+        summary = {"ready": True, "source": str(job.source.resolve()), "source_bytes": size}
+        summary |= {"versions": library_versions()} | count_statuses(statuses) | labels
+        summary |= throughput(summary["images"], started)
+        write_summary(job.output, summary)
     return summary
 
 

@@ -31,7 +31,7 @@ from distributed.process_group import is_main, world_size
 from fileio.archive_source import ArchiveError, Limits, Source
 from fileio.archives import open_source
 from fileio.index_tsv import check_index
-from fileio.locks import LOCK_FILE, lock_folder
+from fileio.locks import lock_folder
 from fileio.recordio import RecordReader
 from fileio.safe_files import fsync_folder, make_folder
 from preprocessing.changes import check_finished
@@ -140,7 +140,6 @@ def prepare_dataset(
         with lock_folder(unfinished, LOCK_OWNER):
             fsync_folder(unfinished.parent)
             if is_taken(job.output):  # another process has finished it in the meantime
-                (unfinished / LOCK_FILE).unlink()
                 unfinished.rmdir()
                 check_finished(job, _settings(job, options), options.open_source)
                 return None

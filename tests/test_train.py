@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from config import parse_args
 from data_gen import normalise, train_batches
-from fileio.checkpoint_file import load_checkpoint
+from fileio.checkpoint_file import load_checkpoint, save_checkpoint
 from fileio.images import encode_jpeg
 from fileio.record_writer import write_dataset
 from heads.softmax_margins import ArcFace
@@ -350,6 +351,25 @@ def test_a_long_run_without_a_compiler_is_not_compiled(monkeypatch, capsys):
     monkeypatch.setattr(engine.shutil, "which", lambda name: None)
     assert engine.choose_compile("auto", torch.device("cpu"), 10**6) == "off"
     assert "faster with a C++ compiler" in capsys.readouterr().out
+
+
+def test_a_compiled_run_resumes_without_a_compiler(configure, tmp_path, capsys, monkeypatch):
+    """On another machine: uncompiled, said so, as a run that never was compiled."""
+    cfg = configure("--epochs 1")
+    train.main(cfg)
+    monkeypatch.setattr(engine.shutil, "which", lambda name: None)
+    weights = []
+    for compiled in ("off", "on"):
+        folder = shutil.copytree(only_run(cfg), tmp_path / compiled)
+        state = load_checkpoint(folder / "last.pt")
+        state["config"]["compile"] = compiled
+        save_checkpoint(folder / "last.pt", state)
+        capsys.readouterr()
+        train.main(parse_args(f"--resume {folder} --epochs 2".split(), "train"))
+        said = "The run began compiled and goes on uncompiled." in capsys.readouterr().out
+        assert said == (compiled == "on")
+        weights.append(load_checkpoint(folder / "last.pt")["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_failing_step_leaves_no_loader_thread(configure, monkeypatch):

@@ -261,10 +261,11 @@ def check_batch_size(batch_size: int, accumulate: int) -> None:
         )
 
 
-def choose_compile(asked: str, device: torch.device, steps: int) -> str:
+def choose_compile(asked: str, device: torch.device, steps: int, demanded: bool = True) -> str:
     """Whether a run of `steps` steps is compiled, "on" or "off"; `asked` is --compile.
 
-    Raises UserError if it is "on" and there is no compiler.
+    Raises UserError if it is "on" and there is no compiler. If that was not `demanded` now, but
+    when a run began that is resumed on another machine, the run goes on uncompiled.
     """
     missing = ""
     compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
@@ -272,15 +273,13 @@ def choose_compile(asked: str, device: torch.device, steps: int) -> str:
         missing = "a C++ compiler (g++)"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         missing = "the triton package"
-    if missing and asked == "on":
-        raise UserError(
-            f"--compile on, given now or when the run began, needs {missing}; install it, or start "
-            "a run without."
-        )
+    if missing and asked == "on" and demanded:
+        raise UserError(f"--compile on needs {missing}; install it, or leave it out.")
     if asked == "off" or (asked == "auto" and steps < COMPILED_STEPS):
         return "off"
     if missing:
-        print(f"Training would be faster with {missing}, which torch.compile needs.")
+        began = "The run began compiled and goes on uncompiled. " if asked == "on" else ""
+        print(f"{began}Training would be faster with {missing}, which torch.compile needs.")
         return "off"
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs uncompiled
     return "on"

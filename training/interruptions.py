@@ -46,7 +46,8 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         run.request_stop()
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    terminal_closed = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    for number in {signal.SIGINT, signal.SIGTERM, terminal_closed}:
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handle)
     try:

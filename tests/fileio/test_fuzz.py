@@ -34,7 +34,7 @@ from fileio.archives import open_source
 from fileio.bin_sets import read_bin
 from fileio.images import MAX_PIXELS, ImageError, decode_image
 from fileio.index_tsv import INDEX_HEADER, IndexRow, format_index_row, read_index
-from fileio.onnx_file import check_onnx
+from fileio.onnx_file import read_onnx
 from fileio.record_writer import write_dataset
 from fileio.recordio import RecordError, RecordReader, record_offsets
 from fileio.shards import ShardReader, write_shards
@@ -425,4 +425,4 @@ def test_resumed_checkpoint(folder, trained, changes):
 @given(data=changed(EXTERNAL_MODEL))
 def test_onnx(folder, data):
     with written(folder, {"x.onnx": data}) as (path,):
-        judge("onnx", check_onnx, path)
+        judge("onnx", read_onnx, path)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from fileio.locks import LOCK_FILE, lock_folder
+from fileio.locks import lock_files, lock_folder
 from utils import UserError
 
 
@@ -41,7 +41,8 @@ def test_the_second_is_refused_and_told_who_is_first(tmp_path):
         assert f"in use by pre_process.py, process {os.getpid()} on " in str(refused.value)
         assert " since 2" in str(refused.value)
     with lock_folder(tmp_path, "train.py"):  # given back
-        assert (tmp_path / LOCK_FILE).read_text().startswith("train.py, process ")
+        assert lock_files(tmp_path)[1].read_text().startswith("train.py, process ")
+    assert not any(file.exists() for file in lock_files(tmp_path))
     with pytest.raises(ZeroDivisionError), lock_folder(tmp_path, "train.py"):
         raise ZeroDivisionError
     with lock_folder(tmp_path, "train.py"):
@@ -68,3 +69,28 @@ def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path):
         os.kill(child, 0)  # still there
         with lock_folder(tmp_path, "train.py"):
             pass
+
+
+def test_a_locked_folder_can_be_renamed(tmp_path):
+    (tmp_path / "set.part").mkdir()
+    with lock_folder(tmp_path / "set.part", "pre_process.py"):
+        (tmp_path / "set.part").rename(tmp_path / "set")
+    assert [file.name for file in tmp_path.iterdir()] == ["set"]
+
+
+def test_waiting_for_a_lock(tmp_path):
+    """Two processes that add to a file in turn: no line is lost."""
+    folder, log = tmp_path / "images", tmp_path / "log"
+    folder.mkdir()
+    log.write_text("")
+    children = []
+    for number in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            for _ in range(20):
+                with lock_folder(folder, "a.py", wait=True):
+                    before = log.read_text()
+                    log.write_text(f"{before}{number}\n")
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert sorted(log.read_text().split()) == ["0"] * 20 + ["1"] * 20

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evaluation import embedders
-from fileio.onnx_file import check_onnx
+from fileio.onnx_file import read_onnx
 from tests.helpers.bounded import within
 from tests.helpers.onnx_files import (
     EXTERNAL_WEIGHTS,
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 def refused(path, *words):
     with pytest.raises(UserError) as error:
-        check_onnx(path)
+        read_onnx(path)
     text = str(error.value)
     assert "\n" not in text and text.endswith(".") and str(path) in text
     for word in words:
@@ -48,18 +48,14 @@ def refused(path, *words):
     "location", ["m.data", "./m.data", "deeper/m.data", "inner", "deeper/../m.data"]
 )
 def test_weights_in_the_same_folder_are_read(folder, location):
-    pytest.importorskip("onnxruntime")
     path = folder / "m.onnx"
     path.write_bytes(linear_model(external_tensor("matrix", location)))
-    check_onnx(path)
-    if location != "inner" and ".." not in location:  # onnxruntime has views of its own on these
-        faces = torch.from_numpy(
-            np.random.default_rng(1).integers(0, 256, (2, 112, 112, 3), np.uint8)
-        )
-        embed = embedders.onnx_embedder(path, CPU, flip=False, backend="onnxruntime")
-        flat = embedders.preprocess_faces(faces, embedders.TRAIN_INPUT).flatten(1)
-        wanted = torch.nn.functional.normalize(flat @ torch.from_numpy(EXTERNAL_WEIGHTS))
-        torch.testing.assert_close(embed(faces), wanted, rtol=0, atol=1e-4)
+    assert [file.name for file in read_onnx(path)[1]] == ["m.data"]
+    faces = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 112, 112, 3), np.uint8))
+    embed, _ = embedders.load_embedder(path, device=CPU, flip=False)
+    flat = embedders.preprocess_faces(faces, embedders.TRAIN_INPUT).flatten(1)
+    wanted = torch.nn.functional.normalize(flat @ torch.from_numpy(EXTERNAL_WEIGHTS))
+    torch.testing.assert_close(embed(faces), wanted, rtol=0, atol=1e-4)
 
 
 OUTSIDE = ["../secret", "deeper/../../secret", "link", "/etc/passwd", "*/_ORT_MEM_ADDR_/*", "", "."]
@@ -70,9 +66,8 @@ def test_weights_elsewhere_are_refused(folder, location):
     path = folder / "m.onnx"
     path.write_bytes(linear_model(external_tensor("matrix", location)))
     refused(path, "m.onnx")
-    for backend in ("onnxruntime", "opencv"):
-        with pytest.raises(UserError, match=r"in its own folder|not an ONNX model"):
-            embedders.onnx_embedder(path, CPU, backend=backend)
+    with pytest.raises(UserError, match=r"in its own folder|not an ONNX model"):
+        embedders.load_embedder(path, device=CPU)
 
 
 def test_wherever_a_model_can_hold_a_tensor(folder):
@@ -95,7 +90,7 @@ def test_wherever_a_model_can_hold_a_tensor(folder):
     models.append(linear_model(matrix, more=[(25, function)]))
     path = folder / "m.onnx"
     path.write_bytes(linear_model(matrix))
-    check_onnx(path)
+    read_onnx(path)
     for content in models:
         path.write_bytes(content)
         refused(path, "'../secret'")
@@ -123,7 +118,7 @@ def test_a_key_said_twice_counts_as_protobuf_reads_it(folder):
 )
 def test_what_is_no_model_is_a_sentence(folder, content):
     (folder / "m.onnx").write_bytes(content)
-    refused(folder / "m.onnx", "no ONNX model" if not content else "not an ONNX model")
+    refused(folder / "m.onnx", "ONNX model")
 
 
 def test_graphs_in_graphs_without_end(folder):
@@ -131,10 +126,10 @@ def test_graphs_in_graphs_without_end(folder):
     for _ in range(3000):
         inside = message((1, message((5, message((6, inside))))))
     (folder / "m.onnx").write_bytes(message((7, inside)))
-    refused(folder / "m.onnx", "too many messages inside messages")
+    refused(folder / "m.onnx", "not an ONNX model")
 
 
 def test_a_large_file_takes_no_memory(folder):
     """3 million empty nodes, and weights that are only skipped."""
     (folder / "m.onnx").write_bytes(message((7, b"\x0a\0" * 500_000), (7, message((5, bytes(0))))))
-    within(20, check_onnx, folder / "m.onnx")
+    within(20, read_onnx, folder / "m.onnx")

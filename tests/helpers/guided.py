@@ -44,7 +44,7 @@ OF_FILES = {
     "zip": ("x.zip", fuzz.read_archive),
     "tar": ("x.tar", fuzz.read_archive),
     "bin": ("x.bin", fuzz.read_bin),
-    "onnx": ("x.onnx", fuzz.check_onnx),
+    "onnx": ("x.onnx", fuzz.read_onnx),
     "index.tsv": ("index.tsv", lambda path: fuzz.read_index(path.parent)),
     "train.rec": ("train.rec", lambda path: fuzz.read_pack(path.parent)),
     "train.idx": ("train.idx", lambda path: fuzz.read_pack(path.parent)),
