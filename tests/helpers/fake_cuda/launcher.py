@@ -30,15 +30,33 @@ def reason_to_skip() -> str:
         return "the CUDA stand-in is for Linux on x86-64"
     if shutil.which("gcc") is None:
         return "gcc, which compiles the CUDA stand-in, is not installed"
-    if importlib.util.find_spec("triton") is None:
-        return "PyTorch is a CPU build: triton, which has CUDA's headers, is not installed"
     import torch
 
     if torch.version.cuda is None:
         return "PyTorch is a CPU build"
+    if importlib.util.find_spec("triton") is None:
+        return "triton, which has some of CUDA's headers, is not installed"
+    if cuda_headers() is None:
+        return f"the headers of CUDA {torch.version.cuda} (nvidia-cuda-runtime) are not installed"
     if torch.cuda.is_available():
         return "there is a real GPU here: use make gpu"
     return ""
+
+
+def cuda_headers() -> Path | None:
+    """The folder with the headers of the CUDA that PyTorch was built for, as its wheels bring it.
+
+    Not triton's headers: those of version 3.6, which PyTorch 2.11 for CUDA 13 needs, are CUDA 12's.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("nvidia")
+    major = (torch.version.cuda or "").split(".")[0]
+    for folder in spec.submodule_search_locations if spec else ():
+        include = Path(folder) / f"cu{major}" / "include"
+        if (include / "cuda_runtime_api.h").exists():
+            return include
+    return None
 
 
 def build(folder: Path) -> Path:
@@ -46,13 +64,14 @@ def build(folder: Path) -> Path:
     library = folder / "libcuda.so.1"
     if library.exists() and library.stat().st_mtime > SOURCE.stat().st_mtime:
         return library
-    spec = importlib.util.find_spec("triton")
-    include = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "include"
+    # triton's after CUDA's own: they have crt/host_defines.h, which is macros for compilers.
+    triton = Path(importlib.util.find_spec("triton").submodule_search_locations[0])
+    includes = [f"-I{cuda_headers()}", f"-I{triton / 'backends' / 'nvidia' / 'include'}"]
     folder.mkdir(parents=True, exist_ok=True)
     # Compiled beside it and renamed: two test processes may build at once.
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = Path(temporary) / library.name
-        command = ["gcc", "-O1", "-fPIC", "-shared", "-w", f"-I{include}"]
+        command = ["gcc", "-O1", "-fPIC", "-shared", "-w", *includes]
         command += [f"-Wl,-soname,{library.name}", "-o", str(built), str(SOURCE)]
         subprocess.run([*command, "-lpthread", "-ldl"], check=True)
         built.replace(library)
