@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------ IResNet
@@ -39,7 +38,8 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        gate = F.adaptive_avg_pool2d(x, 1)  # (N, C, 1, 1)
+        # As (N, H, W, C), the order of channels_last: the gradient has the same.
+        gate = x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None]  # (N, C, 1, 1)
         gate = self.prelu(self.fc1(gate))  # (N, C / 16, 1, 1)
         gate = self.fc2(gate).sigmoid()  # (N, C, 1, 1)
         return x * gate

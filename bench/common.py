@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fileio.safe_files import atomic_write, make_folder
 from models import NETWORKS, build_model
 from utils import core_count, get_device, keep_freed_memory
 
@@ -183,6 +184,12 @@ def without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+def use_training_backends() -> None:
+    """Set cuDNN and TF32 as train.py does."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
 def measure_roofline(device: torch.device, quick: bool = False) -> dict[str, float]:
     """Peak FLOP/s by dtype, and bytes/s of main memory (on a GPU: of its own).
 
@@ -250,6 +257,11 @@ def print_and_save(
     The JSON says "floors" and "floor" for the roofline, as results measured earlier do.
     """
     machine = describe_machine(args.device)
+    results = {"machine": machine, "floors": {}, "data": args.data.name if args.data else ""}
+    results["rows"] = [asdict(row) | {"images_per_s": row.rate} for row in rows]
+    # Before the roofline: if that fails, what was measured is kept.
+    make_folder(args.json.parent)
+    _write_json(args.json, results | (extra or {}))
     roofline = in_fresh_process(measure_roofline, args.device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(
@@ -274,11 +286,13 @@ def print_and_save(
             print(f"{name}: {value[0]:.2f} ({value[1]:.2f} to {value[2]:.2f})")
         else:
             print(f"{name}: {value}")
-    results = {"machine": machine, "floors": roofline, "data": args.data.name if args.data else ""}
-    results["rows"] = [
-        asdict(row) | {"images_per_s": row.rate, "floor": roofline_rate(row, roofline)}
-        for row in rows
-    ]
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(results | (extra or {}), indent=1) + "\n")
+    results["floors"] = roofline
+    for row, entry in zip(rows, results["rows"], strict=True):
+        entry["floor"] = roofline_rate(row, roofline)
+    _write_json(args.json, results | (extra or {}))
     print(f"Wrote {args.json}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")

@@ -8,12 +8,13 @@ Checks come first, then speeds beside the roofline, then real training for what 
 --minutes. The JSON, bench/results/gpu-<name>.json, is written anew after every part, so that a run
 that is cut off loses nothing. A part that fails is recorded with its reason, and the others still
 run; a part whose packages are missing is skipped. Prints a Markdown table. Exit status: 1 if a part
-failed, 2 without a GPU.
+failed, 2 without a GPU or a package that all parts need.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 REPORTED = 300  # characters of a result that are printed
-TRAINING_MINUTES = 1.0  # real training needs at least that long
+# What every part needs beside PyTorch: modules and the wheels that they come in.
+NEEDED = {"numpy": "numpy", "cv2": "opencv-python-headless", "tqdm": "tqdm"}
 
 
 class Results:
@@ -123,26 +125,6 @@ def describe_gpu(device: Any) -> dict[str, Any]:
     }
 
 
-def real_training(context: Any, minutes: float) -> dict[str, Any]:
-    """Train on the pack until `minutes` are over; the losses of the log's last epoch."""
-    import subprocess
-
-    from bench.gpu_parts import run_script
-
-    try:
-        said = run_script(
-            context,
-            *("train.py", "--device", "cuda", "--train-set", str(context.faces)),
-            *("--runs-dir", str(context.work / "real"), "--data-dir", str(context.work / "data")),
-            *("--images-dir", str(context.work / "images")),
-            timeout=60 * minutes,
-        )
-    except subprocess.TimeoutExpired as error:  # the time is up, which is the usual end
-        said = (error.stdout or b"").decode(errors="replace")
-    epochs = re.findall(r"^epoch .*", said.replace("\r", "\n"), re.MULTILINE)
-    return {"minutes": minutes, "epochs": epochs[-3:]}
-
-
 def parse_gpu_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n")[0])
@@ -153,6 +135,12 @@ def parse_gpu_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--only", default="", help="names of parts, separated by commas")
     parser.add_argument("--quick", action="store_true", help="tiny networks, few steps, no compile")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=0,
+        help="in a batch of the checks, which the CPU computes, too (default: 32, 8 with --quick)",
+    )
     parser.add_argument("--launcher", default="", help="put before the name of a started script")
     return parser.parse_args(argv)
 
@@ -172,11 +160,10 @@ def run_parts(args: argparse.Namespace, context: Any, results: Results) -> None:
     from bench.common import measure_roofline
     from bench.gpu_checks import CHECKS
     from bench.gpu_parts import Skipped, free_memory
-    from bench.gpu_speed import SPEEDS
+    from bench.gpu_speed import SPEEDS, real_training
 
-    began, only = time.perf_counter(), [name for name in args.only.split(",") if name]
-
-    end = began + 60 * args.minutes
+    only = [name for name in args.only.split(",") if name]
+    end = time.perf_counter() + 60 * args.minutes
 
     def run(name: str, part: Callable[[], Any], needed: bool = False) -> Any:
         if only and name not in only and not needed:
@@ -192,18 +179,27 @@ def run_parts(args: argparse.Namespace, context: Any, results: Results) -> None:
 
     for check in CHECKS:
         run(check.__name__, lambda check=check: check(context))
-    wants_speeds = not only or any(speed.__name__ in only for speed in SPEEDS)
+    wants_speeds = not only or any(part.__name__ in only for part in (*SPEEDS, real_training))
     roofline = run("roofline", lambda: measure_roofline(context.device, args.quick), wants_speeds)
     for speed in SPEEDS if roofline else ():
         run(speed.__name__, lambda speed=speed: rows_until(speed(context, roofline), end))
-    left = args.minutes - (time.perf_counter() - began) / 60
-    if left > TRAINING_MINUTES and not args.quick:
-        run("real_training", lambda: real_training(context, left))
+    if roofline:
+        run("real_training", lambda: real_training(context, roofline, end))
 
 
 def main(argv: Sequence[str]) -> int:
     """Run all parts; returns the exit status."""
     args = parse_gpu_arguments(argv)
+    missing = [
+        wheel for module, wheel in NEEDED.items() if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        print(
+            f"bench.gpu needs {', '.join(missing)}; run pip install {' '.join(missing)}, or carry "
+            "the wheels to a machine without a network, as docs/performance.md shows.",
+            file=sys.stderr,
+        )
+        return 2
     import torch
 
     if not torch.cuda.is_available():
@@ -222,7 +218,8 @@ def main(argv: Sequence[str]) -> int:
         tempfile.TemporaryDirectory() as work,
         records_or_synthetic(args.faces, 64 if args.quick else 2048) as faces,
     ):
-        context = Context(device, faces, Path(work), args.quick, args.launcher)
+        images = args.images or (8 if args.quick else 32)
+        context = Context(device, faces, Path(work), args.quick, images, args.launcher)
         run_parts(args, context, results)
     print("\n" + markdown(results.content))
     print(f"\nWrote {results.path}")

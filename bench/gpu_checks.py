@@ -8,15 +8,19 @@ moves cosines by 1e-6 and a gradient by 1e-4 of its length, TF32 by a hundred ti
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.common import without_tf32
+from bench.gpu_group import LR, group_losses
 from bench.gpu_parts import (
     CPU,
+    DETECTOR_PACKAGES,
     ROOT,
+    TRAIN_PACKAGES,
     Context,
     Skipped,
     expect,
@@ -26,7 +30,6 @@ from bench.gpu_parts import (
     run_script,
 )
 
-LR = 0.01
 LIMIT = 3e9  # bytes that out_of_memory may take
 
 
@@ -48,7 +51,7 @@ def _engine(context: Context, device: torch.device, **settings: Any) -> Any:
 
 def detections(context: Context) -> dict[str, Any]:
     """MTCNN on the GPU and on the CPU: the same statuses, points within 0.05 pixels."""
-    require_packages("mtcnn", "joblib", "lz4")
+    require_packages(*DETECTOR_PACKAGES)
     import cv2
 
     from preprocessing.detector import FaceDetector, find_face
@@ -140,79 +143,36 @@ def resume(context: Context) -> dict[str, Any]:
     return expect(difference < 1e-3, {"bit for bit": difference == 0, "difference": difference})
 
 
+def _in_group(context: Context, processes: int, sample_rate: float = 1.0) -> dict[str, Any]:
+    """Losses of three steps in one process and in a group that torchrun starts, and how far apart.
+
+    Without NCCL, or with fewer GPUs than processes, it is skipped.
+    """
+    if not torch.distributed.is_nccl_available():
+        raise Skipped("this PyTorch has no NCCL")
+    if torch.cuda.device_count() < processes:
+        raise Skipped("this machine has one GPU")
+    settings = {"network": context.network, "images": context.batch, "sample_rate": sample_rate}
+    path = context.work / "losses.json"
+    single = group_losses(context.device, **settings)
+    arguments = (str(path), context.network, str(context.batch), str(sample_rate))
+    run_script(context, "-m", "bench.gpu_group", *arguments, timeout=600, processes=processes)
+    group = json.loads(path.read_text())
+    apart = max(abs(a - b) / single[0] for a, b in zip(single, group, strict=True))
+    return expect(apart < 0.01, {"alone": single, "group": group, "apart": apart})
+
+
 def partial_fc(context: Context) -> dict[str, Any]:
-    """Class shards in a group of one process over NCCL: the loss of a process without a group.
+    """Class shards in a group of one process over NCCL: the losses of a process without a group.
 
     Half of the classes are sampled, without which one process has no class shards.
     """
-    import torch.distributed as dist
-
-    if not dist.is_nccl_available():
-        raise Skipped("this PyTorch has no NCCL")
-    result = []
-    for grouped in (False, True):
-        if grouped:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1
-            )
-        try:
-            result.append(_group_losses(context, context.device, sample_rate=0.5))
-            if grouped:  # NCCL itself, which steps of one process may leave out
-                ones = torch.ones(1024, device=context.device)
-                gathered = torch.empty_like(ones)
-                dist.all_reduce(ones)
-                dist.all_gather_into_tensor(gathered, ones)
-                expect(bool((gathered == 1).all()), {"sum": float(ones.sum())})
-        finally:
-            if grouped:
-                dist.destroy_process_group()
-    apart = max(abs(a - b) / result[0][0] for a, b in zip(*result, strict=True))
-    return expect(apart < 1e-3, {"without": result[0], "with": result[1], "apart": apart})
-
-
-def _group_losses(
-    context: Context,
-    device: torch.device,
-    rank: int = 0,
-    size: int = 1,
-    sample_rate: float = 1.0,
-) -> list[float]:
-    """Losses of three float32 steps on this process's slice; batch statistics are of all slices."""
-    settings = {"amp": False, "dropout": 0.0, "sync_bn": size > 1, "sample_rate": sample_rate}
-    engine = _engine(context, device, **settings)
-    images, labels = _same_batch(context, device)
-    rows = slice(rank * len(labels) // size, (rank + 1) * len(labels) // size)
-    with without_tf32():
-        steps = [engine.train_step(images[rows], labels[rows], LR / 10, i).loss for i in range(3)]
-    return [float(loss) for loss in steps]
-
-
-def _group_member(rank: int, context: Context) -> None:
-    """One of two processes; rank 0 writes its losses to a file."""
-    import torch.distributed as dist
-
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl", init_method=f"file://{context.work}/store", rank=rank, world_size=2
-    )
-    found = _group_losses(context, device, rank, 2)
-    if rank == 0:
-        torch.save(found, context.work / "losses.pt")
-    dist.destroy_process_group()
+    return _in_group(context, 1, sample_rate=0.5)
 
 
 def two_processes(context: Context) -> dict[str, Any]:
     """Two processes, each with half the batch on a GPU of its own: the losses of one process."""
-    import torch.multiprocessing
-
-    if torch.cuda.device_count() < 2:
-        raise Skipped("this machine has one GPU")
-    single = _group_losses(context, context.device)
-    torch.multiprocessing.spawn(_group_member, (context,), nprocs=2)
-    double = torch.load(context.work / "losses.pt")
-    apart = max(abs(a - b) / single[0] for a, b in zip(single, double, strict=True))
-    return expect(apart < 0.01, {"one": single, "two": double, "apart": apart})
+    return _in_group(context, 2)
 
 
 def out_of_memory(context: Context) -> dict[str, Any]:
@@ -276,6 +236,7 @@ def scripts(context: Context) -> dict[str, Any]:
     """train.py for an epoch on the pack of faces, in a process of its own, on the GPU."""
     if context.launcher == "none":
         raise Skipped("--launcher none")
+    require_packages(*TRAIN_PACKAGES)
     said = run_script(
         context,
         *("train.py", "--device", "cuda", "--train-set", str(context.faces), "--network", "tiny"),

@@ -16,6 +16,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+DETECTOR_PACKAGES = ("mtcnn", "joblib", "lz4")  # its weights, and their format
+TRAIN_PACKAGES = ("tensorboard", "matplotlib", "scipy", "sklearn")  # of train.py as a command
 
 
 class Skipped(Exception):
@@ -24,12 +26,13 @@ class Skipped(Exception):
 
 @dataclass
 class Context:
-    """What a part gets; `network` and `batch` are smaller with --quick."""
+    """What a part gets; `network` is smaller with --quick."""
 
     device: torch.device
     faces: Path  # a folder with train.rec
     work: Path  # an empty folder, deleted in the end
     quick: bool
+    batch: int  # images in a batch of the checks: few, since a CPU computes them, too
     launcher: str = ""  # put before a script's name
 
     @property
@@ -37,14 +40,9 @@ class Context:
         """The network that is compared with the CPU."""
         return "tiny" if self.quick else "r50"
 
-    @property
-    def batch(self) -> int:
-        """Images in a batch of the checks: few, since a CPU computes them, too."""
-        return 8 if self.quick else 32
-
 
 def require_packages(*names: str) -> None:
-    """Raise Skipped if a package is missing: the detector's weights need mtcnn, joblib and lz4."""
+    """Raise Skipped if a package is missing; docs/performance.md says how to carry its wheel."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"not installed: {', '.join(missing)}")
@@ -69,13 +67,20 @@ def read_faces(context: Context, count: int) -> Tensor:
     return images
 
 
-def run_script(context: Context, *arguments: str, timeout: float) -> str:
-    """What a script of the project prints; raises RuntimeError with its last lines if it fails."""
-    command = [sys.executable, *shlex.split(context.launcher), *arguments]
+def run_script(context: Context, *arguments: str, timeout: float, processes: int = 0) -> str:
+    """What a script of the project prints, run in a process of its own or by torchrun in several.
+
+    Raises RuntimeError with its last lines if it fails.
+    """
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += [*shlex.split(context.launcher), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         last = " ".join((done.stdout + done.stderr).split())[-400:]
-        raise RuntimeError(f"{arguments[0]} ended with status {done.returncode}: {last}")
+        name = next(argument for argument in arguments if argument != "-m")
+        raise RuntimeError(f"{name} ended with status {done.returncode}: {last}")
     return done.stdout
 
 

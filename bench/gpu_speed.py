@@ -6,16 +6,27 @@ that arithmetic allows at best, 0 where it is not counted), "peak_gb", "note"}.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.common import network_flops, time_runs
-from bench.gpu_parts import ROOT, Context, free_memory, read_faces, require_packages
+from bench.common import network_flops, time_runs, use_training_backends
+from bench.gpu_parts import (
+    DETECTOR_PACKAGES,
+    ROOT,
+    Context,
+    Skipped,
+    free_memory,
+    read_faces,
+    require_packages,
+)
 from data_gen import normalise
 from utils import exact_float32, has_bfloat16, is_out_of_memory
 
@@ -30,6 +41,8 @@ TRAINED = {
     "r100": (128, 512),
     "mobilefacenet": (512,),
 }
+ROWS_OF_TRAINING = 10
+COMPILED = ("r50", "mobilefacenet")
 
 
 def row(
@@ -43,7 +56,7 @@ def row(
 
 def align(context: Context, roofline: Roofline) -> Rows:
     """Detection by batch size; its floor depends on how many proposals there are."""
-    require_packages("mtcnn", "joblib", "lz4")
+    require_packages(*DETECTOR_PACKAGES)
     import cv2
 
     from preprocessing.detector import FaceDetector, find_face
@@ -71,35 +84,46 @@ def feed(context: Context, roofline: Roofline) -> Rows:
 
 
 def train(context: Context, roofline: Roofline) -> Rows:
-    """Steps of each network, eager and compiled, in its usual precision."""
-    amp = has_bfloat16(context.device)
-    peak = roofline["bfloat16" if amp else "float32"]
-    failed = []  # one configuration that fails does not stop the others
+    """Eager steps of each network, in its usual precision."""
     networks = {"tiny": (8,)} if context.quick else TRAINED
     for network, sizes in networks.items():
-        floor = peak / (3 * network_flops(network) + CLASSES_FLOPS)
         for size in sizes:
-            measured = _step(context, network, size, "off", floor)
+            measured = _step(context, network, size, "off", roofline)
             yield measured
             if not measured["images_per_s"]:
                 break  # larger ones do not fit either
-            # Compiling takes minutes, so only the default batch size is compiled.
-            if size == 512 and network in ("r50", "mobilefacenet"):
-                try:
-                    yield _step(context, network, size, "on", floor)
-                except Exception as error:  # whatever the compiler raises
-                    failed.append(f"{network}, batch {size}, compiled: {error}"[:400])
+
+
+def train_compiled(context: Context, roofline: Roofline) -> Rows:
+    """Compiled steps at the default batch size; last, because compiling takes minutes."""
+    if context.quick:
+        raise Skipped("--quick compiles nothing")
+    failed = []  # a network that cannot be compiled does not stop the others
+    for network in COMPILED:
+        try:
+            yield _step(context, network, 512, "on", roofline)
+        except Exception as error:  # whatever the compiler raises
+            failed.append(f"{network}: {error}"[:400])
     if failed:
         raise RuntimeError("; ".join(failed))
 
 
-def _step(context: Context, network: str, size: int, compiled: str, floor: float) -> dict[str, Any]:
+def _step_floor(context: Context, network: str, roofline: Roofline) -> float:
+    """Images/s at which a training step could run at best."""
+    peak = roofline["bfloat16" if has_bfloat16(context.device) else "float32"]
+    return peak / (3 * network_flops(network) + CLASSES_FLOPS)
+
+
+def _step(
+    context: Context, network: str, size: int, compiled: str, roofline: Roofline
+) -> dict[str, Any]:
     """A row of a training step; its rate is 0 if it does not fit into memory."""
     from bench.train import make_batch, make_engine
 
     free_memory()
+    floor = _step_floor(context, network, roofline)
     stage = f"train {network}, batch {size}" + (", compiled" if compiled == "on" else "")
-    torch.backends.cudnn.benchmark = True
+    use_training_backends()
     try:
         engine = make_engine(network, size, context.device, compile=compiled)
         engine.train()
@@ -148,4 +172,47 @@ def evaluation(context: Context, roofline: Roofline) -> Rows:
             yield row(stage, len(images), seconds, 2 * floor)
 
 
-SPEEDS = (align, feed, train, evaluation)
+def real_training(context: Context, roofline: Roofline, end: float) -> Rows:
+    """The default recipe's first epochs on the faces until `end`; a row now and then.
+
+    Not train.py itself, whose logs and plots need packages that such a machine may lack.
+    """
+    from config import Config
+    from data_gen import steps_per_epoch, train_batches
+    from train import build_engine, open_data
+    from training.dataset import cache_images
+    from training.engine import choose_compile
+    from utils import seed_everything
+
+    free_memory()
+    seed_everything(0)
+    use_training_backends()
+    batch_size = 8 if context.quick else 512
+    cfg = Config(network=context.network, batch_size=batch_size, train_set=str(context.faces))
+    store, split = open_data(cfg, context.device)
+    cache_images(store, split.train, "auto")
+    steps = steps_per_epoch(len(split.train), batch_size)
+    compiled = choose_compile("off" if context.quick else "auto", context.device, 32 * steps)
+    engine = build_engine(replace(cfg, compile=compiled), split.num_classes, context.device)
+    engine.train()
+    floor = _step_floor(context, context.network, roofline)
+    pause = max((end - time.perf_counter()) / ROWS_OF_TRAINING, 0)
+    step, losses, began = 0, [], time.perf_counter()
+    for epoch in itertools.count():
+        batches = train_batches(store, split.train, batch_size=batch_size, seed=0, epoch=epoch)
+        with contextlib.closing(batches):
+            for batch in batches:
+                losses.append(engine.train_step(batch.images, batch.labels, cfg.lr, step).loss)
+                step += 1
+                if time.perf_counter() < began + pause:
+                    continue
+                loss = float(torch.stack(losses).mean())  # waits for the GPU: the time is whole
+                now = time.perf_counter()
+                images, stage = len(losses) * batch_size, f"train on the faces, step {step}"
+                yield row(stage, images, [now - began], floor, f"loss {loss:.3f}")
+                losses, began = [], now
+                if now > end - pause:
+                    return
+
+
+SPEEDS = (align, feed, train, evaluation, train_compiled)

@@ -31,6 +31,7 @@ from bench.common import (
     speedup,
     synchronise,
     time_runs,
+    use_training_backends,
 )
 from config import Config
 from heads.softmax_margins import ArcFace
@@ -73,7 +74,7 @@ def project_step(
 ) -> dict[str, Any]:
     """Times of the step as train.py runs it; compiled is "on" or "off"; see time_steps."""
     keep_freed_memory()
-    torch.backends.cudnn.benchmark = True
+    use_training_backends()
     engine = make_engine(network, size, device, compile=compiled)
     images, labels = make_batch(size, device)
     engine.train()

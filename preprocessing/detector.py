@@ -49,7 +49,10 @@ CENTRAL_CROP = 0.525  # side of the central square that is taken for a face, in 
 
 CPU_PIXELS = 2**20  # of images that one thread processes at a time: 16 of 250x250
 CACHE_PIXELS = 2**16  # of inputs that a network processes at a time: its layers fit a core's cache
-GPU_PIXELS = 2**26  # both at a time on a GPU: what its memory holds comfortably
+GPU_PIXELS = 2**26  # of images that a GPU processes at a time: 1,073 of 250x250
+# Of inputs that a network processes there at a time: 14,563 boxes for R-Net, 3,640 for O-Net. Its
+# first layer and PReLU take 235 bytes for each, 2 GB together.
+CROP_PIXELS = 2**23
 
 
 class Detections(NamedTuple):
@@ -168,13 +171,13 @@ class FaceDetector:
         pixels = pack_pixels(images)
 
         boxes = to_square(boxes)
-        offsets, scores = self._run(self.rnet, crop_and_resize(pixels, index, boxes, 24))
+        offsets, scores = self._refine(self.rnet, 24, pixels, index, boxes)
         boxes = apply_offsets(boxes, offsets)
         keep = torch.nonzero(scores > thresholds[1])[:, 0]
         keep = keep[mtcnn_nms(boxes[keep], scores[keep], index[keep], 0.7)]
 
         index, boxes = index[keep], to_square(boxes[keep])
-        offsets, scores, points = self._run(self.onet, crop_and_resize(pixels, index, boxes, 48))
+        offsets, scores, points = self._refine(self.onet, 48, pixels, index, boxes)
         # From fractions of the box to pixels; the package counts both edges (+ 1) and from 1 (- 1).
         points = boxes[:, None, :2] + points * (boxes[:, 2:] - boxes[:, :2] + 1)[:, None] - 1
         boxes = apply_offsets(boxes, offsets)
@@ -212,12 +215,28 @@ class FaceDetector:
         keep = keep[mtcnn_nms(boxes[keep], scores[keep], index[keep], 0.7)]
         return index[keep], boxes[keep], scores[keep]
 
+    def _refine(
+        self, network: nn.Module, size: int, pixels: Tensor, index: Tensor, boxes: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The network on the boxes (k, 4) of images `index` (k,), cropped to `size` pixels."""
+        chunk = CROP_PIXELS // size**2  # a crowd's boxes would not fit into memory at once
+        chunks = zip(index.split(chunk), boxes.split(chunk), strict=True)
+        return _concatenate(
+            [self._run(network, crop_and_resize(pixels, i, b, size)) for i, b in chunks]
+        )
+
     def _run(self, network: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """The network on chunks of x whose activations fit a core's cache; on a GPU at once."""
-        pixels = CACHE_PIXELS if self.on_cpu else GPU_PIXELS
+        """The network on chunks of x whose activations fit a core's cache, or a GPU's memory."""
+        pixels = CACHE_PIXELS if self.on_cpu else CROP_PIXELS
         chunks = x.split(max(1, pixels // (x.shape[2] * x.shape[3])))
-        results = zip(*[network(chunk) for chunk in chunks], strict=True)
-        return tuple(torch.cat(values) if len(values) > 1 else values[0] for values in results)
+        return _concatenate([network(chunk) for chunk in chunks])
+
+
+def _concatenate(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The results of chunks as those of all."""
+    if len(results) == 1:
+        return results[0]
+    return tuple(torch.cat(values) for values in zip(*results, strict=True))
 
 
 def _split_by_image(

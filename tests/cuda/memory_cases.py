@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.cuda.cases import main, run_main, settings
+from tests.cuda.cases import main
+from tests.cuda.runs import run_main, settings
 from tests.helpers.tiny import assert_same
 
 MIB = 2**20

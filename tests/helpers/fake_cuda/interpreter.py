@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -59,10 +60,12 @@ WAITING = _names(
     "nonzero masked_select _unique2 unique_dim unique_consecutive _unique bincount equal "
     "repeat_interleave histc masked_scatter_"
 )
+FILLING = _names("copy_ zero_ fill_")
 RANDOM = _names(
     "native_dropout bernoulli_ bernoulli normal_ uniform_ rand randn rand_like randn_like random_ "
     "randint randperm exponential_ normal"
 )
+VALUES_BATCH = float(os.environ.get("FAKE_CUDA_VALUES_BATCH", "inf"))
 INDEXING = _names("index index_put_ index_put _unsafe_index")
 
 
@@ -82,10 +85,15 @@ def shared(tensor: Tensor) -> Tensor:
     return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor without memory, of the same shape, strides and type."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device, without the copy that CUDA would report."""
+    """A copy on a device, without the copy that CUDA would report; of a meta tensor no values."""
     out = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-    if tensor.numel():
+    if tensor.numel() and tensor.device.type == "cpu":
         shared(out).copy_(tensor)
     return out
 
@@ -123,12 +131,30 @@ def the_device(func, flat: list) -> torch.device:
     return next(x for x in flat if on_cuda(x)).device
 
 
+def is_too_large(args: tuple) -> bool:
+    """Whether the first argument is too large to be computed (FAKE_CUDA_VALUES_BATCH).
+
+    That is a feature map of more images, or a tensor of more than 67 million numbers. Weights,
+    whose first dimension may be as large as a batch, have windows of 3x3 pixels at most.
+    """
+    first = args[0] if args else None
+    if not isinstance(first, Tensor) or math.isinf(VALUES_BATCH):
+        return False
+    is_map = first.dim() == 4 and first.shape[2] > 3
+    return (is_map and len(first) > VALUES_BATCH) or first.numel() > 2**26
+
+
 class Interpreter(TorchDispatchMode):
     """Lets PyTorch's CUDA code run without kernels, then puts the values where they belong."""
 
     def __init__(self, report: Report) -> None:
         super().__init__()
         self.report = report
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Have torch.compile compile under this mode, and its kernels' calls come here."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -143,6 +169,9 @@ class Interpreter(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if name.startswith("c10d::"):
             return self.collective(func, args, kwargs)
+        if name in FILLING and is_too_large(args):
+            self.report.library_kernels += 1
+            return args[0]
         if name in ("aten::_to_copy", "aten::copy_"):
             return self.copied(func, args, kwargs)
         if name in NATIVE or func.is_view:
@@ -154,7 +183,8 @@ class Interpreter(TorchDispatchMode):
         if name in LIBRARY or waits or only_cpu:
             return self.emulated(func, args, flat, spec, name)
         out = func(*args, **kwargs)
-        self.fill(func, flat, spec, out)
+        if not is_too_large(args):
+            self.fill(func, flat, spec, out)
         return out
 
     def note_wait(self, name: str, args: tuple, kwargs: dict) -> bool:
@@ -173,12 +203,16 @@ class Interpreter(TorchDispatchMode):
 
     # ---------------------------------------------------------------- values
 
-    def on_cpu(self, func, flat, spec):
-        """The result of an operation on CPU tensors that share the arguments' memory."""
-        mirrored = [shared(x) if on_cuda(x) else x for x in flat]
+    def on_cpu(self, func, flat, spec, device: str = "cpu"):
+        """The result of an operation on CPU tensors that share the arguments' memory.
+
+        `device` "meta": only the shape of the result.
+        """
+        mirror = on_meta if device == "meta" else shared
+        mirrored = [mirror(x) if on_cuda(x) else x for x in flat]
         args, kwargs = tree_unflatten(mirrored, spec)
         if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("cpu")
+            kwargs["device"] = torch.device(device)
         return CPU_FORMS.get(func._schema.name, func)(*args, **kwargs)
 
     def fill(self, func, flat, spec, out) -> None:
@@ -206,7 +240,8 @@ class Interpreter(TorchDispatchMode):
         self.report.library_kernels += LIBRARY.get(name, 1)
         if name == "aten::convolution_backward" and not args[10][0]:
             self.report.library_kernels -= 1  # the first layer needs no gradient of its input
-        result = in_cudnn_layout(name, args, self.on_cpu(func, flat, spec))
+        where = "meta" if is_too_large(args) and name not in WAITING else "cpu"
+        result = in_cudnn_layout(name, args, self.on_cpu(func, flat, spec, where))
         if func._schema.is_mutable:
             return args[0]
         return tree_map_only(Tensor, lambda t: to_device(t, device), result)
@@ -215,8 +250,9 @@ class Interpreter(TorchDispatchMode):
         """A copy between devices: natively, for what it reports; then its values."""
         out = func(*args, **kwargs)
         source = args[1] if func._schema.name == "aten::copy_" else args[0]
-        source = shared(source) if on_cuda(source) else source
-        (shared(out) if on_cuda(out) else out).copy_(source)
+        if not is_too_large(args):
+            source = shared(source) if on_cuda(source) else source
+            (shared(out) if on_cuda(out) else out).copy_(source)
         return out
 
     def random(self, func, args, kwargs, flat):
@@ -227,6 +263,8 @@ class Interpreter(TorchDispatchMode):
         generator = kwargs.get("generator") or torch.cuda.default_generators[index]
         state = generator.get_state().numpy().tobytes()
         out = func(*args, **kwargs)
+        if is_too_large(args):
+            return out
         before = torch.random.get_rng_state()
         number = int.from_bytes(state[:16], "little") % (2**63 - 1)
         torch.random.default_generator.manual_seed(number)
