@@ -16,7 +16,7 @@ import torch
 
 from bench.common import network_flops, time_runs
 from bench.gpu_parts import ROOT, Context, free_memory, read_faces, require_packages
-from utils import has_bfloat16, is_out_of_memory
+from utils import autocast_dtype, dtype_name, is_out_of_memory
 
 Rows = Iterator[dict[str, Any]]
 Roofline = dict[str, float]
@@ -71,8 +71,7 @@ def feed(context: Context, roofline: Roofline) -> Rows:
 
 def train(context: Context, roofline: Roofline) -> Rows:
     """Steps of each network, eager and compiled, in its usual precision."""
-    amp = has_bfloat16(context.device)
-    peak = roofline["bfloat16" if amp else "float32"]
+    peak = roofline[dtype_name(autocast_dtype(context.device))]
     failed = []  # one configuration that fails does not stop the others
     networks = {"tiny": (8,)} if context.quick else TRAINED
     for network, sizes in networks.items():
