@@ -233,13 +233,13 @@ def title(case: tuple) -> str:
     return " ".join([case[0].__name__, *case[1:]])
 
 
-def main(folder: Path, wanted: list[str]) -> None:
-    """Run the cases one after the other."""
+def main(folder: Path, wanted: list[str], cases: list[tuple]) -> None:
+    """Run the cases one after the other, or the wanted ones."""
     from training import run_report
 
     run_report.plot_curves = lambda *_: None  # seconds that say nothing here
     with fake_cuda() as report:
-        for case in CASES:
+        for case in cases:
             if wanted and title(case) not in wanted:
                 continue
             start = time.perf_counter()
@@ -256,4 +256,4 @@ def main(folder: Path, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:], CASES)

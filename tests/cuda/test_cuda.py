@@ -12,18 +12,9 @@ import pytest
 from tests.cuda.cases import CASES, title
 from tests.helpers.fake_cuda.launcher import environment, reason_to_skip
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import FLAGS, write_tiny_set
+from tests.helpers.tiny import FLAGS
 
 pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "possible")
-
-
-@pytest.fixture(scope="module")
-def stand_in(tmp_path_factory):
-    """A folder with a compiled stand-in for libcuda and a tiny training set."""
-    folder = tmp_path_factory.mktemp("cuda")
-    write_tiny_set(folder / "set")
-    environment(folder / "shim")
-    return folder
 
 
 @pytest.fixture(scope="module")
