@@ -233,7 +233,7 @@ class Optimisation:
     poly_power: float = setting(2.0, "poly schedule: exponent; 1: linear to zero", low=0)
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up", low=0)
     clip_norm: float = setting(0.0, "largest gradient norm; 0: no clipping", low=0)
-    amp: bool = setting(True, "bfloat16 autocast where the device has it; loss in float32")
+    amp: bool = setting(True, "autocast to bfloat16, on GPUs without it to float16")
     compile: Literal["auto", "on", "off"] = setting(
         "auto", "torch.compile the backbone, a minute at start; auto: in runs of 2,000+ steps"
     )

@@ -189,7 +189,7 @@ def build_engine(
     from training.activation_checkpointing import enable_activation_checkpointing
     from training.cpu_kernels import use_fast_cpu_kernels
     from training.engine import Engine, build_optimizer, check_batch_size
-    from utils import has_bfloat16
+    from utils import autocast_dtype
 
     check_batch_size(cfg.batch_size, cfg.accumulate)
     if cfg.focal_loss and not HEADS[cfg.margin].is_softmax:
@@ -233,7 +233,7 @@ def build_engine(
         accumulate=cfg.accumulate,
         clip_norm=cfg.clip_norm,
         ema_decay=cfg.ema,
-        amp=cfg.amp and has_bfloat16(device),
+        amp=autocast_dtype(device) if cfg.amp else None,
         compiled=cfg.compile == "on",
     )
 

@@ -210,15 +210,29 @@ def _unsupported_gpu(index: int) -> str:
     )
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 natively, so that autocast makes it faster."""
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The number format in which a device trains fastest: bfloat16, float16, None for float32.
+
+    On GPUs that is what their tensor cores multiply: float16 from Volta on (V100, T4, RTX 20),
+    bfloat16, too, from Ampere on. Apple's GPUs stay in float32.
+    """
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and later
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (8, 0):
+            return torch.bfloat16
+        return torch.float16 if capability >= (7, 0) else None
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return None
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """bfloat16 for torch.bfloat16; float32 for None, which autocast_dtype returns for it."""
+    return str(dtype or "float32").removeprefix("torch.")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fileio.safe_files import atomic_write, make_folder
 from models import NETWORKS, build_model
-from utils import core_count, get_device, keep_freed_memory
+from utils import autocast_dtype, core_count, dtype_name, get_device, keep_freed_memory
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -198,7 +198,7 @@ def measure_roofline(device: torch.device, quick: bool = False) -> dict[str, flo
     keep_freed_memory()
     roofline = {}
     size, copied = (256, 2**22) if quick else roofline_sizes(device)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, autocast_dtype(device) or torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         x = torch.randn(64, 256, 14, 14, device=device).to(dtype)
         w = torch.randn(256, 256, 3, 3, device=device).to(dtype)
@@ -209,9 +209,7 @@ def measure_roofline(device: torch.device, quick: bool = False) -> dict[str, flo
                 time_runs(lambda x=x, w=w: F.conv2d(x, w, padding=1), device, 1 if quick else 20)
             )
         flops = 2 * 64 * 256 * 256 * 9 * 14 * 14
-        roofline[str(dtype).removeprefix("torch.")] = max(
-            2 * size**3 / product, flops / convolution
-        )
+        roofline[dtype_name(dtype)] = max(2 * size**3 / product, flops / convolution)
         del a, b, x, w  # two dtypes at once would need half as much memory again
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -264,10 +262,8 @@ def print_and_save(
     _write_json(args.json, results | (extra or {}))
     roofline = in_fresh_process(measure_roofline, args.device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(
-        f"roofline: {roofline['float32'] / 1e9:,.0f} GFLOP/s in float32, "
-        f"{roofline['bfloat16'] / 1e9:,.0f} in bfloat16, {roofline['bytes'] / 1e9:.1f} GB/s\n"
-    )
+    speeds = [f"{v / 1e9:,.0f} GFLOP/s in {k}" for k, v in roofline.items() if k != "bytes"]
+    print(f"roofline: {', '.join(speeds)}, {roofline['bytes'] / 1e9:.1f} GB/s\n")
     width = max(len(row.stage) for row in rows)
     print(
         f"{'stage':{width}} {'images/s':>10} {'lowest':>9} {'highest':>9} {'ms/image':>9} "

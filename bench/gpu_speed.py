@@ -28,7 +28,7 @@ from bench.gpu_parts import (
     require_packages,
 )
 from data_gen import normalise
-from utils import exact_float32, has_bfloat16, is_out_of_memory
+from utils import autocast_dtype, dtype_name, exact_float32, is_out_of_memory
 
 Rows = Iterator[dict[str, Any]]
 Roofline = dict[str, float]
@@ -110,7 +110,7 @@ def train_compiled(context: Context, roofline: Roofline) -> Rows:
 
 def _step_floor(context: Context, network: str, roofline: Roofline) -> float:
     """Images/s at which a training step could run at best."""
-    peak = roofline["bfloat16" if has_bfloat16(context.device) else "float32"]
+    peak = roofline[dtype_name(autocast_dtype(context.device))]
     return peak / (3 * network_flops(network) + CLASSES_FLOPS)
 
 

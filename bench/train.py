@@ -6,7 +6,7 @@
 The usual step is InsightFace's IR-50 in float32, contiguous (NCHW), with PyTorch's plain SGD. This
 project's is the step of training/engine.py as train.py runs it, without and with torch.compile,
 whose compilation time is given apart. Each runs in a fresh process, alternately. Prints a table,
-the speedup, and the relative errors of the bfloat16 step's loss and gradient against float32; the
+the speedup, and the relative errors of the autocast step's loss and gradient against float32; the
 JSON goes to bench/results/train-<device>-<network>.json.
 """
 
@@ -38,7 +38,13 @@ from heads.softmax_margins import ArcFace
 from models import build_model
 from train import build_engine
 from training.engine import Engine
-from utils import exit_on_user_error, has_bfloat16, keep_freed_memory, seed_everything
+from utils import (
+    autocast_dtype,
+    dtype_name,
+    exit_on_user_error,
+    keep_freed_memory,
+    seed_everything,
+)
 
 CLASSES = 10572  # CASIA-WebFace
 
@@ -97,21 +103,22 @@ def time_steps(step: Callable[[], Any], device: torch.device, steps: int) -> dic
     return {"first": first, "step": float(np.median(seconds)), "memory": peak_memory(device)}
 
 
-def bfloat16_errors(network: str, device: torch.device) -> dict[str, float]:
-    """Relative errors of a bfloat16 step against float32: the loss, and all gradients as one."""
+def autocast_errors(network: str, device: torch.device) -> dict[str, float]:
+    """Relative errors of an autocast step against float32: the loss, and all gradients as one."""
     images, labels = make_batch(16, device)
     results = []
     for amp in (False, True):
         engine = make_engine(network, 16, device, amp=amp, compile="off")
         loss = engine.loss(images, labels, len(labels)).loss
-        loss.backward()
+        engine.scaler.scale(loss).backward()
+        engine.clip_gradients()  # clips nothing, and divides the scale out
         gradients = [p.grad.flatten() for p in engine.parameters]
         results.append((loss.item(), torch.cat(gradients)))
     (loss, gradient), (loss_16, gradient_16) = results
     gradient_error = (gradient_16 - gradient).norm() / gradient.norm()
     return {
-        "loss, relative error in bfloat16": abs(loss_16 - loss) / loss,
-        "gradient, relative error in bfloat16": float(gradient_error),
+        f"loss, relative error in {engine.number_format}": abs(loss_16 - loss) / loss,
+        f"gradient, relative error in {engine.number_format}": float(gradient_error),
     }
 
 
@@ -132,8 +139,8 @@ def main(argv: Sequence[str]) -> None:
     for name, runs in results.items():
         row = Row(f"{args.network}, {name}", args.batch, [run["step"] for run in runs], flops)
         row.memory = max(run["memory"] for run in runs)
-        if name.startswith("this project") and has_bfloat16(args.device):
-            row.dtype = "bfloat16"
+        if name.startswith("this project"):
+            row.dtype = dtype_name(autocast_dtype(args.device))
         row.note = f"first step {min(run['first'] for run in runs):.1f} s"
         rows.append(row)
     usual, eager, compiled = (row.seconds for row in rows)
@@ -141,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         "step, times the usual one": speedup(usual, eager),
         "compiled step, times the usual one": speedup(usual, compiled),
     }
-    print_and_save(args, rows, extra | bfloat16_errors(args.network, args.device))
+    print_and_save(args, rows, extra | autocast_errors(args.network, args.device))
 
 
 if __name__ == "__main__":

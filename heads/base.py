@@ -54,8 +54,11 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
-    def update(self, optimizer: torch.optim.SGD) -> None:
-        """What is left to do after optimizer.step(): nothing, it has updated all parameters."""
+    def update(self, optimizer: torch.optim.SGD, overflow: Tensor | None = None) -> None:
+        """What is left to do after optimizer.step(): nothing, it has updated all parameters.
+
+        `overflow` is 1.0 if the step has been skipped; None where no step is.
+        """
 
     def sharded_parameters(self) -> list[Tensor]:
         """The tensors whose gradients are this process's alone; all others are equal everywhere."""

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.sgd import sgd
 
 from distributed.collectives import (
     all_gather_rows,
@@ -159,11 +160,11 @@ class PartialFC(Head):
         return torch.where(self._is_local(label), index, -1)
 
     @torch.no_grad()
-    def update(self, optimizer: torch.optim.SGD) -> None:
+    def update(self, optimizer: torch.optim.SGD, overflow: Tensor | None = None) -> None:
         """SGD on the sampled centres; the next step uses all classes again unless it samples.
 
-        The optimizer has skipped the weight, which has no gradient, but has its settings and its
-        momentum, one row per class. PyTorch's update: v = momentum * v + g, w = w - lr * v.
+        The optimizer has left the weight alone, which has no gradient, but has its settings and its
+        momentum, one row per class. `overflow` is 1.0 if the step changes nothing, else 0.0.
         """
         if self.sampled is None:
             return
@@ -171,11 +172,12 @@ class PartialFC(Head):
         state = optimizer.state[self.weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(self.weight)
-        buffer = state["momentum_buffer"]
-        velocity = buffer[self.sampled].mul_(group["momentum"]).add_(self.active.grad)
-        velocity.add_(self.active, alpha=group["weight_decay"])
-        buffer[self.sampled] = velocity
-        self.weight[self.sampled] = self.active - group["lr"] * velocity
+        rows = state["momentum_buffer"][self.sampled]
+        settings = {name: group[name] for name in ("lr", "momentum", "weight_decay", "fused")}
+        settings |= {"dampening": 0, "nesterov": False, "maximize": False, "found_inf": overflow}
+        sgd([self.active], [self.active.grad], [rows], **settings)
+        state["momentum_buffer"][self.sampled] = rows
+        self.weight[self.sampled] = self.active.detach()
         self.use_all_classes()
 
     def use_all_classes(self) -> None:

@@ -178,12 +178,34 @@ def test_apples_gpu_is_taken_where_cuda_is_not(monkeypatch):
     assert utils.get_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps")
 
 
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True)])
-def test_bfloat16_is_asked_of_the_very_device(capability, native, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((6, 1), None),  # GTX 10xx, P100: no tensor cores
+        ((7, 0), torch.float16),  # V100
+        ((7, 5), torch.float16),  # T4, RTX 20
+        ((8, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_the_number_format_is_that_of_the_very_device(capability, dtype, monkeypatch):
     asked = []
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability
     )
     device = torch.device("cuda", 1)
-    assert utils.has_bfloat16(device) is native
+    assert utils.autocast_dtype(device) is dtype
     assert asked == [device]
+
+
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_tile", ""])
+def test_a_cpu_trains_in_bfloat16_if_it_has_instructions_for_it(instructions, monkeypatch):
+    for name in ("avx512_bf16", "amx_tile"):
+        has = name == instructions
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=has: has)
+    expected = torch.bfloat16 if instructions else None
+    assert utils.autocast_dtype(torch.device("cpu")) is expected
+
+
+def test_apples_gpu_trains_in_float32():
+    assert utils.autocast_dtype(torch.device("mps")) is None

@@ -28,7 +28,8 @@ from distributed.process_group import world_size
 from heads.base import Criterion, Head, HeadLoss
 from training.checkpoints import load_momentum
 from training.ema import ModelEMA
-from utils import FACE_SIZE, UserError, conv_layout, has_bfloat16
+from training.loss_scaler import LossScaler
+from utils import FACE_SIZE, UserError, autocast_dtype, conv_layout, dtype_name
 
 COMPILED_STEPS = 2000  # compiling takes a minute, which pays off in runs of that many steps
 
@@ -56,32 +57,40 @@ class Engine:
         accumulate: int = 1,
         clip_norm: float = 0.0,
         ema_decay: float = 0.0,
-        amp: bool = False,
+        amp: torch.dtype | None = None,
         compiled: bool = False,
     ) -> None:
         """`model` and `head` are on `device`, `optimizer` is build_optimizer's for the two.
 
         `slice_size` is the size of the largest slice of a batch, `accumulate` the number of
         micro-batches that a slice is computed in, one after the other. `clip_norm` 0 clips nothing,
-        `ema_decay` 0 keeps no average.
+        `ema_decay` 0 keeps no average. `amp` is what the network is autocast to, None: float32.
         """
         self.model, self.head, self.criterion = model, head, criterion
         self.optimizer, self.device = optimizer, device
         self.slice_size, self.accumulate = slice_size, accumulate
         self.clip_norm, self.amp = clip_norm, amp
-        self.layout = conv_layout(device, tensor_cores=amp or has_bfloat16(device))  # or TF32
+        # GPUs with bfloat16 have TF32, too, for what is computed in float32.
+        has_tf32 = autocast_dtype(device) is torch.bfloat16
+        self.layout = conv_layout(device, tensor_cores=amp is not None or has_tf32)
         model.to(memory_format=self.layout)
         self.replica = wrap_ddp(model)  # the model itself in one process
         self.forward = torch.compile(self.replica) if compiled else self.replica
         self.parameters = trainable_parameters(model, head)
         self.ema = ModelEMA(model, ema_decay) if ema_decay else None
+        self.scaler = LossScaler(optimizer, device, enabled=amp is torch.float16)
+
+    @property
+    def number_format(self) -> str:
+        """What the network computes in: bfloat16, float16 or float32."""
+        return dtype_name(self.amp)
 
     @property
     def precision(self) -> str:
         """Number format, device and version: runs differ in the last digits where this differs."""
-        number = "bfloat16" if self.amp else "float32"
         threads = f", {torch.get_num_threads()} thread(s)" if self.device.type == "cpu" else ""
-        return f"{number} on {self.device.type}{threads}, PyTorch {torch.__version__}"
+        where = f"{self.device.type}{threads}"
+        return f"{self.number_format} on {where}, PyTorch {torch.__version__}"
 
     # -------------------------------------------------------------------------- a step
 
@@ -99,7 +108,7 @@ class Engine:
         # Batches of validation vary in size, and each size would be compiled anew.
         forward = self.forward if self.model.training else self.model
         images = images.contiguous(memory_format=self.layout)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             embedding = forward(images)  # (n, emb_size)
         return self.head.loss(embedding, labels, self.criterion, slice_size)
 
@@ -123,15 +132,17 @@ class Engine:
                 loss = result.loss
                 if self.accumulate > 1:  # its mean counts by its share of the batch's images
                     loss = loss * (result.count / count)
-                loss.backward()
+                self.scaler.scale(loss).backward()
             losses.append(loss.detach())
             correct.append(result.num_correct)
 
         gradient_norm = self.clip_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.head.update(self.optimizer)  # the centres that Partial FC has sampled
+        overflow = self.scaler.count(gradient_norm)  # None but in float16
+        self.scaler.step(self.optimizer)
+        self.head.update(self.optimizer, overflow)  # the centres that Partial FC has sampled
+        self.scaler.update()
         if self.ema is not None:
             self.ema.update(step)
         accuracy = sum(correct[1:], correct[0]) / count
@@ -163,7 +174,10 @@ class Engine:
         return loss / max(count, 1), correct / max(count, 1)
 
     def clip_gradients(self) -> Tensor:
-        """Scale the whole gradient down to clip_norm if it is longer; returns its norm before."""
+        """Scale the whole gradient down to clip_norm if it is longer; returns its norm before.
+
+        The loss scale is divided out of the gradient and of the norm.
+        """
         # Of a sharded head each process has the gradient of its own centres. All other gradients
         # are the same in all processes and count once. The head's weight is the last parameter.
         sharded = self.head.sharded_parameters()
@@ -172,6 +186,8 @@ class Engine:
         if sharded:
             local = nn.utils.get_total_norm([p.grad for p in sharded])
             norm = (norm.square() + all_reduce_sum(local.square())).sqrt()
+        # The optimiser does not know sampled centres.
+        norm = self.scaler.unscale(norm, [p for p in sharded if p is not self.head.weight])
         if self.clip_norm > 0:
             nn.utils.clip_grads_with_norm_([*replicated, *sharded], self.clip_norm, norm)
         return norm
@@ -179,7 +195,7 @@ class Engine:
     # -------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Network, head, optimiser and EMA, whatever the number of processes; complete in rank 0.
+        """All that a step changes, whatever the number of processes; complete in rank 0.
 
         Every process must call it: the class shards and their momentum are gathered.
         """
@@ -187,7 +203,11 @@ class Engine:
         self._replace_head_momentum(optimizer, self.head.gather_rows)
         head = {name: self.head.gather_rows(v) for name, v in self.head.state_dict().items()}
         state = {"model": self.model.state_dict(), "head": head, "optimizer": optimizer}
-        return state if self.ema is None else {**state, "ema": self.ema.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Go back to what `state_dict` returned, in any number of processes; `path` is its file.
@@ -200,8 +220,11 @@ class Engine:
         head = {name: self.head.local_rows(v) for name, v in state["head"].items()}
         self.head.load_state_dict(head)
         load_momentum(self.optimizer, optimizer, path)
+        self.scaler.create_momentum()
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if "scaler" in state:  # else it was computed in another format
+            self.scaler.load_state_dict(state["scaler"])
 
     def _replace_head_momentum(
         self, optimizer: dict[str, Any], change: Callable[[Tensor], Tensor | None]

@@ -22,7 +22,7 @@ from training.run import Run
 from training.run_state import Points
 
 # What resuming needs and evaluation does not; beside EMA weights it would be wrong.
-NOT_IN_BEST_EMA = {"head", "optimizer", "ema", "random", "random_of_others", "window"}
+NOT_IN_BEST_EMA = {"head", "optimizer", "ema", "scaler", "random", "random_of_others", "window"}
 
 
 class EpochResult(NamedTuple):
@@ -39,6 +39,8 @@ def finish_epoch(
     """Evaluate, log, print and save an epoch whose steps are done; every process must call it."""
     epoch, ema = run.epoch + 1, run.engine.ema
     text = f"epoch {epoch}/{run.epochs}  loss {train_loss:.3f}  accuracy {train_accuracy:.2%}"
+    if skipped := run.engine.scaler.skipped_steps:
+        text += f"  skipped steps {skipped}"
     result = evaluate_weights(run, log, lfw)
     text, points = text + result.text, result.points
     if ema is not None:

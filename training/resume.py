@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ ENTRIES = {
 POINTS = {"train": 5, "valid": 3, "lfw": 3, "ema": 3, "ema_lfw": 3}
 OPTIONAL = {"ema", "ema_lfw"}
 BEST = ("epoch", "accuracy", "loss")
+SCALER = ("scale", "_growth_tracker", "skipped_steps")  # of a run in float16
 
 
 def find_run(resume: str, runs_dir: Path | str) -> Path:
@@ -114,6 +116,13 @@ def _invalid_entry(checkpoint: dict[str, Any]) -> str:
             return name
     if type(checkpoint.get("processes", 1)) is not int:
         return "processes"
+    scaler = checkpoint.get("scaler")
+    if "scaler" in checkpoint and not (
+        isinstance(scaler, dict)
+        and _are_numbers(tuple(map(scaler.get, SCALER)), len(SCALER))
+        and 1 <= scaler["scale"] < math.inf
+    ):
+        return "scaler"
     step, steps, epoch = (checkpoint[name] for name in ("step", "steps", "epoch"))
     best, window, history = (checkpoint[name] for name in ("best", "window", "history"))
     for name, numbers in POINTS.items():

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from training.engine import StepResult
 from training.event_log import EventLog, fsync_events
 from training.gpu_memory import advise_on_memory, free_gpu_memory, measure_step_memory
 from training.run_state import RunState, StepRecord
-from training.step_errors import TrainingError, describe_out_of_memory, non_finite_error
+from training.step_errors import TrainingError, bad_step, describe_out_of_memory, non_finite_error
 from utils import is_out_of_memory
 
 
@@ -130,13 +129,15 @@ class Run(RunState):
 
     def _log_point(self, rate: float, log: EventLog, bar: tqdm) -> None:
         """Add the mean of the window to the history, TensorBoard and the progress bar."""
-        loss = float(torch.stack([step.result.loss for step in self.window]).mean())
-        accuracy = float(torch.stack([step.result.accuracy for step in self.window]).mean())
+        loss, accuracy, _ = self.window_results().mean(0).tolist()
         lr = self.learning_rate(self.window[-1].number)
         self.history["train"].append((self.epoch, self.step, loss, accuracy, len(self.window)))
         self.window = []
         scalars = {"train/loss": loss, "train/accuracy": accuracy}
         scalars |= {"train/lr": lr, "perf/images_per_s": rate}
+        if (scaler := self.engine.scaler).is_enabled():
+            scalars["train/loss_scale"] = scaler.loss_scale
+            scalars["train/skipped_steps"] = scaler.skipped_steps
         for tag, value in scalars.items():
             log.add_scalar(tag, value, self.global_step)
         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.2%}, {rate:,.0f} images/s")
@@ -156,28 +157,25 @@ class Run(RunState):
     # -------------------------------------------------------------------------- errors
 
     def check_finite(self) -> None:
-        """Raise TrainingError at the first step in the window whose loss or gradient is not finite.
+        """Raise TrainingError if a step in the window ends the run: see bad_step.
 
         Its batch goes into bad_batch.pt; what it and later steps changed is in no checkpoint.
         """
-        if not self.window:
-            return
-        results = [torch.stack(step.result) for step in self.window]
-        results = torch.stack(results).cpu()  # (steps, 3): loss, accuracy, norm
-        bad = (~results.isfinite().all(1)).nonzero()
-        if len(bad):
+        results = self.window_results().cpu()
+        index = bad_step(results, self.engine.scaler.loss_scale)
+        if index is not None:
             self.is_mid_step = True
-            step, (loss, _, norm) = self.window[int(bad[0])], results[int(bad[0])].tolist()
+            step, (loss, _, norm) = self.window[index], results[index].tolist()
             run_on_main(lambda: self._raise_non_finite(step, loss, norm))
 
     def _raise_non_finite(self, step: StepRecord, loss: float, gradient_norm: float) -> None:
         positions, mirrored = self.store.global_batch(
             self.train_positions, self.batch_size, self.seed, self.epoch, step.number
         )
-        details = {"loss": loss, "gradient_norm": gradient_norm}
+        details = {"loss": loss, "gradient_norm": gradient_norm, "random": step.random}
         details |= {"lr": self.learning_rate(step.number), "scale": self.settings["margin_s"]}
         details |= {"epoch": self.epoch, "step": step.number, "steps": self.steps}
-        details |= {"random": step.random}
+        details |= {"loss_scale": self.engine.scaler.loss_scale}
         augment = build_augmentation(self.augment, seed=self.seed, epoch=self.epoch)
         path = self.folder / "bad_batch.pt"
         mirrored = mirrored & self.flip

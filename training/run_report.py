@@ -15,14 +15,13 @@ def print_header(run: Run) -> None:
     """What is trained, on what, and how."""
     settings, engine = run.settings, run.engine
     parameters = sum(p.numel() for p in engine.model.parameters())
-    number = "bfloat16" if engine.amp else "float32"
     processes = f"; {world_size()} processes" if world_size() > 1 else ""
     print(
         f"Run: {run.folder}\n"
         f"Training set: {len(run.train_positions):,} images of {run.split.num_classes:,} "
         f"identities, {len(run.valid_positions):,} held out; cache: {run.store.cache}\n"
         f"Network: {settings['network']}, {parameters / 1e6:.2f} M parameters, on {run.device}, "
-        f"{number}; {run.steps:,} steps per epoch{processes}\n"
+        f"{engine.number_format}; {run.steps:,} steps per epoch{processes}\n"
         f"Recipe: {settings['recipe']}; {settings['margin']}, s {settings['margin_s']:g}, "
         f"m {settings['margin_m']:g}; learning rate {settings['lr']:g}, {settings['schedule']} "
         f"schedule, {run.epochs} epochs"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from data_gen import ImageStore, Split, steps_per_epoch
 from distributed.collectives import all_gather_objects, run_on_main
@@ -70,6 +71,11 @@ class RunState:
         """Finished steps since the beginning."""
         return self.epoch * self.steps + self.step
 
+    def window_results(self) -> Tensor:
+        """(steps, 3): loss, accuracy and gradient norm of the steps that are not logged yet."""
+        rows = [torch.stack(step.result) for step in self.window]
+        return torch.stack(rows) if rows else torch.zeros(0, 3)
+
     @contextlib.contextmanager
     def finishing_epoch(self, points: dict[str, Points]) -> Iterator[None]:
         """Go to the beginning of the next epoch; `points` are added to the history.
@@ -99,7 +105,6 @@ class RunState:
 
     def state_dict(self) -> dict[str, Any]:
         """The whole run for save_checkpoint, complete in rank 0; every process must call it."""
-        window = [torch.stack(step.result) for step in self.window]
         return {
             "config": self.settings,
             "num_classes": self.split.num_classes,
@@ -112,7 +117,7 @@ class RunState:
             "steps": self.steps,
             "best": self.best,
             "history": self.history,
-            "window": torch.stack(window) if window else torch.zeros(0, 3),
+            "window": self.window_results(),
             "random": random_states(self.device),
             "random_of_others": all_gather_objects(torch_random_states(self.device))[1:],
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_gen import ImageStore
 from fileio.checkpoint_file import save_checkpoint
@@ -23,6 +24,20 @@ class TrainingError(UserError):
     """
 
 
+def bad_step(results: Tensor, loss_scale: float | None) -> int | None:
+    """The index of the step that ends a run, None if none of them does.
+
+    `results` (steps, 3) are losses, accuracies and gradient norms. The first that is not finite
+    ends it. But with a loss scale a step is skipped where the gradient alone is not finite, until
+    the scale falls below 1: then it is not the scale that is too large.
+    """
+    finite = results.isfinite()
+    failed = (~(finite if loss_scale is None else finite[:, :2]).all(1)).nonzero()
+    if not len(failed) and loss_scale is not None and loss_scale < 1:
+        failed = (~finite[:, 2]).nonzero()[-1:]
+    return int(failed[0]) if len(failed) else None
+
+
 def non_finite_error(
     path: Path,
     store: ImageStore,
@@ -34,8 +49,8 @@ def non_finite_error(
     """The error for a step whose loss or gradient is not finite; its batch is saved to `path`.
 
     `positions` (n,) are the batch's images and `flipped` (n,) bool the mask of the mirrored ones,
-    before `augment`. `step` has the loss, gradient_norm, lr, scale, epoch, step, steps, and the
-    random states before the step.
+    before `augment`. `step` has the loss, gradient_norm, loss_scale, lr, scale, epoch, step, steps,
+    and the random states before the step.
     """
     try:
         save_bad_batch(path, store, positions, flipped, step, augment)
@@ -43,14 +58,20 @@ def non_finite_error(
     except (UserError, OSError) as error:
         # A full disk must not hide the error for which the batch was to be saved.
         batch = f"the batch could not be saved ({error})"
-    loss, norm = step["loss"], step["gradient_norm"]
-    cause = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+    loss, norm, loss_scale = step["loss"], step["gradient_norm"], step["loss_scale"]
+    cause, other = f"loss is {loss}", ""
+    if math.isfinite(loss):
+        cause = f"gradient's norm is {norm}"
+        if loss_scale is not None:
+            cause += f", even with a loss scale of {loss_scale:g},"
+    if loss_scale is not None:
+        other = " float16 ends at 65,504: --no-amp trains in float32."
     return TrainingError(
         f"The {cause} at epoch {step['epoch'] + 1}, step {step['step'] + 1} of {step['steps']} "
         f"(loss {loss:g}, lr {step['lr']:g}, scale {step['scale']:g}), on records "
         f"{store.record_ids(store.readable(positions))}; {batch}, the last good state in last.pt. "
         "A resumed run would fail at the same step; start a new run with a lower --lr, a longer "
-        "--warmup-epochs or a --clip-norm."
+        f"--warmup-epochs or a --clip-norm.{other}"
     )
 
 

@@ -53,4 +53,4 @@ def main(folder: Path, wanted: list[str], cases: list[tuple] = CASES) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:], CASES)

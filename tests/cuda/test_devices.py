@@ -3,24 +3,8 @@
 import pytest
 
 from tests.helpers.fake_cuda.launcher import reason_to_skip
-from tests.helpers.tiny import FLAGS
 
 pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip() or "possible")
-LAUNCHER = ["-m", "tests.helpers.fake_cuda.launcher"]
-
-
-@pytest.fixture
-def run_train(stand_in, on_fake_gpus, tmp_path):
-    """A function that runs train.py for an epoch: its status and all that it printed."""
-
-    def run(start=(), device="auto", **settings):
-        where = f"--train-set {stand_in}/set --data-dir {tmp_path} --images-dir {tmp_path} "
-        where += f"--runs-dir {tmp_path}/runs --epochs 1 --compile off"
-        flags = FLAGS.replace("--device cpu", f"--device {device}")
-        arguments = [*LAUNCHER, "train.py", *flags.split(), *where.split()]
-        return on_fake_gpus(*start, *arguments, **settings)
-
-    return run
 
 
 def torchrun(processes):

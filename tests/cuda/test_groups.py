@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fileio.checkpoint_file import load_checkpoint
-from tests.cuda.test_cuda import stand_in  # noqa: F401
 from tests.helpers.fake_cuda.launcher import environment, reason_to_skip
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import FLAGS
@@ -23,7 +22,7 @@ FAKE = ["-m", "tests.helpers.fake_cuda.launcher"]
 WITHOUT_DEVICE = FLAGS.replace("--device cpu", "").split()
 
 
-def run(stand_in, tmp_path, fault, flags, start=TORCHRUN, devices=2):  # noqa: F811
+def run(stand_in, tmp_path, fault, flags, start=TORCHRUN, devices=2):
     """train_with_fault.py under torchrun on fake GPUs; its status and all that it printed."""
     env = environment(stand_in / "shim", devices=devices) | {"OMP_NUM_THREADS": "1"}
     where = ["--runs-dir", f"{tmp_path}/runs", "--images-dir", str(tmp_path)]
@@ -34,7 +33,7 @@ def run(stand_in, tmp_path, fault, flags, start=TORCHRUN, devices=2):  # noqa: F
     return done.returncode, done.stdout + done.stderr
 
 
-def new_run(stand_in, more=""):  # noqa: F811
+def new_run(stand_in, more=""):
     set_flags = ["--train-set", f"{stand_in}/set", "--compile", "off"]
     return [*WITHOUT_DEVICE, *set_flags, *more.split()]
 
@@ -44,7 +43,7 @@ def newest(tmp_path):
 
 
 @pytest.mark.parametrize("dying", [0, 1])
-def test_a_process_that_is_killed_ends_the_one_that_waits_for_its_gpu(dying, stand_in, tmp_path):  # noqa: F811
+def test_a_process_that_is_killed_ends_the_one_that_waits_for_its_gpu(dying, stand_in, tmp_path):
     code, printed = run(stand_in, tmp_path, f"kill {dying} 5", new_run(stand_in))
     assert code == 1, printed
     # In torchrun's report: without the watchdog both end by SIGKILL, the other by torchrun's.
@@ -57,7 +56,7 @@ def test_a_process_that_is_killed_ends_the_one_that_waits_for_its_gpu(dying, sta
     assert (before["epoch"], before["step"]) == (1, 0)
 
 
-def test_memory_that_fills_in_one_process_ends_both_with_a_sentence(stand_in, tmp_path):  # noqa: F811
+def test_memory_that_fills_in_one_process_ends_both_with_a_sentence(stand_in, tmp_path):
     code, printed = run(stand_in, tmp_path, "memory 1 3", new_run(stand_in))
     assert code == 1, printed
     assert "At epoch 1, step 3 of 4 the GPU's memory is full" in printed, printed
@@ -66,7 +65,7 @@ def test_memory_that_fills_in_one_process_ends_both_with_a_sentence(stand_in, tm
     assert '/training/run.py", line' not in printed, printed
 
 
-def test_a_run_of_a_cpu_resumes_in_two_processes_beside_one_gpu(stand_in, tmp_path):  # noqa: F811
+def test_a_run_of_a_cpu_resumes_in_two_processes_beside_one_gpu(stand_in, tmp_path):
     on_cpu = new_run(stand_in, "--device cpu --epochs 1")
     code, printed = run(stand_in, tmp_path, "none 0 0", on_cpu, start=(), devices=1)
     assert code == 0, printed

@@ -67,6 +67,29 @@ def run_train(argv, frozen_statistics=False, backwards=False):
     train.main(parse_args(argv, "train"))
 
 
+def float16_steps():
+    """Three steps in float16; in the second the gradient of rank 1's centres alone is infinite."""
+    from tests.training.test_loss_scaler import make_batch, make_engine
+
+    steps = []
+    with process_group("cpu"):
+        engine = make_engine(scale=1024.0, slice_size=4, ema_decay=0.9)
+        images, labels = make_batch()
+        mine = rank_slice(len(labels))
+        for number in range(3):
+            if number == 1 and rank() == 1:
+                hook = engine.head.weight.register_hook(lambda grad: grad * torch.inf)
+            norm = engine.train_step(images[mine], labels[mine], 0.1, number).gradient_norm
+            if number == 1 and rank() == 1:
+                hook.remove()
+            step = {"norm": norm, "head": engine.head.weight.detach().clone()}
+            step |= {"scale": engine.scaler.loss_scale, "skipped": engine.scaler.skipped_steps}
+            step["model"] = {k: v.detach().clone() for k, v in engine.model.named_parameters()}
+            averages = {k: engine.ema.average[k].clone() for k in step["model"]}
+            steps.append(step | {"ema": averages})
+        torch.save(steps, f"steps-{rank()}.pt")
+
+
 def sharded_heads(orders):
     """Each process takes its slice of the batches; rank 0 writes losses and gathered gradients."""
     from tests.heads.test_partial_fc import CLASSES, EMB, MARGINS, problem
