@@ -229,6 +229,28 @@ def load_embedder(
         embed, spec, notes = onnx_embedder(checkpoint, device, spec=spec, **options)
         notes = [describe_input(spec), *notes]
         return embed, {"kind": "onnx", "network": "ONNX", "notes": notes}
+    loaded = load_network(checkpoint, network=network, use_se=use_se, spec=spec)
+    model = loaded.model.to(device)
+    return torch_embedder(model, device, spec=loaded.spec, **options), loaded.info
+
+
+class LoadedNetwork(NamedTuple):
+    """A network with the weights of a checkpoint, and what is known about it."""
+
+    model: nn.Module  # on the CPU, float32
+    spec: InputSpec
+    info: ModelInfo
+    config: dict[str, Any]  # the settings of its run; none of a third-party checkpoint
+
+
+def load_network(
+    checkpoint: Path | str,
+    *,
+    network: str = "r50",
+    use_se: bool = False,
+    spec: InputSpec = TRAIN_INPUT,
+) -> LoadedNetwork:
+    """The network of a checkpoint that is no ONNX model; arguments and errors as load_embedder."""
     loaded = load_checkpoint(checkpoint, third_party=True)
     config, state = loaded.get("config"), loaded.get("model")
     info: ModelInfo = {"kind": "ours"}
@@ -241,13 +263,13 @@ def load_embedder(
         check_weights(state, checkpoint)
         model, _ = build_with_weights(network, use_se, state, checkpoint)
     else:
-        tensors = named_tensors(loaded)
+        tensors, config = named_tensors(loaded), {}
         if not tensors:
             raise UserError(f"{checkpoint} holds no weights; give another --checkpoint.")
         model, notes = build_with_weights(network, use_se, tensors, checkpoint)
         info = {"kind": "state dict", "notes": [describe_input(spec), *notes]}
     info["network"] = network
-    return torch_embedder(model.to(device), device, spec=spec, **options), info
+    return LoadedNetwork(model, spec, info, config)
 
 
 def describe_input(spec: InputSpec) -> str:

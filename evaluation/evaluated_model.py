@@ -68,7 +68,12 @@ def open_model(
     runs_dir/<name of the file>-<first 8 digits of its SHA-256>: many are called backbone.pth.
     """
     embed, info = load_embedder(checkpoint, device=device, spec=spec, **options)
-    folder = checkpoint.parent
-    if info["kind"] != "ours":
-        folder = Path(runs_dir, f"{checkpoint.stem}-{model_checksum(checkpoint)[:8]}")
+    folder = results_folder(checkpoint, info, runs_dir)
     return EvaluatedModel(checkpoint, embed, info, folder, spec)
+
+
+def results_folder(checkpoint: Path, info: ModelInfo, runs_dir: Path | str) -> Path:
+    """Where the results of a model are; see open_model."""
+    if info["kind"] == "ours":
+        return checkpoint.parent
+    return Path(runs_dir, f"{checkpoint.stem}-{model_checksum(checkpoint)[:8]}")
