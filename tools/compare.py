@@ -73,7 +73,14 @@ def main(cfg: Settings) -> int:
     print(f"Verdict: {verdict}")
     if cfg.picture:
         panels = [
-            PhotoPanel(name, decode_image(data), decode_image(face.jpeg), *face[4:])
+            PhotoPanel(
+                name,
+                decode_image(data),
+                decode_image(face.jpeg),
+                face.box,
+                face.points,
+                face.others,
+            )
             for name, data, face in photos
         ]
         plot_comparison(Path(cfg.picture), panels, f"{measured}\n{verdict}")

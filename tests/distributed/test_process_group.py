@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def newest(cwd, name="last.pt"):
-    (run,) = cwd.glob("runs/*")
+    (run,) = cwd.glob("runs/[!.]*")
     return load_checkpoint(run / name)
 
 
@@ -220,10 +220,10 @@ def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
             printed, codes = groups.run(cwd, ranks, "run_train", argv, fails=True, **kill)
             assert not any("Traceback" in text for text in printed), printed
             killed += codes != [0] * ranks
-            for run in cwd.glob("runs/*"):
+            for run in cwd.glob("runs/[!.]*"):
                 if not (run / "last.pt").exists():  # it had done nothing that could be lost
                     shutil.rmtree(run)
-            argv = ["--resume"] if list(cwd.glob("runs/*")) else flags
+            argv = ["--resume"] if list(cwd.glob("runs/[!.]*")) else flags
             if codes == [0] * ranks:
                 break
         groups.run(cwd, ranks, "run_train", argv)

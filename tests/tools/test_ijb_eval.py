@@ -32,11 +32,17 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def results(here):
+    """The folder of the model's results, whose name ends with its checksum."""
+    (folder,) = (here / "runs").glob("theirs-*")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["ijbc", "ijbb"])
 def test_the_script_reports_both_protocols(here, capsys, name):
     folder = write_benchmark(here / "set", name, ("G1", "G2") if name == "ijbc" else ("S1", "S2"))
     run(folder)
-    report = json.loads((here / "runs" / "theirs" / f"{name}.json").read_text())
+    report = json.loads((results(here) / f"{name}.json").read_text())
     assert (report["pictures"], report["templates"]) == (IMAGES, 2 * IDENTITIES)
     assert (report["pairs"], report["matched_pairs"]) == (36, 6)
     assert list(report["tar_at_far"]) == ["1e-1", "1e-2", "1e-3", "1e-4", "1e-5", "1e-6"]
@@ -52,7 +58,7 @@ def test_the_script_reports_both_protocols(here, capsys, name):
 def test_the_report_is_the_definition_on_the_networks_embeddings(here, ijb_folder):
     """Templates and scores written out for one setting of the options."""
     run(ijb_folder, "--no-norm-weight", "--no-flip")
-    report = json.loads((here / "runs" / "theirs" / "ijbc.json").read_text())
+    report = json.loads((results(here) / "ijbc.json").read_text())
     metadata = read_ijb(ijb_folder)
     model = build_model("tiny", emb_size=8).eval()
     model.load_state_dict(torch.load("theirs.pth"))
@@ -83,18 +89,18 @@ def test_features_are_kept_until_model_or_images_change(here, edit_ijb, capsys, 
     embed = ijb.embed_ijb
     monkeypatch.setattr(ijb, "embed_ijb", lambda *a: calls.append(1) or embed(*a))
     run(folder)
-    first = json.loads((here / "runs" / "theirs" / "ijbc.json").read_text())
+    first = json.loads((results(here) / "ijbc.json").read_text())
     run(folder, "--no-detector-score")
     run(folder)
     assert len(calls) == 1
-    again = json.loads((here / "runs" / "theirs" / "ijbc.json").read_text())
+    again = json.loads((results(here) / "ijbc.json").read_text())
     assert again["tar_at_far"] == first["tar_at_far"]
     run(folder, "--no-flip")
     image = folder / "loose_crop" / "3.jpg"
     image.write_bytes(image.read_bytes() + b"\0")
     run(folder)
     assert len(calls) == 3
-    features = here / "runs" / "theirs" / "embeddings" / "ijbc-theirs.npy"
+    features = results(here) / "embeddings" / "ijbc-theirs.npy"
     data = bytearray(features.read_bytes())
     data[-5] ^= 1
     features.write_bytes(data)
@@ -115,7 +121,7 @@ def test_an_image_in_a_sub_folder_that_changes_is_noticed(here, edit_ijb, same_s
         path = folder / "meta" / f"ijbc_{name}.txt"
         path.write_text(re.sub(r"(?m)^", "img/", path.read_text().strip()))
     run(folder)
-    features = here / "runs" / "theirs" / "embeddings" / "ijbc-theirs.npy"
+    features = results(here) / "embeddings" / "ijbc-theirs.npy"
     before = np.load(features)
     image = folder / "loose_crop" / "img" / "3.jpg"
     other = (folder / "loose_crop" / "img" / "4.jpg").read_bytes()
@@ -145,8 +151,8 @@ def test_a_missing_image_is_told_before_any_is_embedded(here, edit_ijb, capsys, 
 def test_embedding_resumes_after_a_kill(here, ijb_folder, capsys, monkeypatch):
     """After any block, with the very bytes of an uninterrupted run; other weights start anew."""
     monkeypatch.setattr(ijb, "ALIGNED_AHEAD", 8)
-    features = here / "runs" / "theirs" / "embeddings" / "ijbc-theirs.npy"
     run(ijb_folder)
+    features = results(here) / "embeddings" / "ijbc-theirs.npy"
     expected = features.read_bytes()
     kept = {path.name for path in features.parent.iterdir()}
     assert kept == {"ijbc-theirs.npy", "ijbc-theirs.key"}

@@ -55,7 +55,7 @@ def run(cwd, folder, *more):
     if "--resume" not in more:
         argv += [*FLAGS.split(), "--train-set", str(folder), "--ema", "0.9"]
     train.main(parse_args(argv, "train"))
-    return next(cwd.glob("runs/*"))
+    return next(cwd.glob("runs/[!.]*"))
 
 
 def test_a_run_with_ema_weights_resumes_to_the_bit(folder, tmp_path, monkeypatch, capsys):

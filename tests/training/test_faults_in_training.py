@@ -44,7 +44,7 @@ def start(folder, tmp_path, capsys, monkeypatch):
 
 def states(base):
     """What is in last.pt and best.pt, but for where the run was told to be."""
-    (run,) = base.glob("runs/*")
+    (run,) = base.glob("runs/[!.]*")
     loaded = [load_checkpoint(run / name) for name in ("last.pt", "best.pt")]
     return [{k: v for k, v in state.items() if k != "config"} for state in loaded]
 
@@ -66,7 +66,7 @@ def fail_each(start, tmp_path, stays, step=1):
             code, sentence = start(base)
         assert code == 2
         assert " cannot be written (" in sentence
-        for run in base.glob("runs/*"):
+        for run in base.glob("runs/[!.]*"):
             assert not list(run.glob(".*.tmp"))
             if not (run / "last.pt").exists():
                 shutil.rmtree(run)  # nothing was done that could be lost
@@ -114,7 +114,7 @@ def test_a_full_disk(kilobytes, start, tmp_path):
         else:
             shutil.rmtree(disk / "runs", ignore_errors=True)
         mount("remount,rw,size=100m")
-        for run in disk.glob("runs/*"):
+        for run in disk.glob("runs/[!.]*"):
             if not (run / "last.pt").exists():
                 shutil.rmtree(run)
         assert start(disk) == (0, "")

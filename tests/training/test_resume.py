@@ -64,10 +64,10 @@ class Killer:
 
 def runs_with_a_checkpoint(cwd):
     # Killed before its first checkpoint, a run has done nothing that could be lost.
-    for run in cwd.glob("runs/*"):
+    for run in cwd.glob("runs/[!.]*"):
         if not (run / "last.pt").exists():
             shutil.rmtree(run)
-    return list(cwd.glob("runs/*"))
+    return list(cwd.glob("runs/[!.]*"))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def unbroken(killer, tmp_path_factory):
 def points(cwd):
     """All scalars in the files of the only run: {tag: [(step, value)]}, nothing purged."""
     scalars = {}
-    (run,) = cwd.glob("runs/*")
+    (run,) = cwd.glob("runs/[!.]*")
     for path in sorted(run.glob("events.*")):
         for _, event in events.read_event_frames(path.read_bytes()):
             for value in event.summary.value:
@@ -102,7 +102,7 @@ def points(cwd):
 def steps_by_tag(cwd):
     """{tag: [step]} of all that the only run has logged, images and curves included."""
     steps = {}
-    (run,) = cwd.glob("runs/*")
+    (run,) = cwd.glob("runs/[!.]*")
     for path in sorted(run.glob("events.*")):
         for _, event in events.read_event_frames(path.read_bytes()):
             for value in event.summary.value:
@@ -112,7 +112,7 @@ def steps_by_tag(cwd):
 
 def assert_same_run(cwd, unbroken):
     """Checkpoints, logged numbers and TensorBoard; returns how many bytes were compared."""
-    (run,), (straight,) = cwd.glob("runs/*"), unbroken.glob("runs/*")
+    (run,), (straight,) = cwd.glob("runs/[!.]*"), unbroken.glob("runs/[!.]*")
     compared = 0
     for name in ("last.pt", "best.pt"):
         actual, expected = load_checkpoint(run / name), load_checkpoint(straight / name)
@@ -292,7 +292,7 @@ def test_a_best_epoch_counts_as_one_only_once_it_is_written(start, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Run, "save", full)
         code, printed = start(resumed=False)
-    (run,) = tmp_path.glob("runs/*")
+    (run,) = tmp_path.glob("runs/[!.]*")
     assert code == 2
     assert "best.pt cannot be written (No space left on device). All steps are saved" in printed
     state = load_checkpoint(run / "last.pt")
@@ -345,7 +345,7 @@ def test_the_fingerprint_covers_ids_labels_and_split(folder):
 
 def test_a_second_train_on_one_run_is_refused(start, tmp_path):
     start(resumed=False)
-    (run,) = tmp_path.glob("runs/*")
+    (run,) = tmp_path.glob("runs/[!.]*")
     with lock_folder(run, "train.py"):
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         code, printed = start("--resume", "--epochs", "2")
@@ -356,7 +356,7 @@ def test_a_second_train_on_one_run_is_refused(start, tmp_path):
 
 def test_a_corrupt_checkpoint_is_reported_and_the_one_before_taken(start, unbroken, tmp_path):
     start(resumed=False)
-    (run,) = tmp_path.glob("runs/*")
+    (run,) = tmp_path.glob("runs/[!.]*")
     state = load_checkpoint(run / "last-1.pt")
     assert (state["epoch"], state["step"]) == (0, 4)
     data = bytearray((run / "last.pt").read_bytes())
@@ -376,7 +376,7 @@ def test_a_corrupt_checkpoint_is_reported_and_the_one_before_taken(start, unbrok
 
 def test_checkpoints_that_are_no_state_of_the_run_are_sentences(start, tmp_path):
     start(resumed=False)
-    (run,) = tmp_path.glob("runs/*")
+    (run,) = tmp_path.glob("runs/[!.]*")
     complete = load_checkpoint(run / "last.pt")
     torch.manual_seed(0)
     for change, text in (

@@ -57,7 +57,7 @@ def start(folder, tmp_path, monkeypatch):
     def run(more=""):
         where = f"--train-set {folder} --runs-dir {tmp_path}/runs --images-dir {tmp_path}/images"
         argv = f"--resume {more} --runs-dir {tmp_path}/runs".split()
-        if not list(tmp_path.glob("runs/*")):
+        if not list(tmp_path.glob("runs/[!.]*")):
             argv = f"{FLAGS} {where} {more}".split()
         code = 0
         monkeypatch.setattr("training.run_report.plot_curves", lambda *_: None)
@@ -65,7 +65,7 @@ def start(folder, tmp_path, monkeypatch):
             train.main(parse_args(argv, "train"))
         except SystemExit as error:
             code = error.code
-        return next(Path(tmp_path, "runs").iterdir()), code
+        return next(tmp_path.glob("runs/[!.]*")), code
 
     return run
 
