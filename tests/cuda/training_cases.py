@@ -190,7 +190,7 @@ def the_default_fits_8_gb_as_the_message_says(folder: Path, report) -> dict:
     reader = RecordReader(folder / "set")
     jpegs = [reader.encoded(i % len(reader)) for i in range(600)]
     write_dataset(folder / "large", jpegs, [i // 60 for i in range(600)])
-    flags = f"--network r50 --batch-size 512 --train-set {folder}/large --emb-size 512"
+    flags = f"--network r50 --batch-size 512 --train-set {folder}/large --emb-size 512 --cache ram"
     torch.cuda.empty_cache()
     report.set_total_memory(8 << 30)
     interpreter.VALUES_BATCH = 2  # the sizes tell, not the values
