@@ -50,8 +50,7 @@ def build_head(
         raise ValueError(f"--margin {margin} has no margin; leave --margin-m out.")
     for name in options:
         if name not in head.options:
-            flag = "--easy-margin" if name == "easy_margin" else f"--margin-option {name}"
-            raise ValueError(f"--margin {margin} has no {flag}; leave it out.")
+            raise ValueError(f"--margin {margin} has no --margin-option {name}; leave it out.")
     sharded = world_size() > 1 or sample_rate < 1
     if sharded and not head.shardable:
         shardable = ", ".join(name for name, other in HEADS.items() if other.shardable)
