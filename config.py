@@ -178,9 +178,7 @@ class MarginLoss:
         high=3.2,
     )
     margin_s: float = setting(64.0, "scale of the logits; depends on --margin", low=0)
-    margin_option: tuple[str, ...] = setting(
-        ("easy=0",), "further constants of a margin: {options}"
-    )
+    margin_option: tuple[str, ...] = setting((), "further constants of a margin: {options}")
     focal_loss: float = setting(
         0.0, "focal loss with this gamma (the flag alone: 2); 0: cross entropy", low=0, alone=2.0
     )
@@ -412,8 +410,13 @@ def _read_options(margin: str, texts: Sequence[str]) -> dict[str, float]:
 
 
 def normal_options(margin: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """All options of a margin, so that equal ones compare equal: (), ("h=0.4",) to ("h=0.4",)."""
-    return tuple(f"{name}={value}" for name, value in _read_options(margin, texts).items())
+    """All options of a margin, so that equal ones compare equal: (), ("h=0.4",) to ("h=0.4",).
+
+    One that is off by default and not on, as arcface's easy=0, is left out.
+    """
+    options = MARGINS[margin].options
+    values = _read_options(margin, texts).items()
+    return tuple(f"{name}={value}" for name, value in values if value or options[name].default)
 
 
 def checkpoint_interval(text: str) -> tuple[int, float]:
@@ -516,7 +519,7 @@ def _add_flag(group: Any, field: dataclasses.Field, hint: Any) -> None:
     flag = "--" + field.name.rstrip("_").replace("_", "-")  # as_: "as" is a word of Python's
     meta, help = field.metadata, field.metadata["help"]
     is_tuple = typing.get_origin(hint) is tuple
-    if field.default not in ("", ()) and field.name != "margin_option":
+    if field.default not in ("", ()):
         shown = " ".join(map(str, field.default)) if is_tuple else field.default
         help += f" (default: {shown})"
     options: dict[str, Any] = {"default": argparse.SUPPRESS}

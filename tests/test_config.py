@@ -161,6 +161,8 @@ def test_the_options_of_a_margin():
 
     assert options("--margin combined") == {"m1": 1.0, "m3": 0.2}
     assert options("--margin combined --margin-option m3=0.1") == {"m1": 1.0, "m3": 0.1}
+    assert options("--margin combined --margin-option m3=0") == {"m1": 1.0, "m3": 0.0}
+    assert options("--margin arcface --margin-option easy=0") == {"easy": 0}
     assert options("--margin subcenter --margin-option subcenters=2") == {"subcenters": 2}
     assert options("--margin arcface --margin-option easy=1") == {"easy": 1}
     # However they are written, equal options make equal settings: a run can be resumed with them.

@@ -156,7 +156,7 @@ def resumed_config(cfg: Config, saved: dict[str, Any], path: Path) -> Config:
         old = config_from(saved)
     except ValueError as error:
         raise UserError(f"{path} is not a run of this train.py ({error}).") from None
-    if "init" in cfg.given:
+    if cfg.init:
         raise UserError(
             f"--init begins a new run, and {path} has its weights already; leave one of --init and "
             "--resume out."

@@ -21,7 +21,7 @@ def print_header(run: Run) -> None:
         base = f"Base: {settings['init']}, SHA-256 {settings['init_sha256']}; backbone's learning "
         base += f"rate x {settings['backbone_lr_factor']:g}"
         if run.frozen_epochs:
-            base += f", the head alone in {min(run.frozen_epochs, run.epochs)} epochs"
+            base += f"; the head alone: {min(run.frozen_epochs, run.epochs)} of {run.epochs} epochs"
         base += "\n"
     print(
         f"Run: {run.folder}\n{base}"

@@ -50,8 +50,7 @@ def config_from(values: Mapping[str, Any]) -> Config:
 
 def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's settings under today's names; those of today stay as they are."""
-    new: dict[str, Any] = {"margin_option": ()}  # the default is another margin's
-    new |= {k: v for k, v in values.items() if k not in _RETIRED and k not in _OLD_OPTIONS}
+    new = {k: v for k, v in values.items() if k not in _RETIRED and k not in _OLD_OPTIONS}
     if "gamma" in new:  # focal_loss was whether, gamma the exponent
         gamma = new.pop("gamma")
         new["focal_loss"] = gamma if new.get("focal_loss") is True else 0.0

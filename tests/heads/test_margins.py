@@ -444,7 +444,6 @@ def test_a_run_is_evaluated_and_resumed_by_the_scripts(folder, tmp_path, capsys,
             if name not in SHARDABLE
         ),
         ("--margin uniface --focal-loss", "has a loss of its own"),
-        ("--margin cosface --margin-option easy=1", "has no option 'easy'"),
         ("--margin norm_softmax --margin-m 0.1", "has no margin"),
         ("--margin-s 0", "above zero"),
     ],

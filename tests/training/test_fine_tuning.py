@@ -116,7 +116,7 @@ def test_the_base_is_recorded_in_the_run_and_its_evaluation(base, folder, start,
     _, printed, state = start(flags)
     checksum = hashlib.sha256(base.read_bytes()).hexdigest()
     assert f"Base: {base}, SHA-256 {checksum}; backbone's learning rate x 0.5" in printed
-    assert "0.5, the head alone in 1 epochs" in printed
+    assert "0.5; the head alone: 1 of 2 epochs" in printed
     config = state["config"]
     assert (config["init"], config["init_sha256"]) == (str(base), checksum)
     assert (config["network"], config["emb_size"]) == ("tiny", 16)  # the base's, not the defaults
@@ -204,11 +204,14 @@ def test_the_factor_scales_the_backbones_steps_alone(base, start, monkeypatch, m
 # ------------------------------------------------------------------------------ resumed
 
 
-@pytest.mark.parametrize("stop", [3, 6, 9])  # while frozen, between, and after
-def test_a_run_resumes_bit_for_bit_without_its_base(base, start, monkeypatch, tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "more"),  # while frozen, between, and after
+    [(3, ""), (6, "--sample-rate 0.7"), (9, "--backbone-lr-factor 0.1")],
+)
+def test_a_run_resumes_bit_for_bit_without_its_base(base, start, monkeypatch, tmp_path, stop, more):
     copy = tmp_path / "base.pt"
     copy.write_bytes(base.read_bytes())
-    flags = f"--init {copy} --freeze-epochs 1 --backbone-lr-factor 0.1 --ema 0.9 --sample-rate 0.7"
+    flags = f"--init {copy} --freeze-epochs 1 --ema 0.9 {more}"
     _, _, straight = start(flags, "straight")
     train_step = Run.train_step
 

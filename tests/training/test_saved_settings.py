@@ -37,7 +37,7 @@ OLD = {
 @pytest.mark.parametrize(
     ("changed", "margin", "options"),
     [
-        ({}, "arcface", ("easy=0",)),
+        ({}, "arcface", ()),
         ({"easy_margin": True}, "arcface", ("easy=1",)),
         ({"easy_margin": True}, "cosface", ()),
         ({"margin_m3": 0.1}, "combined", ("m1=1.0", "m3=0.1")),
