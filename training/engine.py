@@ -203,10 +203,10 @@ class Engine:
         sharded = self.head.sharded_parameters()
         replicated = self.parameters[:-1] if sharded else self.parameters
         replicated = [p for p in replicated if p.grad is not None]  # none of a frozen network
-        norm = nn.utils.get_total_norm([p.grad for p in replicated])
+        norm = nn.utils.get_total_norm([p.grad for p in replicated]) if replicated else 0.0
         if sharded:
             local = nn.utils.get_total_norm([p.grad for p in sharded])
-            norm = (norm.square() + all_reduce_sum(local.square())).sqrt()
+            norm = (norm**2 + all_reduce_sum(local.square())).sqrt()
         # The optimiser does not know sampled centres.
         norm = self.scaler.unscale(norm, [p for p in sharded if p is not self.head.weight])
         if self.clip_norm > 0:
