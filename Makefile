@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 	$(RUN) -m tools.synthetic --output demo/data
 	$(RUN) pre_process.py --data-dir demo/data --images-dir demo/images
 	$(RUN) train.py $(DEMO) --network tiny --epochs 6 --batch-size 128 --margin-s 32 \
-		--margin-m 0.3 --schedule poly --poly-power 1 --warmup-epochs 1 --clip-norm 5 --dropout 0 \
+		--margin-m 0.3 --schedule linear --warmup-epochs 1 --clip-norm 5 --dropout 0 \
 		--log-every 4
 	$(RUN) lfw_eval.py $(DEMO) --robustness
 

@@ -65,7 +65,8 @@ MARGINS = {
     "sphereface": MarginDefaults("SphereFace", 30.0, 1.5),
     "sphereface2": MarginDefaults("SphereFace2", 40.0, 0.4),
     "cosface": MarginDefaults("CosFace", 64.0, 0.35),
-    "arcface": MarginDefaults("ArcFace", 64.0, 0.5),
+    # easy=1: no margin where the angle is over 90 degrees.
+    "arcface": MarginDefaults("ArcFace", 64.0, 0.5, {"easy": Option(0, 0, 1)}),
     "combined": MarginDefaults(
         "Combined", 64.0, 0.3, {"m1": Option(1.0, 0.1, 4.0), "m3": Option(0.2, 0.0, 2.0)}
     ),
@@ -89,8 +90,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "margin_s": 32.0,
         "margin_m": 0.3,
         "lr": 0.2,
-        "schedule": "poly",
-        "poly_power": 1.0,
+        "schedule": "linear",
         "warmup_epochs": 0.5,
     },
 }
@@ -154,6 +154,18 @@ class Backbone:
 
 
 @dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """Fine-tuning"""
+
+    SCRIPTS: ClassVar[str] = "train"
+    init: str = setting("", "begin with the backbone of a checkpoint: ours, or a state dict")
+    freeze_epochs: int = setting(0, "epochs at the beginning that train the head alone", low=0)
+    backbone_lr_factor: float = setting(
+        1.0, "the backbone's learning rate, as a multiple of the head's", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class MarginLoss:
     """Margin and loss"""
 
@@ -167,7 +179,6 @@ class MarginLoss:
     )
     margin_s: float = setting(64.0, "scale of the logits; depends on --margin", low=0)
     margin_option: tuple[str, ...] = setting((), "further constants of a margin: {options}")
-    easy_margin: bool = setting(False, "arcface: no margin where the angle is over 90 degrees")
     focal_loss: float = setting(
         0.0, "focal loss with this gamma (the flag alone: 2); 0: cross entropy", low=0, alone=2.0
     )
@@ -228,9 +239,10 @@ class Optimisation:
     ema: float = setting(
         0.0, "EMA decay of the weights, evaluated beside them; 0: disabled", low=0, high=0.999999
     )
-    schedule: Literal["step", "cosine", "poly"] = setting("step", "learning rate schedule")
+    schedule: Literal["step", "cosine", "linear", "poly"] = setting(
+        "step", "learning rate schedule; linear and poly (quadratic): to zero"
+    )
     milestones: tuple[int, ...] = setting((20, 28), "step schedule: epochs before which lr is /10")
-    poly_power: float = setting(2.0, "poly schedule: exponent; 1: linear to zero", low=0)
     warmup_epochs: float = setting(0.0, "epochs of linear warm-up", low=0)
     clip_norm: float = setting(0.0, "largest gradient norm; 0: no clipping", low=0)
     amp: bool = setting(True, "autocast to bfloat16, on GPUs without it to float16")
@@ -245,11 +257,8 @@ class Logging:
 
     SCRIPTS: ClassVar[str] = "train"
     log_every: int = setting(20, "steps between two points in TensorBoard", low=1, resume=True)
-    checkpoint_steps: int = setting(
-        0, "steps between two last.pt within an epoch; 0: by time only", low=0, resume=True
-    )
-    checkpoint_minutes: float = setting(
-        15.0, "minutes between two last.pt within an epoch; 0: by steps only", low=0, resume=True
+    checkpoint_every: str = setting(
+        "15m", "last.pt also within an epoch: 15m, minutes; 500, steps; 0: never", resume=True
     )
     resume: str = setting(
         "", "a run's folder or last.pt; the flag alone: the newest run", resume=True, alone="newest"
@@ -313,6 +322,7 @@ class Config(
     Optimisation,
     TrainingSet,
     MarginLoss,
+    FineTuning,
     Backbone,
     PreProcessing,
     Machine,
@@ -324,6 +334,8 @@ class Config(
     SHARED: ClassVar[str] = ""
     # The settings given on the command line: a resumed run tells a wish from a default by it.
     given: tuple[str, ...] = ()
+    # SHA-256 of the file of --init, which train.py notes when a run begins.
+    init_sha256: str = ""
 
 
 def parse_args(
@@ -347,6 +359,7 @@ def parse_args(
     values = _derived_defaults(given) | given
     try:
         values["margin_option"] = normal_options(values["margin"], values["margin_option"])
+        checkpoint_interval(values.get("checkpoint_every", Config.checkpoint_every))
     except ValueError as error:
         parser.error(str(error))
     return settings(**values, given=tuple(given))
@@ -397,8 +410,31 @@ def _read_options(margin: str, texts: Sequence[str]) -> dict[str, float]:
 
 
 def normal_options(margin: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """All options of a margin, so that equal ones compare equal: (), ("h=0.4",) to ("h=0.4",)."""
-    return tuple(f"{name}={value}" for name, value in _read_options(margin, texts).items())
+    """All options of a margin, so that equal ones compare equal: (), ("h=0.4",) to ("h=0.4",).
+
+    One that is off by default and not on, as arcface's easy=0, is left out.
+    """
+    options = MARGINS[margin].options
+    values = _read_options(margin, texts).items()
+    return tuple(f"{name}={value}" for name, value in values if value or options[name].default)
+
+
+def checkpoint_interval(text: str) -> tuple[int, float]:
+    """(steps, minutes) of --checkpoint-every, 0 where it is not by these; ValueError if invalid.
+
+    "500" is (500, 0.0), "15m" (0, 15.0) and "0" (0, 0.0).
+    """
+    if text.isdecimal():
+        return int(text), 0.0
+    try:
+        minutes = float(text[:-1]) if text.endswith("m") else -1.0
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < float("inf"):
+        raise ValueError(
+            f"--checkpoint-every {text[:40]} is neither minutes (15m) nor a number of steps (500)"
+        )
+    return 0, minutes
 
 
 def settings_of(script: str | None, settings: type[Config] = Config) -> list[str]:

@@ -260,6 +260,10 @@ class ImageStore:
             return positions
         return positions[~np.isin(positions, list(self.corrupt))]
 
+    def in_file_order(self, positions: np.ndarray) -> np.ndarray:
+        """The positions (n,) of a split's part, in the order in which reading is fastest."""
+        return np.sort(positions)
+
     def record_ids(self, positions: np.ndarray) -> list[int]:
         """The record ids of the images at `positions`."""
         return self.reader.keys[self.indices[positions]].tolist()

@@ -2,6 +2,7 @@
 
     python train.py                                    # r50 on data/faces_webface_112x112
     python train.py --network mobilefacenet --batch-size 128 --lr 0.025        # on a laptop
+    python train.py --init base.pt --lr 0.01           # fine-tune another checkpoint
     python train.py --resume                           # resume the newest run
     torchrun --nproc-per-node=4 train.py               # on the four GPUs of a machine
     tensorboard --logdir=runs                          # watch
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Config, parse_args
+from config import Config, checkpoint_interval, parse_args
 from utils import UserError, exit_on_user_error
 
 if TYPE_CHECKING:
@@ -53,12 +54,18 @@ def main(cfg: Config) -> None:
 
 def start_run(cfg: Config) -> None:
     """Train a new run."""
-    from distributed.collectives import run_on_main
+    from distributed.collectives import run_on_all, run_on_main
+    from training.fine_tuning import initialise, open_base
     from training.resume import own_folder
 
+    network = {"network": cfg.network, "use_se": cfg.use_se, "emb_size": cfg.emb_size}
+    base = run_on_all(lambda: open_base(cfg.init, network, cfg.given))
+    cfg = dataclasses.replace(cfg, **base.settings)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{cfg.network}-s{cfg.seed}"
     folder = run_on_main(lambda: Path(cfg.runs_dir, name))
     run = build_run(cfg, folder)
+    initialise(run, base.weights)
+    del base  # the run has copies
     with own_folder(folder, create=True):
         fit(run, cfg, resumed=False)
 
@@ -98,7 +105,7 @@ def build_run(cfg: Config, folder: Path) -> Run:
     from training.engine import choose_compile
     from training.gpu_memory import choose_training_cache
     from training.run import Run
-    from training.schedule import learning_rate
+    from training.schedule import frozen_epochs, learning_rate
     from utils import seed_everything
 
     device = run_on_all(lambda: local_device(cfg.device))
@@ -123,21 +130,15 @@ def build_run(cfg: Config, folder: Path) -> Run:
     cfg = dataclasses.replace(cfg, compile=compiled)
     # How train.py was called does not make a run what it is.
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("given", "resume")}
+    schedule = {"lr": cfg.lr, "epochs": cfg.epochs, "schedule": cfg.schedule}
+    schedule |= {"milestones": cfg.milestones, "warmup_epochs": cfg.warmup_epochs}
 
     run = Run(
         engine=build(cfg.compile),
         store=store,
         split=split,
         folder=folder,
-        learning_rate_at=functools.partial(
-            learning_rate,
-            lr=cfg.lr,
-            epochs=cfg.epochs,
-            schedule=cfg.schedule,
-            milestones=cfg.milestones,
-            poly_power=cfg.poly_power,
-            warmup_epochs=cfg.warmup_epochs,
-        ),
+        learning_rate_at=functools.partial(learning_rate, **schedule),
         settings=settings,
         epochs=cfg.epochs,
         batch_size=cfg.batch_size,
@@ -146,8 +147,8 @@ def build_run(cfg: Config, folder: Path) -> Run:
         flip=cfg.flip,
         augment=cfg.augment,
         log_every=cfg.log_every,
-        checkpoint_steps=cfg.checkpoint_steps,
-        checkpoint_minutes=cfg.checkpoint_minutes,
+        checkpoint_every=checkpoint_interval(cfg.checkpoint_every),
+        frozen_epochs=frozen_epochs(cfg.freeze_epochs, cfg.lr * cfg.backbone_lr_factor),
     )
     seed_per_rank(cfg.seed, 0)  # after the network is built: its weights are the same everywhere
     run_on_all(lambda: check_training_set(store, positions, split.num_classes, cfg.seed))
@@ -213,16 +214,15 @@ def build_engine(
             num_classes,
             margin_s=cfg.margin_s,
             margin_m=cfg.margin_m,
-            options=dict(cfg.margin_options) | ({"easy_margin": True} if cfg.easy_margin else {}),
+            options=cfg.margin_options,
             batch_size=cfg.batch_size,
             sample_rate=cfg.sample_rate,
             seed=cfg.seed,
         ).to(device)
     except ValueError as error:  # settings that do not fit together
         raise UserError(str(error)) from None
-    optimizer = build_optimizer(
-        model, head, cfg.lr, cfg.momentum, cfg.weight_decay, decay_bn=cfg.decay_bn
-    )
+    options = {"decay_bn": cfg.decay_bn, "backbone_lr_factor": cfg.backbone_lr_factor}
+    optimizer = build_optimizer(model, head, cfg.lr, cfg.momentum, cfg.weight_decay, **options)
     return Engine(
         model,
         head,

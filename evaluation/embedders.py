@@ -260,6 +260,9 @@ def load_network(
         for name, value in (("epoch", loaded.get("epoch")), ("seed", config.get("seed"))):
             if type(value) is int:
                 info[name] = value
+        for name in ("init", "init_sha256"):
+            if type(value := config.get(name)) is str and value:
+                info[name] = value
         check_weights(state, checkpoint)
         model, _ = build_with_weights(network, use_se, state, checkpoint)
     else:

@@ -189,6 +189,8 @@ class ModelInfo(TypedDict, total=False):
     epoch: int  # checkpoints of train.py only
     seed: int
     network: str
+    init: str  # the checkpoint that a run of train.py began with, and its SHA-256
+    init_sha256: str
     notes: list[str]  # third-party models: the pixels they are given, what was chosen and left out
     checkpoint: str  # path
     checksum: str  # SHA-256 of the file and of the input it expects

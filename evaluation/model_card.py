@@ -95,7 +95,8 @@ def _training(
     yield "licence of the training data", data_licence
     if not config:
         yield "training", UNKNOWN
-    shaping = set(settings_of("train"))  # a checkpoint holds the settings of all scripts
+    # A checkpoint holds the settings of all scripts.
+    shaping = {*settings_of("train"), "init_sha256"}
     for name, value in config.items():
         if name in shaping and not name.endswith("_dir"):
             yield f"`{name}`", value

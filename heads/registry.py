@@ -48,10 +48,6 @@ def build_head(
         raise ValueError("--margin-s 0 makes all logits equal; give a scale above zero.")
     if margin_m and not head.has_margin:
         raise ValueError(f"--margin {margin} has no margin; leave --margin-m out.")
-    for name in options:
-        if name not in head.options:
-            flag = "--easy-margin" if name == "easy_margin" else f"--margin-option {name}"
-            raise ValueError(f"--margin {margin} has no {flag}; leave it out.")
     sharded = world_size() > 1 or sample_rate < 1
     if sharded and not head.shardable:
         shardable = ", ".join(name for name, other in HEADS.items() if other.shardable)

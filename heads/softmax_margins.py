@@ -22,10 +22,10 @@ class ArcFace(MarginHead):
     With s = 64 and m = 0.5, a true class at 60 degrees gets 64·cos(60° + 28.6°) = 1.5 in place of
     32: its angle has to be 28.6 degrees smaller for the logit that it had without the margin.
 
-    `easy_margin` leaves angles over 90 degrees without a margin.
+    `easy` 1 leaves angles over 90 degrees without a margin.
     """
 
-    options = ("easy_margin",)
+    options = ("easy",)
     shardable = True
 
     def __init__(
@@ -34,10 +34,10 @@ class ArcFace(MarginHead):
         num_classes: int,
         margin_s: float = 64.0,
         margin_m: float = 0.5,
-        easy_margin: bool = False,
+        easy: int = 0,
     ) -> None:
         super().__init__(emb_size, num_classes, margin_s, margin_m)
-        self.easy_margin = easy_margin
+        self.easy = easy
 
     def margin(self, cosine: Tensor, label: Tensor) -> Tensor:
         """Cosines (N, classes) and labels (N,) to logits (N, classes)."""
@@ -50,7 +50,7 @@ class ArcFace(MarginHead):
         # The addition formula, since the slope of arccos is infinite at θ = 0 and π.
         sine = sine_of(cosine)
         shifted = cosine * cos_m - sine * sin_m
-        if self.easy_margin:
+        if self.easy:
             return torch.where(cosine > 0, shifted, cosine)
         # Beyond θ + m = π, which is cos θ < cos(π − m) = −cos m, cos(θ + m) would rise again. The
         # line cos θ − m·sin m takes over, so that the logit falls with θ everywhere.
@@ -193,6 +193,12 @@ class SubcenterArc(ArcFace):
     ) -> None:
         super().__init__(emb_size, num_classes * subcenters, margin_s, margin_m)
         self.subcenters = subcenters
+
+    def set_centres(self, directions: Tensor) -> None:
+        """The first centre of each class; the others stay random, for what is unlike the rest."""
+        rows = torch.zeros_like(self.weight).view(len(directions), self.subcenters, -1)
+        rows[:, 0] = directions
+        super().set_centres(rows.flatten(0, 1))
 
     def cosine(self, embedding: Tensor) -> Tensor:
         """(N, emb_size) to the cosines to each class's nearest centre, (N, classes)."""

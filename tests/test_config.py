@@ -7,7 +7,7 @@ import typing
 import pytest
 
 import models
-from config import MARGINS, RECIPES, Config, parse_args, settings_of
+from config import MARGINS, RECIPES, Config, checkpoint_interval, parse_args, settings_of
 from tests.helpers.paths import ROOT
 from tools import detect_faces, held_out, ijb_eval, label_noise, make_bin, make_shards, synthetic
 from training.saved_settings import config_from
@@ -55,12 +55,25 @@ def test_a_recipe_changes_defaults_and_what_is_given_goes_before_it():
 
 
 def test_types_follow_the_fields():
-    argv = ["--lr", "1e-2", "--epochs", "3", "--milestones", "1", "2", "--easy-margin"]
+    argv = ["--lr", "1e-2", "--epochs", "3", "--milestones", "1", "2", "--use-se"]
     argv += ["--no-flip", "--network", "r18"]
     cfg = parse_args(argv, "train")
     assert (cfg.lr, cfg.epochs, cfg.milestones) == (0.01, 3, (1, 2))
-    assert (cfg.easy_margin, cfg.flip, cfg.network) == (True, False, "r18")
-    assert set(cfg.given) == {"lr", "epochs", "milestones", "easy_margin", "flip", "network"}
+    assert (cfg.use_se, cfg.flip, cfg.network) == (True, False, "r18")
+    assert set(cfg.given) == {"lr", "epochs", "milestones", "use_se", "flip", "network"}
+
+
+def test_checkpoint_every_is_minutes_or_steps(capsys):
+    assert [checkpoint_interval(text) for text in ("0", "500", "15m", "0.5m")] == [
+        (0, 0.0),
+        (500, 0.0),
+        (0, 15.0),
+        (0, 0.5),
+    ]
+    for text in ("15s", "1.5", "nanm", "infm", ""):
+        with pytest.raises(SystemExit):
+            parse_args(["--checkpoint-every", text], "train")
+        assert f"{text} is neither minutes (15m) nor a number" in capsys.readouterr().err
 
 
 def test_resume_takes_a_path_or_means_the_newest():
@@ -148,8 +161,10 @@ def test_the_options_of_a_margin():
 
     assert options("--margin combined") == {"m1": 1.0, "m3": 0.2}
     assert options("--margin combined --margin-option m3=0.1") == {"m1": 1.0, "m3": 0.1}
+    assert options("--margin combined --margin-option m3=0") == {"m1": 1.0, "m3": 0.0}
+    assert options("--margin arcface --margin-option easy=0") == {"easy": 0}
     assert options("--margin subcenter --margin-option subcenters=2") == {"subcenters": 2}
-    assert options("--margin arcface") == {}
+    assert options("--margin arcface --margin-option easy=1") == {"easy": 1}
     # However they are written, equal options make equal settings: a run can be resumed with them.
     a = parse_args(["--margin", "adaface"], "train")
     b = parse_args(["--margin", "adaface", "--margin-option", "h=.333"], "train")
@@ -159,7 +174,7 @@ def test_the_options_of_a_margin():
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("--margin-option subcenters=2", "arcface has no option 'subcenters' (it has: no"),
+        ("--margin-option subcenters=2", "arcface has no option 'subcenters' (it has: easy"),
         ("--margin combined --margin-option h=1", "no option 'h' (it has: m1, m3)"),
         ("--margin combined --margin-option m1=x", "m1=x is not a number"),
         ("--margin combined --margin-option m1=5", "m1=5 is not in 0.1 ... 4.0"),

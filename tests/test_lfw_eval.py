@@ -559,8 +559,8 @@ def test_lfw_json_has_the_keys_of_its_type_in_their_order(data, tmp_path, monkey
     run = tmp_path / "runs" / "20250601-000000-tiny-s4"
     save_tiny(run / "best.pt")
     save_other(run / "last.pt", epoch=9, seed=1)
-    others = ("sets", "comparison", "notes")  # notes: of third-party models
-    keys = [key for key in LfwJson.__annotations__ if key not in others]
+    others = ("notes", "init", "init_sha256")  # of third-party and of fine-tuned models only
+    keys = [key for key in LfwJson.__annotations__ if key not in ("sets", *others)]
     insightface = {"standard_deviation", "val", "val_far"}
     main("--robustness")
     report = json.loads((run / "lfw.json").read_text("utf-8"))
@@ -569,7 +569,7 @@ def test_lfw_json_has_the_keys_of_its_type_in_their_order(data, tmp_path, monkey
     assert list(report["calibration"]) == list(Calibration.__annotations__)
     assert list(report["robustness"]["clean"]) == list(RobustnessMetrics.__annotations__)
     (other,) = report["compared_with"]
-    assert list(other) == [key for key in ComparedModel.__annotations__ if key != "notes"]
+    assert list(other) == [key for key in ComparedModel.__annotations__ if key not in others]
     assert list(other["sets"]["lfw"]["comparison"]) == list(Comparison.__annotations__)
     main("--as", "insightface")
     report = json.loads((run / "lfw.json").read_text("utf-8"))

@@ -79,7 +79,7 @@ def log_and_look(self, *args):
 Run._log_point = log_and_look
 source, output = sys.argv[1:]
 flags = f"--cache none --train-set {source} --data-dir {output} --runs-dir {output}/runs --epochs 1"
-flags += f" --images-dir {output}/images --device cpu --workers 2 --checkpoint-minutes 0.02"
+flags += f" --images-dir {output}/images --device cpu --workers 2 --checkpoint-every 0.02m"
 flags += " --emb-size 8 --lr 0.01 --batch-size 100 --valid-fraction 0 --margin-s 1 --log-every 5"
 train.main(parse_args(flags.split(), "train"))
 quarter = len(sizes) // 4

@@ -28,7 +28,7 @@ from distributed.process_group import world_size
 from heads.base import Criterion, Head, HeadLoss
 from training.checkpoints import load_momentum
 from training.ema import ModelEMA
-from training.loss_scaler import LossScaler
+from training.loss_scaler import LossScaler, create_momentum
 from utils import FACE_SIZE, UserError, autocast_dtype, conv_layout, dtype_name
 
 COMPILED_STEPS = 2000  # compiling takes a minute, which pays off in runs of that many steps
@@ -77,6 +77,7 @@ class Engine:
         self.replica = wrap_ddp(model)  # the model itself in one process
         self.forward = torch.compile(self.replica) if compiled else self.replica
         self.parameters = trainable_parameters(model, head)
+        self.is_frozen = False  # whether steps train the head alone
         self.ema = ModelEMA(model, ema_decay) if ema_decay else None
         self.scaler = LossScaler(optimizer, device, enabled=amp is torch.float16)
 
@@ -95,9 +96,23 @@ class Engine:
     # -------------------------------------------------------------------------- a step
 
     def train(self, mode: bool = True) -> None:
-        """Put network and head into training mode, or into evaluation mode."""
-        self.model.train(mode)
+        """Put network and head into training mode, or into evaluation mode.
+
+        A frozen network stays in evaluation mode: no dropout, and batch normalisation's statistics
+        stay those of its weights.
+        """
+        self.model.train(mode and not self.is_frozen)
         self.head.train(mode)
+
+    def freeze(self, frozen: bool) -> None:
+        """Have steps train the head alone, until it is undone.
+
+        The network then gets no gradients, so neither momentum nor weight decay move it. Its
+        momentum is zero, as checkpoints hold all of it or none.
+        """
+        self.is_frozen = frozen
+        if frozen:
+            create_momentum(self.optimizer)
 
     def loss(self, images: Tensor, labels: Tensor, slice_size: int) -> HeadLoss:
         """The mean loss (with the margin) and the number of correct predictions (without).
@@ -107,10 +122,15 @@ class Engine:
         """
         # Batches of validation vary in size, and each size would be compiled anew.
         forward = self.forward if self.model.training else self.model
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            embedding = self.embed(images, forward)
+        return self.head.loss(embedding, labels, self.criterion, slice_size)
+
+    def embed(self, images: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, 3, 112, 112) to (n, emb_size), unnormalised, in the number format of the run."""
         images = images.contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            embedding = forward(images)  # (n, emb_size)
-        return self.head.loss(embedding, labels, self.criterion, slice_size)
+            return forward(images)
 
     def train_step(self, images: Tensor, labels: Tensor, lr: float, step: int) -> StepResult:
         """One step of SGD on a batch, of which (n, 3, 112, 112) and (n,) are this slice.
@@ -138,7 +158,7 @@ class Engine:
 
         gradient_norm = self.clip_gradients()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         overflow = self.scaler.count(gradient_norm)  # None but in float16
         self.scaler.step(self.optimizer)
         self.head.update(self.optimizer, overflow)  # the centres that Partial FC has sampled
@@ -182,10 +202,11 @@ class Engine:
         # are the same in all processes and count once. The head's weight is the last parameter.
         sharded = self.head.sharded_parameters()
         replicated = self.parameters[:-1] if sharded else self.parameters
-        norm = nn.utils.get_total_norm([p.grad for p in replicated])
+        replicated = [p for p in replicated if p.grad is not None]  # none of a frozen network
+        norm = nn.utils.get_total_norm([p.grad for p in replicated]) if replicated else 0.0
         if sharded:
             local = nn.utils.get_total_norm([p.grad for p in sharded])
-            norm = (norm.square() + all_reduce_sum(local.square())).sqrt()
+            norm = (norm**2 + all_reduce_sum(local.square())).sqrt()
         # The optimiser does not know sampled centres.
         norm = self.scaler.unscale(norm, [p for p in sharded if p is not self.head.weight])
         if self.clip_norm > 0:
@@ -220,7 +241,8 @@ class Engine:
         head = {name: self.head.local_rows(v) for name, v in state["head"].items()}
         self.head.load_state_dict(head)
         load_momentum(self.optimizer, optimizer, path)
-        self.scaler.create_momentum()
+        if self.scaler.is_enabled():
+            create_momentum(self.optimizer)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if "scaler" in state:  # else it was computed in another format
@@ -258,21 +280,25 @@ def build_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     decay_bn: bool = True,
+    backbone_lr_factor: float = 1.0,
 ) -> torch.optim.SGD:
     """SGD with momentum on network and head.
 
     `decay_bn` false: no weight decay on parameters of one dimension, which are those of batch
-    normalisation and PReLU, and biases.
+    normalisation and PReLU, and biases. The network's learning rate is `backbone_lr_factor` times
+    the head's.
     """
-    decayed, not_decayed = trainable_parameters(model, head), []
-    if not decay_bn:
-        not_decayed = [p for p in decayed if p.dim() <= 1]
-        decayed = [p for p in decayed if p.dim() > 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
-    if not_decayed:  # first, so that the head's weight stays last
-        groups.insert(0, {"params": not_decayed, "weight_decay": 0.0})
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    head_parameters = set(head.parameters())
+    for parameter in trainable_parameters(model, head):
+        factor = 1.0 if parameter in head_parameters else backbone_lr_factor
+        groups.setdefault((decay_bn or parameter.dim() > 1, factor), []).append(parameter)
+    ordered = [  # those without decay first, so that the head's weight stays last
+        {"params": params, "weight_decay": weight_decay * decays, "lr_factor": factor}
+        for (decays, factor), params in sorted(groups.items(), key=lambda group: group[0][0])
+    ]
     fused = head.weight.device.type in ("cpu", "cuda")
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
+    return torch.optim.SGD(ordered, lr=lr, momentum=momentum, fused=fused)
 
 
 def check_batch_size(batch_size: int, accumulate: int) -> None:

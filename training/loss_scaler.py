@@ -33,7 +33,8 @@ class LossScaler(torch.amp.GradScaler):
         super().__init__(device.type, enabled=enabled)
         self.optimizer = optimizer
         self._skipped = torch.zeros((), device=device)
-        self.create_momentum()
+        if enabled:  # fused SGD leaves its memory uninitialised if it skips the first step
+            create_momentum(optimizer)
 
     @property
     def loss_scale(self) -> float | None:
@@ -52,12 +53,13 @@ class LossScaler(torch.amp.GradScaler):
         """
         if not self.is_enabled():
             return norm
-        # PyTorch's scaler looks for overflows in this process's gradients, of which class shards
-        # are a part only. So that all skip the same steps, a norm that is not finite makes one of
-        # them nan; else 0 is added.
-        first = self.optimizer.param_groups[0]["params"][0]
-        first.grad.add_(norm * 0)
         self.unscale_(self.optimizer)
+        # PyTorch's scaler looks for overflows in the optimiser's gradients in this process, of
+        # which class shards are a part only, and of which there are none where the head's centres
+        # are sampled and the network is frozen. The norm is that of all, and all processes skip
+        # the same steps.
+        overflow = (~norm.isfinite()).float()
+        self._found_inf_per_device(self.optimizer)[norm.device] = overflow
         inverse = 1 / self.scale(torch.ones_like(norm))
         for parameter in others:
             parameter.grad.mul_(inverse)
@@ -71,17 +73,6 @@ class LossScaler(torch.amp.GradScaler):
         self._skipped += overflow
         return overflow
 
-    def create_momentum(self) -> None:
-        """Begin with a momentum of zero, which is what the first step makes of none.
-
-        Fused SGD leaves its memory uninitialised if it skips that step (PyTorch 2.14).
-        """
-        for group in self.optimizer.param_groups if self.is_enabled() else ():
-            for parameter in group["params"] if group["momentum"] else ():
-                state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-
     def state_dict(self) -> dict[str, Any]:
         """The scale and the counts, for a checkpoint."""
         return super().state_dict() | {"skipped_steps": self.skipped_steps}
@@ -93,3 +84,12 @@ class LossScaler(torch.amp.GradScaler):
         saved = {name: state[name] for name in ("scale", "_growth_tracker")}
         super().load_state_dict(super().state_dict() | saved)
         self._skipped.fill_(state["skipped_steps"])
+
+
+def create_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give parameters without momentum one of zero, which is what the first step makes of none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)

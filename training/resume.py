@@ -156,6 +156,11 @@ def resumed_config(cfg: Config, saved: dict[str, Any], path: Path) -> Config:
         old = config_from(saved)
     except ValueError as error:
         raise UserError(f"{path} is not a run of this train.py ({error}).") from None
+    if cfg.init:
+        raise UserError(
+            f"--init begins a new run, and {path} has its weights already; leave one of --init and "
+            "--resume out."
+        )
     # A tool's own settings, which no run has, are left out.
     given = {name: getattr(cfg, name) for name in cfg.given if hasattr(old, name)}
     if given.get("compile") == "auto":  # the run has decided that, and keeps to it

@@ -41,8 +41,9 @@ class Run(RunState):
     augment: str = "none"
     eval_batch: int = 256
     log_every: int = 20  # steps
-    checkpoint_steps: int = 0  # both 0: last.pt is written at the end of epochs only
-    checkpoint_minutes: float = 15.0
+    # (steps, minutes) between two last.pt; where both are 0, the end of epochs only
+    checkpoint_every: tuple[int, float] = (0, 15.0)
+    frozen_epochs: float = 0  # of them, at the beginning, train the head alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +68,7 @@ class Run(RunState):
         Raises KeyboardInterrupt after a finished step if a stop is requested, and TrainingError if
         a loss or a gradient is not finite or memory is full.
         """
+        self.engine.freeze(self.epoch < self.frozen_epochs)
         self.engine.train()
         options = {"unit": "step", "leave": False, "disable": not is_main()}
         title = f"epoch {self.epoch + 1}/{self.epochs}"
@@ -217,8 +219,8 @@ class Run(RunState):
         self.saved_step = (self.epoch, self.step)
 
     def checkpoint_is_due(self) -> bool:
-        """Whether --checkpoint-steps or --checkpoint-minutes asks for one after this step."""
-        if self.checkpoint_steps and self.global_step % self.checkpoint_steps == 0:
-            return True
-        minutes = (time.monotonic() - self.saved_at) / 60
-        return 0 < self.checkpoint_minutes <= minutes
+        """Whether --checkpoint-every asks for one after this step."""
+        steps, minutes = self.checkpoint_every
+        if steps:
+            return self.global_step % steps == 0
+        return 0 < minutes <= (time.monotonic() - self.saved_at) / 60

@@ -16,8 +16,15 @@ def print_header(run: Run) -> None:
     settings, engine = run.settings, run.engine
     parameters = sum(p.numel() for p in engine.model.parameters())
     processes = f"; {world_size()} processes" if world_size() > 1 else ""
+    base = ""
+    if settings["init"]:
+        base = f"Base: {settings['init']}, SHA-256 {settings['init_sha256']}; backbone's learning "
+        base += f"rate x {settings['backbone_lr_factor']:g}"
+        if run.frozen_epochs:
+            base += f"; the head alone: {min(run.frozen_epochs, run.epochs)} of {run.epochs} epochs"
+        base += "\n"
     print(
-        f"Run: {run.folder}\n"
+        f"Run: {run.folder}\n{base}"
         f"Training set: {len(run.train_positions):,} images of {run.split.num_classes:,} "
         f"identities, {len(run.valid_positions):,} held out; cache: {run.store.cache}\n"
         f"Network: {settings['network']}, {parameters / 1e6:.2f} M parameters, on {run.device}, "

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from config import MARGINS, Config, normal_options
+from config import MARGINS, Config, checkpoint_interval, normal_options
 
 # Settings of earlier versions that are now a tool's own, or a constant.
 _RETIRED = {"identities", "images_per_identity", "lfw_identities", "shard_images", "make_pairs"}
@@ -22,7 +22,9 @@ _OLD_OPTIONS = {
     "adaface_h": "h",
     "elastic_std": "std",
     "subcenters": "subcenters",
+    "easy_margin": "easy",
 }
+_POWERS = {"1": "linear", "1.0": "linear", "2": "poly", "2.0": "poly"}  # --schedule poly's
 
 
 def config_from(values: Mapping[str, Any]) -> Config:
@@ -41,6 +43,7 @@ def config_from(values: Mapping[str, Any]) -> Config:
         if not fits or not (high is None or value <= high):
             raise ValueError(f"--{name.replace('_', '-')} cannot be {str(value)[:40]}")
     config = Config(**values)
+    checkpoint_interval(config.checkpoint_every)
     options = normal_options(config.margin, config.margin_option)
     return dataclasses.replace(config, margin_option=options)
 
@@ -51,11 +54,20 @@ def _upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
     if "gamma" in new:  # focal_loss was whether, gamma the exponent
         gamma = new.pop("gamma")
         new["focal_loss"] = gamma if new.get("focal_loss") is True else 0.0
+    if "checkpoint_minutes" in new:
+        steps, minutes = str(new.pop("checkpoint_steps", 0)), new.pop("checkpoint_minutes")
+        new["checkpoint_every"] = f"{str(minutes).removesuffix('.0')}m" if steps == "0" else steps
+    power = str(new.pop("poly_power", 2.0))
+    if new.get("schedule") == "poly":
+        if power not in _POWERS:
+            raise ValueError(f"its poly schedule has the exponent {power[:40]}, not 1 or 2")
+        new["schedule"] = _POWERS[power]
     margin = new.get("margin", Config.margin)
     known = MARGINS[margin].options if isinstance(margin, str) and margin in MARGINS else {}
-    options = [f"{n}={values[old]}" for old, n in _OLD_OPTIONS.items() if old in values]
-    if options:
-        new["margin_option"] = tuple(o for o in options if o.partition("=")[0] in known)
+    options = {n: values[old] for old, n in _OLD_OPTIONS.items() if old in values and n in known}
+    texts = [f"{n}={int(v) if isinstance(v, bool) else v}" for n, v in options.items()]
+    if texts and isinstance(new.get("margin_option", ()), tuple):
+        new["margin_option"] = (*new.get("margin_option", ()), *texts)
     return new
 
 

@@ -1,4 +1,4 @@
-"""The learning-rate schedule as a pure function of the epoch."""
+"""What changes with the epoch: the learning rate, and whether the backbone is trained."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def learning_rate(
     epochs: int,
     schedule: str = "step",
     milestones: tuple[int, ...] = (),
-    poly_power: float = 2.0,
     warmup_epochs: float = 0.0,
 ) -> float:
     """The learning rate at `epoch`, a fraction in mid-epoch: 2.5 is the middle of the third.
 
     It rises linearly from 0 to `lr` over `warmup_epochs`. After that, "step" divides it by ten at
-    each of `milestones`; "cosine" and "poly" let it fall from `lr` to 0 at the end of the run:
-    lr · (1 + cos(π·t)) / 2 and lr · (1 − t)^poly_power, t the fraction of the rest that is done.
+    each of `milestones`; "cosine", "linear" and "poly" let it fall from `lr` to 0 at the end of the
+    run: lr · (1 + cos(π·t)) / 2, lr · (1 − t) and lr · (1 − t)², t the fraction of the rest that is
+    done.
     """
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
@@ -30,4 +30,13 @@ def learning_rate(
     remaining = min(max(remaining, 0.0), 1.0)
     if schedule == "cosine":
         return lr * (1 - math.cos(math.pi * remaining)) / 2
-    return lr * remaining**poly_power
+    return lr * remaining ** (1 if schedule == "linear" else 2)
+
+
+def frozen_epochs(freeze_epochs: int, backbone_lr: float) -> float:
+    """How many epochs train the head alone: all of them if the backbone's learning rate is 0.
+
+    In training mode its batch normalisation would still follow the images, away from the statistics
+    that belong to its weights.
+    """
+    return freeze_epochs if backbone_lr else math.inf

@@ -70,6 +70,10 @@ class ShardOrder:
         ]
         return np.concatenate([*images, np.zeros(0, np.int64)])
 
+    def training(self) -> np.ndarray:
+        """The images to train on (n,), in the order of the files."""
+        return np.setdiff1d(np.arange(self.starts[-1]), self.validation(), assume_unique=True)
+
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's order of the shards, and where on the line each ends."""
         shards = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.counts))
@@ -173,6 +177,10 @@ class ShardStore(ImageStore):
     def readable(self, positions: Any) -> Any:
         """All positions: corrupt images are left out as they are encountered."""
         return positions
+
+    def in_file_order(self, positions: ShardOrder) -> np.ndarray:
+        """The images (n,) of an order, as in the files."""
+        return positions.training()
 
     def record_ids(self, positions: np.ndarray) -> list[int]:
         """Image numbers, counted through all files."""

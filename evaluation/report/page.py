@@ -258,5 +258,10 @@ def provenance(model: EvaluationInfo, results: Sequence[SetResult]) -> dict[str,
     for label in ("network", "epoch", "seed"):
         if model.get(label) is not None:
             about[label] = model[label]
+    if model.get("init"):
+        about["fine-tuned from"], about["fine-tuned from, SHA-256"] = (
+            model["init"],
+            model.get("init_sha256", ""),
+        )
     about["protocol"] = results[0].metrics["protocol_in_words"]
     return about | model["versions"] | {"written": time.strftime("%Y-%m-%d %H:%M")}

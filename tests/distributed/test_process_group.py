@@ -210,7 +210,7 @@ def test_processes_agree_on_the_cache(groups, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_kills_at_random_moments(groups, folder, tmp_path, ranks):
-    flags = [*FLAGS.split(), "--train-set", str(folder), "--checkpoint-steps", "1"]
+    flags = [*FLAGS.split(), "--train-set", str(folder), "--checkpoint-every", "1"]
     groups.run(tmp_path / "straight", ranks, "run_train", flags)
     rng = np.random.default_rng(ranks)
     for number in range(5):

@@ -384,7 +384,7 @@ def test_checkpoint(folder, original, edits):
 def trained(tmp_path_factory):
     """A run in the middle of its first epoch, and its state."""
     where = tmp_path_factory.mktemp("set")
-    flags = f"{FLAGS} --checkpoint-steps 0 --log-every 2 --train-set {where}"
+    flags = f"{FLAGS} --checkpoint-every 0 --log-every 2 --train-set {where}"
     cfg = parse_args(flags.split(), "train")
     write_tiny_set(where)
     with contextlib.redirect_stdout(None):

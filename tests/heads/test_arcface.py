@@ -31,7 +31,7 @@ def test_margin_against_the_definition_in_float64(m, easy):
     theta = np.append(theta, [edge - 1e-3, min(edge + 1e-3, np.pi), np.pi - 1e-3, np.pi])
     cosine = np.stack([np.cos(theta), np.full(len(theta), 0.1), np.full(len(theta), -0.3)], 1)
     label = np.zeros(len(theta), np.int64)
-    head = ArcFace(8, 3, margin_s=64.0, margin_m=m, easy_margin=easy)
+    head = ArcFace(8, 3, margin_s=64.0, margin_m=m, easy=easy)
     logits = head.margin(torch.tensor(cosine, dtype=torch.float32), torch.from_numpy(label))
     # sqrt(1 − cos²) in float32 is off by up to sqrt(1e-7) next to θ = 0 and π.
     expected = arcface_float64(cosine, label, 64.0, m, easy)
@@ -49,7 +49,7 @@ def test_the_logit_falls_with_the_angle_everywhere():
 
 @pytest.mark.parametrize("easy", [False, True])
 def test_gradient_against_finite_differences(easy):
-    head = ArcFace(8, 4, margin_s=4.0, margin_m=0.5, easy_margin=easy)
+    head = ArcFace(8, 4, margin_s=4.0, margin_m=0.5, easy=easy)
     theta = torch.tensor([0.05, 0.7, 1.5, 1.7, 2.5, 2.8, 3.1], dtype=torch.float64)
     cosine = (theta.cos()[:, None] * torch.tensor([1.0, 0.3, -0.2, 0.5])).requires_grad_()
     label = torch.zeros(7, dtype=torch.int64)

@@ -340,7 +340,7 @@ def test_the_choices_are_the_registry():
     hint = typing.get_type_hints(Config)["margin"]
     assert typing.get_args(hint) == tuple(HEADS) == tuple(config.MARGINS)
     for name, head in HEADS.items():
-        assert set(head.options) - {"easy_margin"} == set(config.MARGINS[name].options)
+        assert set(head.options) == set(config.MARGINS[name].options)
 
 
 def test_each_margin_has_its_own_defaults_and_the_command_line_goes_first():
@@ -444,7 +444,6 @@ def test_a_run_is_evaluated_and_resumed_by_the_scripts(folder, tmp_path, capsys,
             if name not in SHARDABLE
         ),
         ("--margin uniface --focal-loss", "has a loss of its own"),
-        ("--margin cosface --easy-margin", "has no --easy-margin"),
         ("--margin norm_softmax --margin-m 0.1", "has no margin"),
         ("--margin-s 0", "above zero"),
     ],

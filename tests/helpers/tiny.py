@@ -10,7 +10,7 @@ from fileio.record_writer import write_dataset
 # 39 images to train on and 9 held out: 4 steps an epoch.
 FLAGS = "--network tiny --emb-size 16 --batch-size 8 --margin-s 16 --margin-m 0.2 --dropout 0.3 "
 FLAGS += "--epochs 2 --valid-fraction 0.2 --log-every 3 --device cpu --schedule cosine "
-FLAGS += "--checkpoint-steps 2 --lr 0.02 --augment adaface"
+FLAGS += "--checkpoint-every 2 --lr 0.02 --augment adaface"
 
 
 def write_tiny_set(folder):

@@ -64,7 +64,7 @@ def test_planted_noise_is_found_and_left_out(noisy, tmp_path, capsys):
     folder, wrong, truth = noisy
     where = f"--train-set {folder} --data-dir {tmp_path} --runs-dir {tmp_path}/runs --device cpu"
     flags = f"{where} --images-dir {tmp_path}/images --network tiny --emb-size 32 --batch-size 24 "
-    flags += "--margin-s 16 --margin-m 0 --dropout 0 --lr 0.05 --schedule poly --poly-power 1 "
+    flags += "--margin-s 16 --margin-m 0 --dropout 0 --lr 0.05 --schedule linear "
     flags += "--clip-norm 5 --valid-fraction 0 --epochs "
     train.main(parse_args(f"{flags} 3".split(), "train"))
     label_noise.main(parse_args(where.split(), "label_noise", label_noise.Settings))

@@ -46,3 +46,8 @@ def test_a_step_never_waits_for_a_gpu(settings):
     with HostWaits() as waits:
         engine.train_step(*make_batch(64), 0.01, 1)
     assert not waits.operations
+    engine.freeze(True)
+    engine.train()
+    with HostWaits() as waits:
+        engine.train_step(*make_batch(64), 0.01, 2)
+    assert not waits.operations

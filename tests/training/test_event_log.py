@@ -56,7 +56,7 @@ def test_every_point_is_on_disk_before_the_checkpoint_that_knows_it(start, monke
         saved.append((points, steps, list(waiting)))
 
     monkeypatch.setattr("training.run.save_last", look)
-    code, _ = start("--epochs", "3", "--checkpoint-steps", "1", "--log-every", "1")
+    code, _ = start("--epochs", "3", "--checkpoint-every", "1", "--log-every", "1")
     assert code == 0
     assert len(saved) == 1 + 3 * 5  # at the start, after every step and after every epoch
     for points, steps, unwritten in saved:

@@ -116,6 +116,24 @@ def test_a_step_that_overflows_changes_no_weight_and_no_momentum(settings):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sample_rate": 0.5}])  # then the optimiser steps nothing
+def test_a_frozen_network_has_its_head_trained_and_its_overflows_skipped(settings):
+    too_large = 2.0**120  # the head computes in float32
+    engine = make_engine(scale=too_large, **settings)
+    engine.freeze(True)
+    engine.train()
+    before = trained(engine)
+    assert not train_step(engine).gradient_norm.isfinite()
+    assert (engine.scaler.skipped_steps, engine.scaler.loss_scale) == (1, too_large / 2)
+    assert_same(trained(engine), before)
+    set_scale(engine, 256.0)
+    assert train_step(engine, 1).gradient_norm.isfinite()
+    (*network, head), (*momentum, momentum_of_head) = trained(engine)
+    assert_same(network, before[0][:-1])
+    assert not any(buffer.any() for buffer in momentum)
+    assert momentum_of_head.any() and not torch.equal(head, before[0][-1])
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"clip_norm": 0.5, "accumulate": 2}, {"sample_rate": 0.5, "clip_norm": 0.5}]
 )
@@ -285,7 +303,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(start, capsys, poisoned):
 
 def test_a_gradient_that_no_scale_helps_ends_the_run(start, capsys, poisoned):
     poisoned(2, spoil_gradient)
-    run, code = start("--epochs 6 --checkpoint-steps 0")
+    run, code = start("--epochs 6 --checkpoint-every 0")
     assert code == 2
     error = capsys.readouterr().err
     assert "The gradient's norm is nan, even with a loss scale of 0." in error

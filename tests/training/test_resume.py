@@ -181,7 +181,7 @@ def test_a_run_killed_at_the_worst_moments_ends_as_the_unbroken_one(killer, unbr
 def test_a_compiled_run_killed_and_compiled_anew_ends_as_the_unbroken_one(
     killer, tmp_path, monkeypatch
 ):
-    compiled = ("--compile", "on", "--checkpoint-steps", "1")
+    compiled = ("--compile", "on", "--checkpoint-every", "1")
     assert not killer.run(tmp_path / "unbroken", *compiled)
     kills = [
         killer.run(tmp_path / "killed", *more, at="training.run:Run.train_step", count=3)
@@ -253,7 +253,7 @@ def test_which_settings_a_resumed_run_may_change():
     train.py says) and for rounding on another `device`."""
     free = {"data_dir", "runs_dir", "images_dir", "train_set", "keep", "hold_out", "lfw", "resume"}
     free |= {"device", "workers", "cache", "eval_batch", "epochs", "checkpoint_activations"}
-    free |= {"log_every", "checkpoint_steps", "checkpoint_minutes"}
+    free |= {"log_every", "checkpoint_every"}
     assert set(settings_of("train")) - fixed_on_resume() == free
 
 
@@ -409,8 +409,8 @@ def test_the_clock_asks_for_checkpoints_too(start, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Run, "save_last", lambda self, *a: (saved.append(self.step), save(self, *a))
     )
-    start("--checkpoint-steps", "0", "--checkpoint-minutes", "1e-9", resumed=False)
+    start("--checkpoint-every", "1e-9m", resumed=False)
     assert saved == [0, 1, 2, 3, 4, 0]
     saved.clear()
-    start("--resume", "--epochs", "2", "--checkpoint-minutes", "0")
+    start("--resume", "--epochs", "2", "--checkpoint-every", "0")
     assert saved == [0]

@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_is_reported_at_its_step(start, capsys, mo
         return images
 
     fail_at(monkeypatch, 5, poison)  # the second of the three steps that are logged together
-    run, code = start("--checkpoint-steps 0")
+    run, code = start("--checkpoint-every 0")
     assert code == 2
     error = capsys.readouterr().err
     assert "gradient's norm is nan at epoch 2, step 2 of 4 (loss " in error
@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_finite_is_reported_at_its_step(start, capsys, mo
 
 def test_a_checkpoint_between_two_points_looks_at_the_steps_before_it(start, monkeypatch):
     fail_at(monkeypatch, 1, lambda run, images: images * math.inf)
-    run, code = start("--checkpoint-steps 1 --log-every 100")
+    run, code = start("--checkpoint-every 1 --log-every 100")
     assert code == 2
     state = load_checkpoint(run / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 1)
@@ -147,7 +147,7 @@ def test_running_statistics_that_are_not_finite_are_in_no_checkpoint(start, caps
         return images
 
     fail_at(monkeypatch, 2, spoil)
-    run, code = start("--checkpoint-steps 1")
+    run, code = start("--checkpoint-every 1")
     assert code == 2
     assert "Weights are not finite at epoch 0, step 3" in capsys.readouterr().err
     assert load_checkpoint(run / "last.pt")["step"] == 2
@@ -242,7 +242,7 @@ def test_a_full_gpu_ends_the_run_with_a_user_error_and_what_was_saved(start, cap
 def test_full_memory_in_the_evaluation_keeps_every_step(start, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "validate", lambda self: raise_it(torch.OutOfMemoryError(CUDA)))
-        run, code = start("--checkpoint-steps 0 --eval-batch 64")
+        run, code = start("--checkpoint-every 0 --eval-batch 64")
     assert code == 2
     assert (
         "Evaluating, memory is full, 2.50 GiB were asked for; a smaller batch, say --eval-batch 32"
@@ -270,7 +270,7 @@ def test_a_loader_thread_that_fails_ends_the_run_and_keeps_every_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordReader, "image", failing)
-        run, code = start("--cache none --checkpoint-steps 0 --epochs 4")
+        run, code = start("--cache none --checkpoint-every 0 --epochs 4")
     assert code == 2
     printed = capsys.readouterr().err
     assert f"A loader thread failed ({type(error).__name__}: " in printed
